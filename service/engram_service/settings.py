@@ -1,0 +1,146 @@
+"""This file is every setting of the service, read once from `ENGRAM_*` environment variables (or given by the caller).
+
+Nothing is read at import: `Settings()` reads the environment when it is called, and the result is frozen. The docstring
+under each field is its documentation; units are in the names. Limits exist because requests come from a network: each
+says what it stops.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, SecretStr, field_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+from sqlalchemy import make_url
+
+
+class Settings(BaseSettings):
+    """Where the service keeps things, where it listens, and what it refuses."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="ENGRAM_", frozen=True, env_ignore_empty=True, use_attribute_docstrings=True, extra="ignore"
+    )
+
+    data_dir: Path = Path("engram-data")
+    """The folder of packs, extractors, spooled uploads and, without `database_url`, the SQLite database."""
+
+    database_url: str | None = None
+    """An SQLAlchemy URL (`postgresql+psycopg://...`); without one, `engram.sqlite` in `data_dir`."""
+
+    host: str = "127.0.0.1"
+    """The address to listen on. Anything but loopback needs `admin_token`."""
+
+    port: Annotated[int, Field(ge=0, le=65535)] = 8077
+    """The port to listen on; 0 takes a free one."""
+
+    admin_token: SecretStr | None = None
+    """The bearer token that every `/v1` request must carry. Without one the service only listens on loopback."""
+
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    """The least severe messages that are logged (to standard error)."""
+
+    access_log: bool = False
+    """Log a line per request. Off: at replay rates it would cost more than the replay."""
+
+    max_body_bytes: Annotated[int, Field(ge=1)] = 8 * 2**30
+    """The largest upload of one ingest; it stops a full disk. 8 GiB hold 1.6 million 32x32 images as PPM in a tar."""
+
+    max_images: Annotated[int, Field(ge=1)] = 2_000_000
+    """Images of one ingest; it bounds the worker's index in memory (about 100 bytes an image)."""
+
+    max_pixels: Annotated[int, Field(ge=1)] = 2**24
+    """Pixels of one image, read from its header before it is decoded; it stops decompression bombs."""
+
+    min_side_pixels: Annotated[int, Field(ge=1)] = 2
+    """The smallest height and width of an uploaded image: one-pixel images are a mistake in a folder, not training data."""
+
+    max_classes: Annotated[int, Field(ge=1)] = 10_000
+    """Classes of one ingest; it bounds the runs of a pack, which every manifest repeats."""
+
+    max_json_bytes: Annotated[int, Field(ge=1)] = 2**16
+    """The largest JSON body (a buffer's definition is some 150 bytes)."""
+
+    max_draw: Annotated[int, Field(ge=1)] = 8192
+    """The largest `size` of a draw; it bounds the memory of one answer."""
+
+    max_page: Annotated[int, Field(ge=1)] = 1000
+    """The largest `limit` of a page of exemplars."""
+
+    max_wait_s: Annotated[float, Field(ge=0)] = 60.0
+    """The longest that a long poll of an ingest waits; proxies cut connections that are silent for longer."""
+
+    max_extractor_bytes: Annotated[int, Field(ge=1)] = 512 * 2**20
+    """The largest ONNX model."""
+
+    extractor_memory_bytes: Annotated[int, Field(ge=2**20)] = 4 * 2**30
+    """The memory that the process running an extractor may use; it stops models that allocate without end."""
+
+    extractor_batch_s: Annotated[float, Field(gt=0)] = 120.0
+    """How long an extractor may take to load, and for one batch of images; it stops models that never return."""
+
+    cache_bytes: Annotated[int, Field(ge=0)] = 2**30
+    """Parsed packs kept in memory by each service process. Draws from packs that do not fit read the disk each time."""
+
+    worker_poll_s: Annotated[float, Field(gt=0)] = 0.2
+    """How often an idle worker looks for a new ingest."""
+
+    lease_s: Annotated[float, Field(gt=0)] = 30.0
+    """How long an ingest stays claimed without a heartbeat; then another worker takes over."""
+
+    max_attempts: Annotated[int, Field(ge=1)] = 5
+    """How often an ingest is started before it fails: an upload that kills its worker must not do so for ever."""
+
+    grace_s: Annotated[float, Field(ge=0)] = 600.0
+    """How long packs and manifests of older generations stay readable, so that a slow client can finish its draw."""
+
+    @field_validator("admin_token")
+    @classmethod
+    def _sendable(cls, token: SecretStr | None) -> SecretStr | None:
+        """A token must survive an HTTP header unchanged."""
+        if token is not None and not (token.get_secret_value().isascii() and token.get_secret_value().isprintable()):
+            raise ValueError("a token holds printable ASCII characters only, as it travels in an HTTP header")
+        if token is not None and " " in token.get_secret_value():
+            raise ValueError("a token holds no spaces: a space ends it in the Authorization header")
+        return token
+
+    @property
+    def packs_dir(self) -> Path:
+        """One file per pack: `ab/abcd...`."""
+        return self.data_dir / "packs"
+
+    @property
+    def spool_dir(self) -> Path:
+        """Uploads that wait for a worker."""
+        return self.data_dir / "spool"
+
+    @property
+    def extractors_dir(self) -> Path:
+        """ONNX models under their digests."""
+        return self.data_dir / "extractors"
+
+    @property
+    def sqlalchemy_url(self) -> str:
+        """`database_url`, or the embedded SQLite database in the data folder."""
+        return self.database_url or f"sqlite:///{self.data_dir.absolute() / 'engram.sqlite'}"
+
+    @property
+    def is_embedded(self) -> bool:
+        """True if the database is SQLite: nobody else administers it, so an empty one is migrated without asking."""
+        return make_url(self.sqlalchemy_url).get_backend_name() == "sqlite"
+
+    @property
+    def is_loopback(self) -> bool:
+        """True if only this machine can reach `host`."""
+        if self.host == "localhost":
+            return True
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return False
+
+    def make_folders(self) -> None:
+        """The data folder and its parts exist afterwards, readable by this user only where they are new."""
+        for folder in (self.data_dir, self.packs_dir, self.spool_dir, self.extractors_dir):
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
