@@ -1,0 +1,72 @@
+# People and CI run the same targets. `make demo` and `make test` are the two to start with.
+#
+# PYTHON is the interpreter that makes the virtual environment; it must be 3.11 or newer.
+# TORCH is installed before everything else, pinned: an open range would replace a CPU build that is already there by
+# the newest release with its GPU libraries. Another build: make demo TORCH=torch==...
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+PYTEST_ARGS ?=
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
+DEV := $(VENV)/.installed-dev
+DEMO := $(VENV)/.installed-demo
+BENCHES := strip draw ingest selection budget gem
+
+# The tests and the benchmarks count on one thread per process: more only fight over the cores.
+export OMP_NUM_THREADS ?= 1
+
+.NOTPARALLEL:
+.PHONY: help install test lint format types check demo bench bench-quick clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
+
+install: $(DEV) ## everything a developer needs, in .venv
+
+test: $(DEV) ## the default tests (a few minutes, no network)
+	$(BIN)/python -m pytest -q $(PYTEST_ARGS)
+
+lint: $(DEV) ## ruff: rules and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(DEV) ## let ruff rewrite the files
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+types: $(DEV) ## mypy --strict
+	$(BIN)/mypy
+
+check: lint types test ## what CI runs
+
+demo: $(DEMO) ## start a service, learn Fashion-MNIST class by class against it, print the table, stop the service
+	$(BIN)/python -m engram_trainer.demo
+
+bench: $(DEV) ## every benchmark in full (hours: budget alone takes up to two)
+	set -e; for name in $(BENCHES); do $(BIN)/python bench/$$name.py; done
+
+bench-quick: $(DEV) ## every benchmark, under 45 s each
+	set -e; for name in $(BENCHES); do $(BIN)/python bench/$$name.py --quick; done
+
+clean: ## remove the environment and the caches
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "Engram needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) --version 2>&1). Try: make PYTHON=python3.12 ..."; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' || \
+	  { echo "$(PYTHON) cannot make virtual environments. On Debian and Ubuntu: apt install python3-venv"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(DEV): pyproject.toml | $(BIN)/python
+	$(PIP) "$(TORCH)"
+	$(PIP) -e ".[dev]"
+	@touch $(DEV) $(DEMO)
+
+$(DEMO): pyproject.toml | $(BIN)/python
+	$(PIP) "$(TORCH)"
+	$(PIP) -e ".[service,trainer]"
+	@touch $(DEMO)
