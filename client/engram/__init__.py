@@ -1,0 +1,1 @@
+"""This file is the public face of the library (names follow)."""
