@@ -6,7 +6,7 @@ Two kinds of transaction, each one `with` block:
     with database.reading() as session:    # one consistent snapshot, never waits for a writer
 
 On SQLite a writing transaction opens with BEGIN IMMEDIATE: it takes the write lock at its first statement, so what it
-reads is still true when it writes and no transaction dies half-way of SQLITE_BUSY. WAL lets readers go on meanwhile, and
+reads is still true when it writes, and no transaction dies half-way of SQLITE_BUSY. WAL lets readers go on, and
 `synchronous=FULL` makes a commit survive a power cut. The block must end before a response is sent: a 2xx is a promise.
 """
 
@@ -96,7 +96,7 @@ class Database:
             raise Unavailable(f"the database schema is {state}; run `engram-service migrate`", schema=state)
 
     def schema_state(self) -> SchemaState:
-        """How the database's schema compares with this version: empty, current, outdated, or unknown (newer or foreign)."""
+        """How the database's schema compares with this version: empty, current, outdated or unknown (newer, foreign)."""
         scripts = ScriptDirectory.from_config(_alembic())
         with translated(), self.engine.connect() as connection:
             revision = MigrationContext.configure(connection).get_current_revision()
@@ -107,7 +107,7 @@ class Database:
         return "outdated" if revision in {script.revision for script in scripts.walk_revisions()} else "unknown"
 
     def migrate(self, revision: str = "head") -> None:
-        """The schema is at `revision` afterwards, or unchanged: all steps are one transaction, one process at a time."""
+        """The schema is at `revision` afterwards, or unchanged: one transaction, one process at a time."""
         with translated(), self._writer.begin() as connection:
             if not self.is_sqlite:
                 connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": POSTGRES_MIGRATION_LOCK})

@@ -54,7 +54,7 @@ class Settings(BaseSettings):
     """Pixels of one image, read from its header before it is decoded; it stops decompression bombs."""
 
     min_side_pixels: Annotated[int, Field(ge=1)] = 2
-    """The smallest height and width of an uploaded image: one-pixel images are a mistake in a folder, not training data."""
+    """The smallest height and width of an uploaded image: one pixel is a mistake in a folder, not training data."""
 
     max_classes: Annotated[int, Field(ge=1)] = 10_000
     """Classes of one ingest; it bounds the runs of a pack, which every manifest repeats."""

@@ -100,20 +100,19 @@ class PackStore:
         """The pack is gone; deleting a pack that is not there is no error."""
         self.path(digest).unlink(missing_ok=True)
 
-    def digests(self) -> Iterator[tuple[str, float]]:
-        """Every pack on disk with the seconds since it was last put."""
-        now = time.time()
+    def objects(self) -> Iterator[tuple[str, float]]:
+        """Every pack on disk with the time (seconds since the epoch) at which it was last put."""
         for path in self.folder.glob("??/*"):
             with suppress(FileNotFoundError):
                 if _NAME.fullmatch(path.name):
-                    yield path.name, now - path.stat().st_mtime
+                    yield path.name, path.stat().st_mtime
 
-    def sweep(self, older_than_s: float) -> int:
-        """Temporary files that a crash left behind are removed; returns how many."""
+    def sweep(self, older_than: float) -> int:
+        """Temporary files last written before this time are removed: a crash left them; returns how many."""
         removed = 0
         for path in self.folder.glob("??/.*.tmp"):
             with suppress(FileNotFoundError):
-                if time.time() - path.stat().st_mtime > older_than_s:
+                if path.stat().st_mtime < older_than:
                     path.unlink()
                     removed += 1
         return removed

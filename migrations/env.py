@@ -1,0 +1,17 @@
+"""This file runs the migrations on the connection that `Database.migrate` passes in: one transaction for all steps."""
+
+from __future__ import annotations
+
+from alembic import context
+
+from engram_service.tables import Base
+
+context.configure(
+    connection=context.config.attributes["connection"],
+    target_metadata=Base.metadata,
+    # SQLite cannot alter a column: Alembic copies the table instead.
+    render_as_batch=True,
+    compare_type=True,
+)
+with context.begin_transaction():
+    context.run_migrations()

@@ -1,0 +1,117 @@
+"""This file is the database schema: one row per buffer, task, pack, ingest and extractor, never one per exemplar.
+
+A pack row is live in generations `since` <= g < `until` (`until` NULL: still live), so a manifest of an older
+generation can be answered until the grace period has passed and the row is deleted together with its object.
+Times are UTC seconds since the epoch, as floats.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sqlalchemy import JSON, BigInteger, Float, ForeignKey, Index, Integer, MetaData, String, UniqueConstraint
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+
+
+class Base(DeclarativeBase):
+    """Carries the naming convention that migrations rely on."""
+
+    metadata = MetaData(
+        naming_convention={
+            "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+            "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+            "fk": "fk_%(table_name)s_%(column_0_name)s",
+            "pk": "pk_%(table_name)s",
+        }
+    )
+
+
+class BufferRow(Base):
+    """The bounded memory of one learner. Commits compare and set `generation`."""
+
+    __tablename__ = "buffers"
+
+    name: Mapped[str] = mapped_column(String(63), primary_key=True)
+    budget_bytes: Mapped[int] = mapped_column(BigInteger)
+    per: Mapped[str] = mapped_column(String(16))
+    share_by: Mapped[str] = mapped_column(String(16))
+    subsampling: Mapped[str] = mapped_column(String(8))
+    generation: Mapped[int] = mapped_column(Integer, default=0)
+    # Older generations no longer answer: the collector raises this to the highest `until` of the rows it deletes.
+    oldest_generation: Mapped[int] = mapped_column(Integer, default=0)
+    # The shape of every image, set by the first committed ingest: a draw is one array.
+    height: Mapped[int | None] = mapped_column(Integer, default=None)
+    width: Mapped[int | None] = mapped_column(Integer, default=None)
+    channels: Mapped[int | None] = mapped_column(Integer, default=None)
+    created_at: Mapped[float] = mapped_column(Float)
+
+
+class TaskRow(Base):
+    """One step of a buffer's stream. `seen` maps class id (a string: JSON) to images uploaded so far."""
+
+    __tablename__ = "tasks"
+
+    buffer: Mapped[str] = mapped_column(ForeignKey("buffers.name", ondelete="CASCADE"), primary_key=True)
+    task: Mapped[int] = mapped_column(BigInteger, primary_key=True)
+    quality: Mapped[int] = mapped_column(Integer)
+    ranking: Mapped[str] = mapped_column(String(16))
+    seen: Mapped[dict[str, int]] = mapped_column(JSON)
+    decision: Mapped[dict[str, Any] | None] = mapped_column(JSON, default=None)
+
+
+class PackRow(Base):
+    """One pack in the generations it was live. At most one live pack per task; `runs` as in `PackEntry`."""
+
+    __tablename__ = "packs"
+    __table_args__ = (Index(None, "buffer", "until"), Index(None, "digest"))
+
+    id: Mapped[int] = mapped_column(Integer, primary_key=True)
+    buffer: Mapped[str] = mapped_column(ForeignKey("buffers.name", ondelete="CASCADE"))
+    task: Mapped[int] = mapped_column(BigInteger)
+    digest: Mapped[str] = mapped_column(String(64))
+    bytes: Mapped[int] = mapped_column(BigInteger)
+    exemplars: Mapped[int] = mapped_column(Integer)
+    quality: Mapped[int] = mapped_column(Integer)
+    runs: Mapped[list[list[int]]] = mapped_column(JSON)
+    # entropy-coded bytes of each class (with its markers and checksums), beside `runs`
+    class_bytes: Mapped[list[int]] = mapped_column(JSON)
+    since: Mapped[int] = mapped_column(Integer)
+    until: Mapped[int | None] = mapped_column(Integer, default=None)
+    retired_at: Mapped[float | None] = mapped_column(Float, default=None)
+
+
+class IngestRow(Base):
+    """An upload and the queue entry for its work, in one. Claimable when its lease is free or has expired."""
+
+    __tablename__ = "ingests"
+    __table_args__ = (UniqueConstraint("buffer", "idempotency_key"), Index(None, "state", "lease_expires_at"))
+
+    id: Mapped[str] = mapped_column(String(32), primary_key=True)
+    buffer: Mapped[str] = mapped_column(ForeignKey("buffers.name", ondelete="CASCADE"))
+    task: Mapped[int] = mapped_column(BigInteger)
+    idempotency_key: Mapped[str | None] = mapped_column(String(200), default=None)
+    state: Mapped[str] = mapped_column(String(16))
+    body_sha256: Mapped[str] = mapped_column(String(64))
+    body_bytes: Mapped[int] = mapped_column(BigInteger)
+    options: Mapped[dict[str, Any]] = mapped_column(JSON)
+    images_total: Mapped[int] = mapped_column(Integer, default=0)
+    images_done: Mapped[int] = mapped_column(Integer, default=0)
+    attempts: Mapped[int] = mapped_column(Integer, default=0)
+    lease_owner: Mapped[str | None] = mapped_column(String(64), default=None)
+    lease_expires_at: Mapped[float | None] = mapped_column(Float, default=None)
+    problem: Mapped[dict[str, Any] | None] = mapped_column(JSON, default=None)
+    generation: Mapped[int | None] = mapped_column(Integer, default=None)
+    created_at: Mapped[float] = mapped_column(Float)
+    updated_at: Mapped[float] = mapped_column(Float)
+
+
+class ExtractorRow(Base):
+    """A registered ONNX model; its bytes lie in the data folder under its digest."""
+
+    __tablename__ = "extractors"
+
+    sha256: Mapped[str] = mapped_column(String(64), primary_key=True)
+    bytes: Mapped[int] = mapped_column(BigInteger)
+    input_shape: Mapped[list[int | None]] = mapped_column(JSON)
+    dimensions: Mapped[int] = mapped_column(Integer)
+    created_at: Mapped[float] = mapped_column(Float)
