@@ -1,0 +1,229 @@
+"""This file is the JSON of the HTTP API, as pydantic models, shared by service and client.
+
+Vocabulary: a buffer is the bounded memory of one learner; a task is one step of its stream; an exemplar is one stored
+image with its class id; a pack is one immutable object named by its SHA-256; a generation is the buffer's counter.
+All sizes are bytes, all times are UTC or seconds as the name says.
+"""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Per = Literal["buffer", "class"]
+ShareBy = Literal["class", "task"]
+Subsampling = Literal["4:2:0", "4:4:4"]
+Ranking = Literal["herding", "greedy_dpp", "reservoir", "ring", "random"]
+Definition = Literal["raw", "per_sample", "log_ratio"]
+Rule = Literal["all_higher", "any"]
+State = Literal["received", "selecting", "encoding", "committed", "failed", "cancelled"]
+Strategy = Literal["uniform", "class_balanced", "task_balanced", "per_task", "epoch"]
+
+CANDIDATE_QUALITIES = (10, 25, 50, 75, 90)
+"""The candidates of MRDC (Wang et al., ICLR 2022)."""
+
+MAX_CLASS_ID = 2**31 - 1
+MAX_TASK = 2**31 - 1
+
+BufferName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")]
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Quality = Annotated[int, Field(ge=1, le=100)]
+
+
+class Model(BaseModel):
+    """Unknown members are refused, so that a misspelt option is an error and not a default."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class BufferCreate(Model):
+    """What a new buffer is.
+
+    `budget_bytes` is the total when `per` is "buffer" (shares shrink as classes arrive) and the bytes of each class
+    when `per` is "class" (the total grows). `share_by` says what is given an equal share: each class (LUCIR, iCaRL)
+    or each task (GEM).
+    """
+
+    name: BufferName
+    budget_bytes: Annotated[int, Field(ge=1)]
+    per: Per = "buffer"
+    share_by: ShareBy = "class"
+    subsampling: Subsampling = "4:2:0"
+
+
+class BufferChange(Model):
+    """A new budget; a smaller one drops the tails of every class, losslessly."""
+
+    budget_bytes: Annotated[int, Field(ge=1)]
+
+
+class Buffer(Model):
+    """A buffer as it stands. `budget_bytes` is as given; `limit_bytes` is the total that `used_bytes` obeys."""
+
+    name: str
+    budget_bytes: int
+    limit_bytes: int
+    per: Per
+    share_by: ShareBy
+    subsampling: Subsampling
+    generation: int
+    used_bytes: int
+    exemplars: int
+    tasks: list[int]
+    classes: list[int]
+    image_shape: tuple[int, int, int] | None
+    created_at: datetime
+
+
+class Candidate(Model):
+    """One candidate quality of a decision: how many exemplars fit and what their volume says.
+
+    `ratio` holds R under each definition, None where no class had a block; `gaps` is the mean log-volume gap of each
+    class; a class in `singular_classes` had a block whose Gram matrix was numerically singular.
+    """
+
+    quality: int
+    exemplars: int
+    bytes: int
+    ratio: dict[Definition, float | None]
+    passes: bool
+    gaps: dict[int, float]
+    singular_classes: list[int]
+
+
+class Decision(Model):
+    """What quality selection found for a task, for every candidate, and why it chose as it did."""
+
+    quality: int
+    reason: str
+    definition: Definition
+    rule: Rule
+    epsilon: float
+    block: int
+    delta: float
+    ranking: Ranking
+    embedder: str
+    images: int
+    seconds: float
+    candidates: list[Candidate]
+
+
+class IngestOptions(Model):
+    """How an upload is ranked and encoded: query parameters of the ingest route, same names.
+
+    `quality` None asks for selection among `candidates`. `extractor` names a registered ONNX model; None uses the
+    built-in embedding. `block` is the number of exemplars whose volume is compared at once (DESIGN: fix it, state it).
+    """
+
+    quality: Quality | None = None
+    candidates: tuple[Quality, ...] = CANDIDATE_QUALITIES
+    ranking: Ranking = "herding"
+    extractor: Digest | None = None
+    definition: Definition = "raw"
+    rule: Rule = "all_higher"
+    epsilon: Annotated[float, Field(gt=0, le=100)] = 0.5
+    block: Annotated[int, Field(ge=2, le=512)] = 32
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+
+
+class Ingest(Model):
+    """The work of turning one upload into exemplars. `problem` is a problem+json document once it has failed."""
+
+    id: str
+    buffer: str
+    task: int
+    state: State
+    images_total: int
+    images_done: int
+    attempts: int
+    body_bytes: int
+    body_sha256: str
+    options: IngestOptions
+    problem: dict[str, Any] | None
+    generation: int | None
+    created_at: datetime
+    updated_at: datetime
+
+
+class ClassSummary(Model):
+    """One class within one task. `seen` counts every image ever uploaded, `exemplars` those stored."""
+
+    class_id: int
+    seen: int
+    exemplars: int
+    bytes: int
+    share_bytes: int
+
+
+class Task(Model):
+    """One task of a buffer as it is stored."""
+
+    buffer: str
+    task: int
+    quality: int
+    bytes: int
+    exemplars: int
+    classes: list[ClassSummary]
+    decision: Decision | None
+
+
+class PackEntry(Model):
+    """One pack of a generation. `runs` gives the rows in order: [class id, count] for each class, ascending ids."""
+
+    digest: Digest
+    task: int
+    bytes: int
+    exemplars: int
+    quality: int
+    runs: list[tuple[int, int]]
+
+
+class Manifest(Model):
+    """The exact content of one generation, packs in ascending order of task."""
+
+    buffer: str
+    generation: int
+    used_bytes: int
+    limit_bytes: int
+    image_shape: tuple[int, int, int] | None
+    packs: list[PackEntry]
+
+
+class Exemplar(Model):
+    """One stored image. `rank` counts from 0 within its class and task: lower ranks are kept longer."""
+
+    pack: str
+    row: int
+    task: int
+    class_id: int
+    rank: int
+    bytes: int
+    quality: int
+
+
+class ExemplarPage(Model):
+    """A page of exemplars; pass `next` as `cursor` for the following one, None at the end."""
+
+    exemplars: list[Exemplar]
+    next: str | None
+
+
+class Extractor(Model):
+    """A registered ONNX model that embeds images for selection."""
+
+    sha256: str
+    bytes: int
+    input_shape: tuple[int | None, int | None, int | None, int | None]
+    dimensions: int
+    created_at: datetime
+
+
+class Health(Model):
+    """Whether the service can work. `damaged_packs` lists packs whose bytes do not match their name."""
+
+    status: Literal["ok", "degraded"]
+    version: str
+    damaged_packs: list[str]
+    problems: list[str]
