@@ -1,0 +1,134 @@
+"""This file keeps the documentation true: tables equal the code, commands exist, links resolve, sessions run."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from docs import tables
+
+ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
+PAGES = [
+    README,
+    *(ROOT / name for name in ("CHANGELOG.md", "CONTRIBUTING.md", "bench/README.md", "bench/RESULTS.md")),
+    *sorted((ROOT / "docs").rglob("*.md")),
+]
+DECISIONS = sorted((ROOT / "docs" / "adr").glob("*.md"))
+
+
+def committed_files() -> list[Path]:
+    """Every file that git would commit, or without git everything in the source folders."""
+    if shutil.which("git") and (ROOT / ".git").exists():
+        listing = subprocess.run(
+            ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        return [path for name in listing.split("\0") if name and (path := ROOT / name).is_file()]
+    folders = [ROOT / name for name in ("client", "service", "trainer", "migrations", "tests", "bench", "docs", ".ci")]
+    return [
+        path for folder in folders for path in folder.rglob("*") if path.is_file() and "__pycache__" not in path.parts
+    ]
+
+
+def code_blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize("page", tables.PAGES, ids=lambda page: page.name)
+def test_the_tables_of_settings_routes_and_errors_equal_the_code(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    assert "<!-- table:" in text
+    assert tables.render(text) == text, "run: make docs"
+
+
+def test_every_setting_says_what_it_is_for() -> None:
+    silent = [name for name, field in tables.Settings.model_fields.items() if len(field.description or "") < 20]
+    assert not silent
+
+
+def test_every_route_says_what_it_does() -> None:
+    silent = [f"{method} {path}" for method, path, operation in tables.routes() if not operation.get("description")]
+    assert not silent
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_to_files_resolve(page: Path) -> None:
+    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    targets = re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r'src="([^"]+)"', text)
+    local = [target.partition("#")[0] for target in targets if "://" not in target and not target.startswith("#")]
+    missing = [target for target in local if not (page.parent / target).exists()]
+    assert not missing
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_make_targets_that_are_named_exist(page: Path) -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    named = set(re.findall(r"(?:^|[`$] ?)make ([a-z][a-z-]*)", page.read_text(encoding="utf-8"), re.MULTILINE))
+    missing = [target for target in named if not re.search(rf"^{target}:", makefile, re.MULTILINE)]
+    assert not missing
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_tests_and_scripts_that_are_named_exist(page: Path) -> None:
+    named = set(re.findall(r"\b(?:bench|tests)/[\w/]+\.py\b", page.read_text(encoding="utf-8")))
+    missing = [name for name in named if not (ROOT / name).is_file()]
+    assert not missing
+
+
+def test_decisions_are_numbered_without_gaps_and_have_all_parts() -> None:
+    assert [int(path.name[:4]) for path in DECISIONS] == list(range(1, len(DECISIONS) + 1))
+    for path in DECISIONS:
+        text = path.read_text(encoding="utf-8")
+        assert text.startswith(f"# {int(path.name[:4])}. ")
+        headings = re.findall(r"^## (.*)$", text, re.MULTILINE)
+        assert headings == ["Context", "Decision", "Consequences", "Alternatives", "Enforced by"], path.name
+        assert "tests/" in text.split("## Enforced by")[1], f"{path.name} is enforced by no test"
+
+
+def test_every_module_opens_by_saying_what_it_is() -> None:
+    sources = [
+        path
+        for folder in ("client", "service", "trainer", "tests", "bench", "docs")
+        for path in (ROOT / folder).rglob("*.py")
+        if path.stat().st_size
+    ]
+    assert len(sources) > 30
+    silent = [
+        str(path.relative_to(ROOT))
+        for path in sources
+        if not re.match(r'(#!.*\n)?r?"""This (file|package|folder) ', path.read_text(encoding="utf-8"))
+    ]
+    assert not silent
+
+
+def test_no_committed_file_names_a_path_or_a_registry_of_one_machine() -> None:
+    forbidden = re.compile(
+        rb"/work/|\.\./shared|/root/\.|/opt/wheels|/opt/pypi|find-links|--index-url|--extra-index-url|download\.pytorch\.org"
+    )
+    found = {
+        str(path.relative_to(ROOT)): match[0].decode()
+        for path in committed_files()
+        if path != Path(__file__) and (match := forbidden.search(path.read_bytes()))
+    }
+    assert not found
+
+
+def test_nothing_large_is_committed() -> None:
+    assert sum(path.stat().st_size for path in committed_files()) < 12 * 2**20
+
+
+@pytest.mark.parametrize("command", ["engram", "engram-service", "engram-train"])
+def test_every_command_explains_itself(command: str) -> None:
+    module = {"engram": "engram.cli", "engram-service": "engram_service.cli", "engram-train": "engram_trainer"}[command]
+    result = subprocess.run([sys.executable, "-m", module, "--help"], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert len(result.stdout.splitlines()) > 8

@@ -1,0 +1,186 @@
+"""This file holds the table of CONTRIBUTING.md: who may import whom.
+
+Imports are read from the syntax tree, those inside functions and under TYPE_CHECKING included. Modules of the standard
+library are free to all; every other import must be one of ours that the table allows, or belong to a distribution
+that pyproject.toml asks for on behalf of that folder.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGES = {
+    "engram": ROOT / "client" / "engram",
+    "engram_service": ROOT / "service" / "engram_service",
+    "engram_trainer": ROOT / "trainer" / "engram_trainer",
+}
+EXTRAS: dict[str, tuple[str, ...]] = {
+    "engram": (),
+    "engram_service": ("service",),
+    "engram_trainer": ("trainer", "hub"),
+}
+"""The extras of pyproject.toml that a package may count on, beside the plain dependencies."""
+
+IMPORT_NAMES = {
+    "pillow": ["PIL"],
+    "fastapi": ["fastapi", "starlette"],
+    "pydantic": ["pydantic", "pydantic_core"],
+    "pydantic-settings": ["pydantic_settings"],
+    "typer": ["typer", "click"],
+    "scikit-learn": ["sklearn"],
+}
+"""Where a distribution's modules are not called as it is; starlette is FastAPI's own foundation, click typer's."""
+
+NOT_FOR_THE_SERVICE = {"engram.client", "engram.mirror", "engram.loader", "engram.cli"}
+
+ORDER = {
+    "engram": ["errors schemas strip huffman pack shares draw batch tar", "client", "mirror loader", "cli"],
+    "engram_service": [
+        "settings tables database storage selection embedding",
+        "commit ingest buffers replay gc worker",
+        "auth routes",
+        "app",
+        "cli",
+    ],
+    "engram_trainer": ["networks memory", "methods", "loop", "__main__"],
+}
+"""Tiers from the bottom up: a module may import its own tier and those below. One that is not named is free, within
+the rule that no import goes round in a circle."""
+
+
+def modules(package: str) -> Iterator[tuple[str, Path]]:
+    folder = PACKAGES[package]
+    for path in sorted(folder.rglob("*.py")):
+        parts = (package, *path.relative_to(folder).with_suffix("").parts)
+        yield ".".join(parts[:-1] if parts[-1] == "__init__" else parts), path
+
+
+ALL = {name: path for package in PACKAGES for name, path in modules(package)}
+
+
+def imports(name: str, *, at_start_only: bool = False) -> set[str]:
+    """Every module that `name` imports; `from x import y` counts as x.y where that is a module of ours, else as x.
+
+    `at_start_only` leaves out what runs later or never: function bodies and TYPE_CHECKING blocks.
+    """
+    path = ALL[name]
+    package = name if path.name == "__init__.py" else name.rpartition(".")[0]
+    found: set[str] = set()
+
+    def visit(node: ast.AST) -> None:
+        if at_start_only and isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            return
+        if at_start_only and isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
+            return
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                parents = package.split(".")
+                base = ".".join([*parents[: len(parents) - node.level + 1], *([node.module] if node.module else [])])
+            whole = {f"{base}.{alias.name}" for alias in node.names}
+            found.update(ours := whole & ALL.keys())
+            if ours != whole:
+                found.add(base)
+        for child in ast.iter_child_nodes(node):
+            visit(child)
+
+    visit(ast.parse(path.read_text(encoding="utf-8")))
+    return found
+
+
+def declared(extras: tuple[str, ...]) -> set[str]:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    names: set[str] = set()
+    for requirement in [*project["dependencies"], *(r for e in extras for r in project["optional-dependencies"][e])]:
+        match = re.match(r"[A-Za-z0-9._-]+", requirement)
+        assert match is not None, requirement
+        names.update(IMPORT_NAMES.get(match[0], [match[0].replace("-", "_")]))
+    return names
+
+
+def test_every_package_has_modules_to_check() -> None:
+    assert all(sum(name.split(".")[0] == package for name in ALL) > 3 for package in PACKAGES)
+
+
+def test_no_source_root_is_itself_a_package() -> None:
+    assert not [folder for folder in PACKAGES.values() if (folder.parent / "__init__.py").exists()]
+
+
+@pytest.mark.parametrize("name", sorted(ALL))
+def test_a_module_imports_only_what_the_table_allows(name: str) -> None:
+    package = name.split(".")[0]
+    allowed = set(sys.stdlib_module_names) | declared(EXTRAS[package]) | {"engram", package}
+    found = imports(name)
+    foreign = sorted(module for module in found if module.split(".")[0] not in allowed)
+    assert not foreign, f"{name} imports {foreign}; see the table in CONTRIBUTING.md and the extras in pyproject.toml"
+    if package == "engram_service":
+        assert not found & NOT_FOR_THE_SERVICE, f"{name} would put the client into the service image"
+
+
+@pytest.mark.parametrize(
+    ("package", "lower", "upper"),
+    [(p, low, up) for p, tiers in ORDER.items() for up in range(len(tiers)) for low in range(up)],
+)
+def test_a_lower_tier_does_not_import_an_upper_one(package: str, lower: int, upper: int) -> None:
+    def members(tier: int) -> set[str]:
+        heads = {f"{package}.{word}" for word in ORDER[package][tier].split()}
+        return {name for name in ALL if any(name == head or name.startswith(f"{head}.") for head in heads)}
+
+    wrong = {name: above for name in members(lower) if (above := imports(name) & members(upper))}
+    assert not wrong
+
+
+@pytest.mark.parametrize("package", sorted(PACKAGES))
+def test_no_import_goes_round_in_a_circle(package: str) -> None:
+    graph = {
+        name: {module for module in imports(name, at_start_only=True) if module in ALL and module != package} - {name}
+        for name in ALL
+        if name.startswith(f"{package}.")
+    }
+    TopologicalSorter(graph).prepare()
+
+
+def test_routes_know_http_and_rules_know_sql() -> None:
+    for name in ALL:
+        if name.startswith("engram_service.routes"):
+            assert not {m for m in imports(name) if m.split(".")[0] == "sqlalchemy"}, f"{name} holds SQL"
+        if name.rpartition(".")[2] in {"buffers", "ingest", "replay", "commit", "worker"} and ".routes" not in name:
+            assert not {m for m in imports(name) if m.split(".")[0] in {"fastapi", "starlette"}}, f"{name} knows HTTP"
+
+
+def test_methods_never_see_a_url_a_session_or_a_file() -> None:
+    methods = [name for name in ALL if name.startswith("engram_trainer.methods.")]
+    assert methods
+    for name in methods:
+        found = imports(name)
+        assert not {m for m in found if m.split(".")[0] in {"httpx", "pathlib", "os", "io", "sqlalchemy"}}, name
+        assert not found & {"engram", "engram.client", "engram.mirror", "engram.loader"}, name
+
+
+@pytest.mark.parametrize(
+    ("statement", "absent"),
+    [
+        ("import engram", {"torch", "fastapi", "sqlalchemy", "engram_service", "engram_trainer", "typer"}),
+        ("import engram.cli", {"torch", "fastapi", "sqlalchemy", "engram_service", "engram_trainer"}),
+        ("import engram_service.app", {"torch", "engram.client", "engram_trainer", "onnxruntime"}),
+        ("import engram_trainer.loop", {"fastapi", "sqlalchemy", "engram_service"}),
+    ],
+)
+def test_importing_pulls_in_nothing_from_across_the_table(statement: str, absent: set[str]) -> None:
+    path = [str(folder.parent) for folder in PACKAGES.values()]
+    program = f"import sys; sys.path[:0] = {path!r}; {statement}; print(*sorted({absent!r} & set(sys.modules)))"
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.split() == []
