@@ -1,0 +1,328 @@
+"""This file is where images come from: every source becomes one `Dataset` of uint8 arrays.
+
+`load(source)` understands:
+
+    sample            the Fashion-MNIST sample that ships with this package (700 train + 150 test images of each class)
+    digits            scikit-learn's 8x8 digits
+    FOLDER            with IDX files (MNIST, Fashion-MNIST, gzipped or not), with train/CLASS/*.png and
+                      test/CLASS/*.png, or with a saved Hugging Face data set (`save_to_disk`, or parquet files)
+    NAME, hub:NAME    a data set of the Hugging Face Hub with an image and a label column, e.g. uoft-cs/cifar100
+
+Images are uint8 `[N, H, W, C]` with C = 1 or 3, RGB; class ids are int64 `[N]`, the data set's own numbers. All images
+of a data set have one shape; `resize` makes it so where the source has several.
+
+The sample is cut from the Debian package dataset-fashion-mnist (MIT, see data/fashion-mnist/LICENSE): the first images
+of each class, in file order. This line reproduces it byte for byte:
+
+    python -c "from engram_trainer import datasets as d; d.write_idx(d.load('/usr/share/datasets/fashion-mnist').first(
+        train=700, test=150), 'trainer/engram_trainer/data/fashion-mnist')"
+"""
+
+from __future__ import annotations
+
+import gzip
+import math
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, UnidentifiedImageError
+
+from engram.errors import BadUpload, NotFound
+
+Images = npt.NDArray[np.uint8]
+ClassIds = npt.NDArray[np.int64]
+
+SAMPLE = Path(__file__).parent / "data" / "fashion-mnist"
+FASHION_CLASSES = (
+    "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
+)  # fmt: skip
+IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".pgm"})
+TEST_SPLITS = ("test", "validation", "valid", "val")
+
+# The IDX header is a magic number, 0x0800 | number of dimensions for uint8, then one big-endian uint32 per dimension.
+IDX_UINT8 = 0x0800
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """Train and test images of one problem, in memory."""
+
+    name: str
+    train_images: Images
+    train_class_ids: ClassIds
+    test_images: Images
+    test_class_ids: ClassIds
+    class_names: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for split, images, class_ids in self._splits():
+            if images.ndim != 4 or images.dtype != np.uint8 or images.shape[3] not in (1, 3):
+                raise ValueError(f"{split} images must be uint8 [N, H, W, 1 or 3], not {images.dtype} {images.shape}")
+            if len(images) != len(class_ids):
+                raise ValueError(f"{self.name}: {len(images)} {split} images but {len(class_ids)} class ids")
+        if self.train_images.shape[1:] != self.test_images.shape[1:]:
+            raise ValueError(f"train images are {self.shape}, test images are {self.test_images.shape[1:]}")
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Height, width and channels of every image."""
+        height, width, channels = self.train_images.shape[1:]
+        return height, width, channels
+
+    @property
+    def classes(self) -> tuple[int, ...]:
+        """The class ids of the training images, ascending."""
+        return tuple(int(class_id) for class_id in np.unique(self.train_class_ids))
+
+    def first(self, *, train: int | None = None, test: int | None = None) -> Dataset:
+        """The first `train` and `test` images of each class, in the order of the source; None keeps all."""
+        train_rows = first_rows(self.train_class_ids, train)
+        test_rows = first_rows(self.test_class_ids, test)
+        return replace(
+            self,
+            train_images=self.train_images[train_rows],
+            train_class_ids=self.train_class_ids[train_rows],
+            test_images=self.test_images[test_rows],
+            test_class_ids=self.test_class_ids[test_rows],
+        )
+
+    def _splits(self) -> Iterator[tuple[str, Images, ClassIds]]:
+        yield "train", self.train_images, self.train_class_ids
+        yield "test", self.test_images, self.test_class_ids
+
+
+def first_rows(class_ids: ClassIds, count: int | None) -> npt.NDArray[np.int64]:
+    """Rows of the first `count` images of each class, ascending; all rows when `count` is None."""
+    if count is None:
+        return np.arange(len(class_ids))
+    rows = [np.flatnonzero(class_ids == class_id)[:count] for class_id in np.unique(class_ids)]
+    return np.sort(np.concatenate(rows)) if rows else np.arange(0)
+
+
+def load(source: str = "sample", *, resize: int | None = None) -> Dataset:
+    """Read a data set; the module's docstring lists what `source` may be.
+
+    Args:
+        source: which data set.
+        resize: make every image `resize` x `resize` pixels (image folders and Hugging Face data sets only).
+
+    Raises:
+        NotFound: there is no such folder, split or column, or the package that reads it is not installed.
+        BadUpload: a file is not what it claims to be.
+    """
+    if source == "sample":
+        return read_idx_folder(SAMPLE, name="fashion-mnist-sample", class_names=FASHION_CLASSES)
+    if source == "digits":
+        return read_digits()
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        return _read_folder(folder, resize)
+    if source.startswith((".", "/", "~")) or folder.is_file():
+        raise NotFound(f"{source} is not a folder; give a folder, 'sample', 'digits' or the name of a hub data set")
+    return read_hub(source.removeprefix("hub:"), resize=resize)
+
+
+def _read_folder(folder: Path, resize: int | None) -> Dataset:
+    if any(folder.glob("*-idx[13]-ubyte*")):
+        fashion = "fashion" in folder.name.lower()
+        return read_idx_folder(folder, name=folder.name, class_names=FASHION_CLASSES if fashion else ())
+    if (folder / "dataset_dict.json").is_file() or any(folder.rglob("*.parquet")):
+        return read_hub(str(folder), resize=resize)
+    if (folder / "train").is_dir():
+        return read_image_folder(folder, resize=resize)
+    raise NotFound(
+        f"{folder} holds no data set that this program knows: expected *-idx3-ubyte[.gz] files, train/CLASS/ and "
+        "test/CLASS/ folders of images, dataset_dict.json or *.parquet"
+    )
+
+
+def read_idx(path: Path) -> Images:
+    """The array of one IDX file of bytes, gzipped or not.
+
+    Raises:
+        BadUpload: the header or the size is wrong.
+    """
+    try:
+        data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    except (OSError, EOFError, zlib.error) as error:
+        raise BadUpload(f"{path} cannot be decompressed: {error}") from error
+    magic = int.from_bytes(data[:4], "big")
+    dimensions = magic & 0xFF
+    if magic & ~0xFF != IDX_UINT8 or not 1 <= dimensions <= 4 or len(data) < 4 + 4 * dimensions:
+        raise BadUpload(f"{path} is not an IDX file of bytes: it starts with {data[:4].hex()}")
+    shape = tuple(int(size) for size in np.frombuffer(data, ">u4", dimensions, 4))
+    expected = 4 + 4 * dimensions + math.prod(shape)
+    if len(data) != expected:
+        raise BadUpload(f"{path} has {len(data)} bytes, its header announces {expected} for shape {shape}")
+    return np.frombuffer(data, np.uint8, offset=4 + 4 * dimensions).reshape(shape)
+
+
+def read_idx_folder(folder: Path, *, name: str, class_names: tuple[str, ...] = ()) -> Dataset:
+    """The four files of MNIST and Fashion-MNIST: {train,t10k}-{images-idx3,labels-idx1}-ubyte[.gz].
+
+    Raises:
+        NotFound: one of the four is missing.
+        BadUpload: one of the four is damaged.
+    """
+    arrays: list[Images] = []
+    for stem in ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1"):
+        paths = [folder / f"{stem}-ubyte.gz", folder / f"{stem}-ubyte"]
+        path = next((path for path in paths if path.is_file()), None)
+        if path is None:
+            raise NotFound(f"{folder} has neither {paths[0].name} nor {paths[1].name}")
+        arrays.append(read_idx(path))
+    train, train_labels, test, test_labels = arrays
+    return Dataset(
+        name,
+        train[..., None],
+        train_labels.astype(np.int64),
+        test[..., None],
+        test_labels.astype(np.int64),
+        class_names,
+    )
+
+
+def write_idx(dataset: Dataset, folder: str | Path) -> None:
+    """Write a grey data set as the four gzipped IDX files, the same bytes every time."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    for stem, array in (
+        ("train-images-idx3", dataset.train_images[..., 0]),
+        ("train-labels-idx1", dataset.train_class_ids),
+        ("t10k-images-idx3", dataset.test_images[..., 0]),
+        ("t10k-labels-idx1", dataset.test_class_ids),
+    ):
+        header = np.array([IDX_UINT8 | array.ndim, *array.shape], ">u4").tobytes()
+        data = gzip.compress(header + array.astype(np.uint8).tobytes(), compresslevel=9, mtime=0)
+        (Path(folder) / f"{stem}-ubyte.gz").write_bytes(data)
+
+
+def read_digits() -> Dataset:
+    """scikit-learn's digits: 1,797 grey images of 8x8; every fifth of a class is a test image.
+
+    Raises:
+        NotFound: scikit-learn is not installed.
+    """
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise NotFound("the data set 'digits' needs scikit-learn: pip install scikit-learn") from error
+    bunch = load_digits()
+    # Values are 0..16.
+    images = np.rint(np.asarray(bunch.images) * (255 / 16)).astype(np.uint8)[..., None]
+    class_ids = np.asarray(bunch.target, np.int64)
+    is_test = np.zeros(len(class_ids), bool)
+    for class_id in range(10):
+        is_test[np.flatnonzero(class_ids == class_id)[4::5]] = True
+    names = tuple(str(digit) for digit in range(10))
+    return Dataset("digits", images[~is_test], class_ids[~is_test], images[is_test], class_ids[is_test], names)
+
+
+def read_image_folder(folder: Path, *, resize: int | None = None) -> Dataset:
+    """`train/CLASS/*` and `test/CLASS/*` (or validation, valid, val); class ids number the sorted folders of train.
+
+    Raises:
+        NotFound: a split or a class folder is missing or empty.
+        BadUpload: a file is not an image, or sizes differ and `resize` was not given.
+    """
+    names = tuple(sorted(path.name for path in (folder / "train").iterdir() if path.is_dir()))
+    test_split = next((split for split in TEST_SPLITS if (folder / split).is_dir()), None)
+    if not names or test_split is None:
+        raise NotFound(f"{folder} needs train/CLASS/ and test/CLASS/ folders of images")
+    unknown = {path.name for path in (folder / test_split).iterdir() if path.is_dir()} - set(names)
+    if unknown:
+        raise NotFound(f"{folder / test_split} has the class folders {sorted(unknown)}, which train/ has not")
+    arrays: list[Any] = []
+    for split in ("train", test_split):
+        files = [
+            (path, class_id)
+            for class_id, name in enumerate(names)
+            for path in sorted((folder / split / name).glob("*"))
+            if path.suffix.lower() in IMAGE_SUFFIXES
+        ]
+        arrays += [(_open(path) for path, _ in files), np.array([class_id for _, class_id in files], np.int64)]
+    train, train_ids, test, test_ids = arrays
+    both = _stack([*train, *test], resize=resize, source=str(folder))
+    return Dataset(folder.name, both[: len(train_ids)], train_ids, both[len(train_ids) :], test_ids, names)
+
+
+def read_hub(name: str, *, resize: int | None = None, image: str | None = None, label: str | None = None) -> Dataset:
+    """A Hugging Face data set by name, or a local folder of one.
+
+    Args:
+        name: name on the Hub, or a folder written by `save_to_disk`, or a folder of parquet files.
+        resize: make every image `resize` x `resize` pixels.
+        image: name of the image column; None takes the first column of images.
+        label: name of the label column; None prefers `fine_label` and `label`, then the first column of class labels.
+
+    Raises:
+        NotFound: package, data set, split or column missing.
+        BadUpload: sizes differ and `resize` was not given.
+    """
+    try:
+        import datasets
+    except ImportError as error:
+        raise NotFound(
+            f"'{name}' is no local source, and reading it from the Hugging Face Hub needs: pip install 'engram[hub]'"
+        ) from error
+    try:
+        saved = (Path(name) / "dataset_dict.json").is_file()
+        splits = datasets.load_from_disk(name) if saved else datasets.load_dataset(name)
+    except Exception as error:  # the library raises a dozen unrelated classes for "not there"
+        raise NotFound(f"the data set '{name}' could not be loaded: {error}") from error
+    test_split = next((split for split in TEST_SPLITS if split in splits), None)
+    if "train" not in splits or test_split is None:
+        raise NotFound(
+            f"'{name}' has the splits {sorted(splits)}; needed are train and one of {', '.join(TEST_SPLITS)}"
+        )
+    features = splits["train"].features
+    image = image or _column(features, datasets.Image, ("image", "img"), name)
+    label = label or _column(features, datasets.ClassLabel, ("fine_label", "label", "labels"), name)
+    missing = {image, label} - set(features)
+    if missing:
+        raise NotFound(f"'{name}' has no column {sorted(missing)}; its columns are {sorted(features)}")
+    train, test = splits["train"], splits[test_split]
+    pictures = [*(_grey_or_rgb(row) for row in train[image]), *(_grey_or_rgb(row) for row in test[image])]
+    both = _stack(pictures, resize=resize, source=name)
+    train_ids, test_ids = (np.asarray(split[label][:], np.int64) for split in (train, test))
+    names = tuple(getattr(features[label], "names", None) or ())
+    return Dataset(Path(name).name, both[: len(train_ids)], train_ids, both[len(train_ids) :], test_ids, names)
+
+
+def _column(features: Any, kind: type, preferred: Sequence[str], name: str) -> str:
+    found = [column for column, feature in features.items() if isinstance(feature, kind)]
+    # A column of plain integers called `label` serves as well as a declared ClassLabel.
+    found += [column for column in preferred if column in features and column not in found and kind.__name__ != "Image"]
+    if not found:
+        raise NotFound(f"'{name}' has no {kind.__name__} column; its columns are {sorted(features)}")
+    return next((column for column in preferred if column in found), found[0])
+
+
+def _open(path: Path) -> Image.Image:
+    try:
+        with Image.open(path) as image:
+            return _grey_or_rgb(image)
+    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
+        raise BadUpload(f"{path} cannot be read as an image: {error}") from error
+
+
+def _grey_or_rgb(image: Image.Image) -> Image.Image:
+    return image.convert("L" if image.mode in ("1", "L") else "RGB")
+
+
+def _stack(images: Sequence[Image.Image], *, resize: int | None, source: str) -> Images:
+    """All images as one array; grey ones become RGB where any is."""
+    if not images:
+        raise NotFound(f"{source} holds no images")
+    if resize is not None:
+        images = [image.resize((resize, resize), Image.Resampling.BILINEAR) for image in images]
+    sizes = sorted({image.size for image in images})
+    if len(sizes) > 1:
+        raise BadUpload(f"{source} has images of {len(sizes)} sizes, e.g. {sizes[0]} and {sizes[-1]}; give --resize")
+    mode = "RGB" if any(image.mode == "RGB" for image in images) else "L"
+    stacked = np.stack([np.asarray(image.convert(mode)) for image in images])
+    return stacked.reshape(*stacked.shape[:3], -1)

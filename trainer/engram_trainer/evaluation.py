@@ -1,0 +1,126 @@
+"""This file is how a run is scored: the accuracy matrix R and the numbers derived from it.
+
+`R[i][j]` is the accuracy on the test images of task j once task i is learned; None where it was not measured. b[j] is
+task j's accuracy at random initialisation. T tasks, counted from 1 in the formulas:
+
+    ACC                              1/T     sum_{j=1..T}   R[T,j]
+    BWT                              1/(T-1) sum_{j=1..T-1} (R[T,j] - R[j,j])
+    FWT                              1/(T-1) sum_{j=2..T}   (R[j-1,j] - b[j])
+    forgetting                       1/(T-1) sum_{j=1..T-1} (max_{j<=l<T} R[l,j] - R[T,j])
+    A_i, incremental accuracy        over all test images of tasks 1..i, after task i
+    average incremental accuracy     mean of A_1..A_T (with base), of A_2..A_T (without)
+
+Source: Lopez-Paz & Ranzato, GEM (NIPS 2017), section 2 for ACC, BWT, FWT. Departure from its reference code: that
+averages over T where the paper's formulas say T-1, so its BWT and FWT are (T-1)/T times these; and it scores N-1 of N
+test images. Forgetting: Chaudhry et al., A-GEM (ICLR 2019). Incremental accuracy: Rebuffi et al., iCaRL (CVPR 2017).
+FWT is None in the class-incremental scenario: the classifier has no output yet for a class that it has not met.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from engram_trainer.datasets import Images
+from engram_trainer.stream import Stream, Task
+
+Matrix = Sequence[Sequence[float | None]]
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """The numbers of one run, as fractions; None where a formula needs more tasks or more measurements."""
+
+    acc: float
+    bwt: float | None
+    fwt: float | None
+    forgetting: float | None
+    last: float
+    average_incremental: float
+    average_incremental_without_base: float | None
+    incremental: tuple[float, ...]
+
+
+def correct(
+    scores: Callable[[Images], npt.NDArray[np.float32]], stream: Stream, task: Task, *, learned: int
+) -> int | None:
+    """How many test images of a task are classified right once task `learned` is the latest (-1: none is).
+
+    Competing labels: those of the task where it is given, else all labels seen so far; every class in the permuted and
+    rotated scenarios.
+
+    Returns:
+        None where the learner cannot answer yet: a class of the task is not among the competing labels, or has no
+        column.
+    """
+    task_labels = stream.labels(np.array(task.classes))
+    if stream.task_is_given or not stream.config.brings_classes:
+        labels = np.sort(task_labels)
+    else:
+        labels = np.arange(stream.seen(learned) if learned >= 0 else 0)
+    if not np.isin(task_labels, labels).all():
+        return None
+    scores_NC = scores(task.test_images)
+    if scores_NC.shape[1] <= labels.max():
+        return None
+    predicted = labels[np.argmax(scores_NC[:, labels], axis=1)]
+    return int((predicted == stream.labels(task.test_class_ids)).sum())
+
+
+def accuracy(
+    scores: Callable[[Images], npt.NDArray[np.float32]], stream: Stream, task: Task, *, learned: int
+) -> float | None:
+    """`correct` as a fraction of all the task's test images."""
+    count = correct(scores, stream, task, learned=learned)
+    return None if count is None else count / len(task.test_images)
+
+
+def metrics(matrix: Matrix, *, test_counts: Sequence[int], at_random: Sequence[float | None] | None = None) -> Metrics:
+    """The numbers of the module's docstring, for the tasks that `matrix` has rows for.
+
+    Args:
+        matrix: R, one row per finished task; the row of task i has accuracies for at least tasks 0..i.
+        test_counts: test images of each task.
+        at_random: b, or None where it was not measured.
+
+    Raises:
+        ValueError: R is empty, or a value on or below its diagonal is missing.
+    """
+    count = len(matrix)
+    if count == 0:
+        raise ValueError("no task is finished, so there is nothing to score")
+    rows = [_measured(matrix[i][: i + 1], i) for i in range(count)]
+    last = rows[-1]
+    incremental = tuple(float(np.average(row, weights=test_counts[: len(row)])) for row in rows)
+    several = count > 1
+    before = [float(matrix[j - 1][j] or 0.0) for j in range(1, count) if _has(matrix[j - 1], j)]
+    start = [float(b) for b in (at_random or ())[1:count] if b is not None]
+    forward = several and len(before) == len(start) == count - 1
+    return Metrics(
+        acc=float(np.mean(last)),
+        bwt=float(np.mean([last[j] - rows[j][j] for j in range(count - 1)])) if several else None,
+        fwt=float(np.mean(np.subtract(before, start))) if forward else None,
+        forgetting=(
+            float(np.mean([max(rows[i][j] for i in range(j, count - 1)) - last[j] for j in range(count - 1)]))
+            if several
+            else None
+        ),
+        last=incremental[-1],
+        average_incremental=float(np.mean(incremental)),
+        average_incremental_without_base=float(np.mean(incremental[1:])) if several else None,
+        incremental=incremental,
+    )
+
+
+def _has(row: Sequence[float | None], place: int) -> bool:
+    return len(row) > place and row[place] is not None
+
+
+def _measured(row: Sequence[float | None], index: int) -> list[float]:
+    values = [value for value in row if value is not None]
+    if len(values) != index + 1:
+        raise ValueError(f"after task {index} there are {len(values)} accuracies, needed are {index + 1}")
+    return values
