@@ -1,0 +1,1 @@
+"""This file is the package of selection: which exemplars a task keeps (`ranking`), and at which quality (`quality`)."""

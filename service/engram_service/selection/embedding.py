@@ -1,0 +1,338 @@
+"""This file is the embeddings that selection compares images by: the built-in one, and ONNX models brought by trainers.
+
+Every embedder turns uint8 images [N, H, W, C] into float32 rows [N, D] of unit L2 norm.
+
+The built-in embedding is centred pixels under a fixed random projection: it keeps the geometry of pixels, knows
+nothing of classes, and is the lesser choice beside the features of the network that will replay the images.
+
+An extractor is a file from the network, so it never runs in the service's own process: `OnnxEmbedder` starts a child
+(`extractor.py`, where the demands on a model and the protocol of the pipes are written) and asks it batch by batch.
+The child is killed by this process when one answer takes too long, and by the kernel when this process dies.
+
+Letters: N images, H height, W width, C channels, P values of a thumbnail, D dimensions.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import struct
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, Protocol, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from engram.errors import BadExtractor
+from engram_service.selection.extractor import BATCH, LENGTH, Orders, read_exactly
+
+UInt8Array = npt.NDArray[np.uint8]
+FloatArray = npt.NDArray[np.float32]
+Shape = tuple[int, int, int]
+Answer = TypeVar("Answer")
+
+_THUMBNAIL_SIDE = 32
+_CHUNK_VALUES = 2**21
+_CHUNK_IMAGES = 128
+# A flat image must not have its coding noise blown up to unit length: the constant added to every row weighs as much
+# as this many grey levels of contrast.
+_FLAT_LEVELS = 4.0
+_PROJECTION_KEY = 0x656E6772616D  # "engram"
+_MAX_ANSWER_BYTES = 2**16
+
+
+class Embedder(Protocol):
+    """What selection needs of an embedding. `name` is "builtin" or the SHA-256 of the model."""
+
+    @property
+    def name(self) -> str:
+        """What a decision records."""
+        ...
+
+    def embed(self, images_NHWC: UInt8Array) -> FloatArray:
+        """One row per image, unit L2 norm."""
+        ...
+
+
+class BuiltinEmbedder:
+    """Centred pixels of a thumbnail (at most 32x32) under a fixed random projection."""
+
+    name = "builtin"
+
+    def __init__(self, shape: Shape, dimensions: int = 128) -> None:
+        height, width, channels = shape
+        self._shape = shape
+        self._thumbnail = (min(height, _THUMBNAIL_SIDE), min(width, _THUMBNAIL_SIDE))
+        pixels = self._thumbnail[0] * self._thumbnail[1] * channels
+        signs = _random_signs((pixels + 1) * dimensions).reshape(pixels + 1, dimensions)
+        # Columns that sum to zero ignore the brightness of an image, which saves subtracting it.
+        self._projection_PD = signs[:-1] - signs[:-1].mean(axis=0)
+        self._flat_D = signs[-1] * np.float32(_FLAT_LEVELS * np.sqrt(pixels))
+
+    def embed(self, images_NHWC: UInt8Array) -> FloatArray:
+        """One row per image, unit L2 norm.
+
+        Raises:
+            ValueError: the images have another shape.
+        """
+        if images_NHWC.shape[1:] != self._shape:
+            raise ValueError(f"images are {images_NHWC.shape[1:]}, this embedder is for {self._shape}")
+        features_ND = np.empty((len(images_NHWC), len(self._flat_D)), np.float32)
+        for rows in _chunks(len(images_NHWC), self._shape, _CHUNK_VALUES):
+            pixels_NP = _shrink(images_NHWC[rows], *self._thumbnail).reshape(-1, len(self._projection_PD))
+            np.matmul(pixels_NP, self._projection_PD, out=features_ND[rows])
+        features_ND += self._flat_D
+        return _unit_rows(features_ND)
+
+
+@dataclass(frozen=True)
+class ExtractorLimits:
+    """What one extractor may use."""
+
+    memory_bytes: int = 4 * 2**30
+    """Address space of its process; Python and onnxruntime themselves take some 0.6 GiB of it."""
+
+    batch_s: float = 120.0
+    """How long it may take to load, and for one batch of at most 128 images."""
+
+    threads: int = 1
+    """How many threads onnxruntime computes with."""
+
+    max_bytes: int = 512 * 2**20
+    """Size of the file."""
+
+
+@dataclass(frozen=True)
+class ExtractorInfo:
+    """What a model that passed `inspect` is; None in the shape is a size that is free."""
+
+    input_shape: tuple[int | None, int | None, int | None, int | None]
+    dimensions: int
+
+
+class OnnxEmbedder:
+    """An ONNX model in a child process. Enter it to start the process; leaving ends it.
+
+    Enter it on a thread that outlives the `with` block: the kernel ends the child with the thread that started it.
+    """
+
+    def __init__(self, path: Path, sha256: str, limits: ExtractorLimits | None = None) -> None:
+        self.name = sha256
+        self._child = _Child(path, sha256, limits or ExtractorLimits())
+
+    def __enter__(self) -> OnnxEmbedder:
+        """The model is loaded and has answered a dummy batch.
+
+        Raises:
+            BadExtractor: it cannot serve; the message says why.
+        """
+        self._child.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._child.stop()
+
+    @property
+    def info(self) -> ExtractorInfo:
+        """Input shape and dimensions of the model that runs."""
+        return self._child.info
+
+    def embed(self, images_NHWC: UInt8Array) -> FloatArray:
+        """One row per image, unit L2 norm.
+
+        Raises:
+            BadExtractor: the model failed on these images, or took more time or memory than it may.
+        """
+        features_ND = np.empty((len(images_NHWC), self.info.dimensions), np.float32)
+        shape = images_NHWC.shape[1], images_NHWC.shape[2], images_NHWC.shape[3]
+        for rows in _chunks(len(images_NHWC), shape, 2 * _CHUNK_VALUES, _CHUNK_IMAGES):
+            features_ND[rows] = self._child.ask(images_NHWC[rows])
+        return _unit_rows(features_ND)
+
+
+def inspect(path: Path, limits: ExtractorLimits | None = None) -> ExtractorInfo:
+    """What the model takes and gives, found by running it on a dummy batch in a child process.
+
+    Raises:
+        BadExtractor: it cannot serve; the message says why.
+    """
+    child = _Child(path, None, limits or ExtractorLimits())
+    try:
+        child.start()
+        return child.info
+    finally:
+        child.stop()
+
+
+def _random_signs(count: int) -> FloatArray:
+    """+1 and -1 from raw Philox bits: numpy promises the bits for ever, not what it makes of them."""
+    words = np.random.Philox(key=_PROJECTION_KEY).random_raw(-(-count // 64)).astype("<u8")
+    bits = np.unpackbits(words.view(np.uint8), bitorder="little")[:count]
+    return bits.astype(np.float32) * 2 - 1
+
+
+def _chunks(n: int, shape: Shape, values: int, images: int = 2**16) -> Iterator[slice]:
+    """Slices of 0..n of at most so many values and images each."""
+    step = max(1, min(images, values // (shape[0] * shape[1] * shape[2])))
+    for start in range(0, n, step):
+        yield slice(start, min(n, start + step))
+
+
+def _shrink(images_NHWC: UInt8Array, height: int, width: int) -> FloatArray:
+    """Each output pixel is the mean of its cell of whole input pixels; equal sizes are only converted."""
+    n, h, w, c = images_NHWC.shape
+    if (h, w) == (height, width):
+        return images_NHWC.astype(np.float32)
+    rows = np.arange(height) * h // height
+    columns = np.arange(width) * w // width
+    # Rows first, summed as integers over whole lines: one pass over the bytes of the image.
+    sums = np.add.reduceat(images_NHWC.reshape(n, h, w * c), rows, axis=1, dtype=np.uint32)
+    thumbnails = np.add.reduceat(sums.reshape(n, height, w, c), columns, axis=2).astype(np.float32)
+    heights = np.diff(rows, append=h)
+    widths = np.diff(columns, append=w)
+    thumbnails /= (heights[:, None] * widths[None, :])[None, :, :, None].astype(np.float32)
+    return thumbnails
+
+
+def _unit_rows(features_ND: FloatArray) -> FloatArray:
+    """The rows scaled to unit length, in place; a row of zeros becomes a diagonal, equal to every other such row."""
+    with np.errstate(over="ignore"):
+        norms_N = np.linalg.norm(features_ND.astype(np.float64), axis=1)
+    features_ND[norms_N == 0] = 1
+    norms_N[norms_N == 0] = np.sqrt(features_ND.shape[1])
+    features_ND /= norms_N[:, None]
+    return features_ND
+
+
+class _Child:
+    """The parent's end of the pipes. One caller at a time."""
+
+    def __init__(self, path: Path, sha256: str | None, limits: ExtractorLimits) -> None:
+        self._path = path
+        self._sha256 = sha256
+        self._limits = limits
+        self._process: subprocess.Popen[bytes] | None = None
+        self._stderr: IO[bytes] | None = None
+        self._is_late = False
+        self._info: ExtractorInfo | None = None
+
+    @property
+    def info(self) -> ExtractorInfo:
+        if self._info is None:
+            raise ValueError("the extractor is not running; use it in a `with` block")
+        return self._info
+
+    def start(self) -> None:
+        limits = self._limits
+        orders = Orders(
+            str(self._path.absolute()), self._sha256, limits.max_bytes, limits.memory_bytes, limits.threads, os.getpid()
+        )
+        self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 - closed by stop()
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", "-m", "engram_service.selection.extractor", orders.to_json()],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._stderr,
+            cwd="/",
+            # Nothing else of the environment: tokens and database passwords are none of a model's business.
+            env={
+                "PYTHONPATH": os.pathsep.join(str(Path(part).absolute()) for part in sys.path if part),
+                "OMP_NUM_THREADS": "1",
+                "OPENBLAS_NUM_THREADS": "1",
+            },
+        )
+        try:
+            answer = self._within("loading and a dummy batch", self._answer)
+        except BaseException:
+            self.stop()
+            raise
+        n, c, h, w = answer["input_shape"]
+        self._info = ExtractorInfo((n, c, h, w), int(answer["dimensions"]))
+
+    def ask(self, images_NHWC: UInt8Array) -> FloatArray:
+        def exchange() -> FloatArray:
+            to_child, from_child = self._pipes()
+            to_child.write(BATCH.pack(*images_NHWC.shape))
+            to_child.write(np.ascontiguousarray(images_NHWC).data)
+            to_child.flush()
+            expected = [len(images_NHWC), self.info.dimensions]
+            if self._answer()["shape"] != expected:
+                raise EOFError
+            return np.frombuffer(read_exactly(from_child, 4 * expected[0] * expected[1]), "<f4").reshape(expected)
+
+        return self._within(f"a batch of {len(images_NHWC)} images", exchange)
+
+    def stop(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            for pipe in self._pipes():
+                with contextlib.suppress(BrokenPipeError):  # the rest of a batch that nobody reads any more
+                    pipe.close()
+            self._process.wait()
+            self._process = None
+        if self._stderr is not None:
+            self._stderr.close()
+            self._stderr = None
+        self._info = None
+
+    def _pipes(self) -> tuple[IO[bytes], IO[bytes]]:
+        process = self._process
+        if process is None or process.stdin is None or process.stdout is None:
+            raise ValueError("the extractor is not running; use it in a `with` block")
+        return process.stdin, process.stdout
+
+    def _answer(self) -> dict[str, Any]:
+        from_child = self._pipes()[1]
+        (length,) = LENGTH.unpack(read_exactly(from_child, LENGTH.size))
+        if length > _MAX_ANSWER_BYTES:
+            raise EOFError
+        answer: dict[str, Any] = json.loads(read_exactly(from_child, length))
+        if "error" in answer:
+            raise BadExtractor(f"the extractor cannot serve: {answer['error']}", **answer["details"])
+        return answer
+
+    def _within(self, what: str, exchange: Callable[[], Answer]) -> Answer:
+        """What `exchange` returns, unless the child dies or takes longer than it may."""
+        timer = threading.Timer(self._limits.batch_s, self._expire)
+        timer.daemon = True
+        timer.start()
+        try:
+            return exchange()
+        except (EOFError, BrokenPipeError, json.JSONDecodeError, struct.error) as error:
+            raise self._death(what) from error
+        finally:
+            timer.cancel()
+
+    def _expire(self) -> None:
+        self._is_late = True
+        if self._process is not None:
+            self._process.kill()
+
+    def _death(self, what: str) -> BadExtractor:
+        limits = self._limits
+        if self._is_late:
+            message = (
+                f"the extractor took more than {limits.batch_s:g} s for {what} and was stopped; use a smaller model"
+            )
+            return BadExtractor(message, limit_s=limits.batch_s)
+        status, words = None, ""
+        if self._process is not None and self._stderr is not None:
+            self._process.kill()
+            status = self._process.wait()
+            self._stderr.seek(0)
+            words = self._stderr.read(4096).decode(errors="replace").strip()
+        how = (
+            f"was ended by {signal.Signals(-status).name}" if status is not None and status < 0 else f"exited {status}"
+        )
+        message = f"the extractor's process {how} during {what}; it may use {limits.memory_bytes:,} bytes of memory" + (
+            f". Its last words: {words.splitlines()[-1][:300]}" if words else ""
+        )
+        return BadExtractor(message, memory_bytes=limits.memory_bytes)

@@ -1,0 +1,157 @@
+"""This file is the rankings: in which order the images of one class deserve to be kept.
+
+Every ranking is a permutation cut off at `count` and never depends on `count`: a share that shrinks drops the tail of
+the order, and what is left is what a smaller share would have kept from the start.
+
+`herding` and `greedy_dpp` look at features, one row per image, unit L2 norm. Both cost one pass over the features of
+the class for every image chosen, which is quadratic when the count grows with the class. A class of more than `GROUP`
+images is therefore cut into interleaved groups (every G-th image) that are ranked each on their own and dealt out in
+turn: a group is a systematic sample of the class, so its mean and its spread are nearly those of the class. The cost
+is then linear in the class, and `groups` lets a caller hold the features of one group at a time.
+
+`ring` keeps the latest images (GEM's last M/T). `random` and `reservoir` are one thing here, a uniform permutation:
+algorithm R over a complete upload keeps every subset of its size with equal probability, and so does a prefix of a
+random permutation. What makes a reservoir of a stream of uploads is their merging, which happens where they are
+committed.
+
+Letters: N images of the class, D features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from engram.schemas import Ranking
+
+FloatArray = npt.NDArray[np.float32]
+IntArray = npt.NDArray[np.int64]
+
+# 4,096 rows of 128 features are 2 MiB, which stay in a core's cache while they are passed over once per pick.
+GROUP = 4096
+# A squared residual below this is rounding in float32: the images left add no volume to those chosen.
+_EXHAUSTED = 1e-5
+
+
+def needs_features(method: Ranking) -> bool:
+    """True if `rank` looks at the features; the other methods only need to know how many images there are."""
+    return method in ("herding", "greedy_dpp")
+
+
+def groups(n: int) -> list[IntArray]:
+    """The images 0..n-1 of a class in interleaved groups of at most `GROUP`; one group for a class that is small."""
+    count = max(1, -(-n // GROUP))
+    return [np.arange(start, n, count, dtype=np.int64) for start in range(count)]
+
+
+def deal(orders: Sequence[IntArray], count: int) -> IntArray:
+    """The first `count` of the groups' orders, dealt out in turn: all firsts, then all seconds, ..."""
+    ranks = np.concatenate([np.arange(len(order)) for order in orders])
+    turns = np.argsort(ranks, kind="stable")
+    return np.concatenate(orders)[turns][:count]
+
+
+def rank(features_ND: FloatArray, count: int, *, method: Ranking, rng: np.random.Generator) -> IntArray:
+    """The `count` images of one class that deserve most to be kept, best first.
+
+    Args:
+        features_ND: one row per image in the order of arrival, unit L2 norm. Only the number of rows matters to
+            `ring`, `random` and `reservoir`.
+        count: 0..N.
+        method: the ranking, as in `IngestOptions.ranking`.
+        rng: what `random` and `reservoir` draw from.
+
+    Raises:
+        ValueError: `count` is not in 0..N.
+    """
+    n = len(features_ND)
+    if not 0 <= count <= n:
+        raise ValueError(f"cannot rank {count} of {n} images; ask for 0 to {n}")
+    if not needs_features(method):
+        return order(n, method=method, rng=rng)[:count]
+    choose = _herd if method == "herding" else _greedy_dpp
+    parts = groups(n)
+    if len(parts) == 1:
+        return choose(features_ND, count)
+    picks = [part[choose(features_ND[part], min(len(part), -(-count // len(parts))))] for part in parts]
+    return deal(picks, count)
+
+
+def order(n: int, *, method: Ranking, rng: np.random.Generator) -> IntArray:
+    """All n images of a class in the order of a method that looks at no features.
+
+    Raises:
+        ValueError: the method needs features.
+    """
+    if needs_features(method):
+        raise ValueError(f"{method} ranks by features; call rank() with one row per image")
+    if method == "ring":
+        return np.arange(n - 1, -1, -1, dtype=np.int64)
+    # Raw bits, as numpy may change what `permutation` makes of them from one release to the next.
+    keys = np.atleast_1d(np.asarray(rng.bit_generator.random_raw(n), dtype=np.uint64)) if n else np.empty(0, np.uint64)
+    return np.argsort(keys, kind="stable").astype(np.int64)
+
+
+def _herd(features_ND: FloatArray, count: int) -> IntArray:
+    """Every prefix of the result has a mean near the mean of the class.
+
+    Source: Rebuffi et al., iCaRL (CVPR 2017), Algorithm 4, in the running form of the LUCIR and MRDC code: argmax of
+    <w, x>, then w += mean - x. Departures: rows already chosen are masked, so that there are no repeats and no rounds
+    wasted on them (their code stops after 1,000 rounds, or 500 images, with fewer than asked for), and ties resolve to
+    the lowest index.
+    """
+    mean_D = features_ND.mean(axis=0, dtype=np.float64)
+    target_D = mean_D.copy()
+    closed_N = np.zeros(len(features_ND), np.float32)
+    picks = np.empty(count, np.int64)
+    for turn in range(count):
+        scores_N = features_ND @ target_D.astype(np.float32)
+        scores_N += closed_N
+        picks[turn] = pick = int(scores_N.argmax())
+        closed_N[pick] = -np.inf
+        target_D += mean_D - features_ND[pick]
+    return picks
+
+
+def _greedy_dpp(features_ND: FloatArray, count: int) -> IntArray:
+    """Every prefix of the result spans, greedily, the largest volume: the greedy MAP of a k-DPP with kernel X X^T.
+
+    A pick's gain is the squared distance of its row from the span of those already chosen. For a linear kernel the
+    new column of the incremental Cholesky factor is X q, q being the pick's residual direction; keeping the q (at
+    most D of them) instead of the factor's N x k entries gives the same gains in the memory of the features.
+
+    No more than D rows are independent: when nothing left has a gain, a new round starts among the images that are
+    left, so that any count can be asked for. The first pick of a round has all gains equal and is the lowest index.
+
+    Source: Chen, Zhang, Zhou, Fast greedy MAP inference for determinantal point processes (NeurIPS 2018), Algorithm 1.
+    """
+    n, d = features_ND.shape
+    directions_KD = np.empty((min(n, d), d), np.float32)
+    picks = np.empty(count, np.int64)
+    is_open_N = np.ones(n, bool)
+    gains_N = np.ones(n, np.float32)
+    rank_in_round = 0
+    for turn in range(count):
+        pick = int(gains_N.argmax())
+        if rank_in_round == len(directions_KD) or gains_N[pick] < _EXHAUSTED:
+            gains_N = np.where(is_open_N, np.float32(1), np.float32(-np.inf))
+            pick, rank_in_round = int(gains_N.argmax()), 0
+        picks[turn] = pick
+        is_open_N[pick] = False
+        direction_D = _residual(features_ND[pick], directions_KD[:rank_in_round])
+        directions_KD[rank_in_round] = direction_D
+        rank_in_round += 1
+        gains_N -= (features_ND @ direction_D) ** 2
+        gains_N[pick] = -np.inf
+    return picks
+
+
+def _residual(row_D: FloatArray, directions_KD: FloatArray) -> FloatArray:
+    """The unit vector along what is left of a row outside the span of the directions (Gram-Schmidt, done twice)."""
+    rest = row_D.astype(np.float64)
+    basis = directions_KD.astype(np.float64)
+    for _ in range(2):  # once loses orthogonality when little is left
+        rest -= basis.T @ (basis @ rest)
+    return (rest / max(float(np.linalg.norm(rest)), 1e-12)).astype(np.float32)
