@@ -71,6 +71,8 @@ def rank(features_ND: FloatArray, count: int, *, method: Ranking, rng: np.random
         raise ValueError(f"cannot rank {count} of {n} images; ask for 0 to {n}")
     if not needs_features(method):
         return order(n, method=method, rng=rng)[:count]
+    if n == 0:
+        return np.empty(0, np.int64)
     choose = _herd if method == "herding" else _greedy_dpp
     parts = groups(n)
     if len(parts) == 1:
@@ -131,19 +133,19 @@ def _greedy_dpp(features_ND: FloatArray, count: int) -> IntArray:
     directions_KD = np.empty((min(n, d), d), np.float32)
     picks = np.empty(count, np.int64)
     is_open_N = np.ones(n, bool)
-    gains_N = np.ones(n, np.float32)
+    gains_N = np.ones(n)
     rank_in_round = 0
     for turn in range(count):
         pick = int(gains_N.argmax())
         if rank_in_round == len(directions_KD) or gains_N[pick] < _EXHAUSTED:
-            gains_N = np.where(is_open_N, np.float32(1), np.float32(-np.inf))
+            gains_N = np.where(is_open_N, 1.0, -np.inf)
             pick, rank_in_round = int(gains_N.argmax()), 0
         picks[turn] = pick
         is_open_N[pick] = False
         direction_D = _residual(features_ND[pick], directions_KD[:rank_in_round])
         directions_KD[rank_in_round] = direction_D
         rank_in_round += 1
-        gains_N -= (features_ND @ direction_D) ** 2
+        gains_N -= (features_ND @ direction_D).astype(np.float64) ** 2
         gains_N[pick] = -np.inf
     return picks
 
