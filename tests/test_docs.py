@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 
 import pytest
-
 from docs import tables
 
 ROOT = Path(__file__).parent.parent
