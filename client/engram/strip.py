@@ -1,9 +1,10 @@
-r"""This file is the strip: n images of one size in one ordinary JPEG, one restart interval each. This text is its specification.
+r"""This file is the strip: n images of one size in one ordinary JPEG. This text is its specification.
 
-At 32x32 a JPEG file is mostly header. A strip stacks n images vertically, each padded to the MCU height by repeating its
-last row, under one set of quantisation and Huffman tables fitted to all of them. DC prediction restarts at every image,
-so the entropy-coded segment of an image stands alone between restart markers: any selection of segments, in any order, with
-the markers renumbered and the height patched, is again a valid strip. Nothing is ever re-encoded to drop, reorder or draw.
+At 32x32 a JPEG file is mostly header. A strip stacks n images vertically, each padded to the MCU height by repeating
+its last row, under one set of quantisation and Huffman tables fitted to all of them. DC prediction restarts at every
+image, so the entropy-coded segment of an image stands alone between restart markers: any selection of segments, in
+any order, with the markers renumbered and the height patched, is again a valid strip. Nothing is ever re-encoded to
+drop, reorder or draw.
 
 Bytes, in this order and no other (numbers are big-endian, as everywhere in JPEG):
 
@@ -13,7 +14,8 @@ Bytes, in this order and no other (numbers are big-endian, as everywhere in JPEG
     DHT    FF C4 length:2 huffman                  DC 0, AC 0 (and DC 1, AC 1 for colour), in one segment
     DRI    FF DD 0004     mcus:2                   MCUs of one image; left out when they exceed 65,535 (then n = 1)
     SOF0   FF C0 length:2 08 height:2 width:2 components
-                                                   height = (n - 1) * padded height + image height; Y 2x2 for 4:2:0, else 1x1
+                                                   height = (n - 1) * padded height + image height;
+                                                   Y is 2x2 for 4:2:0, else 1x1
     SOS    FF DA length:2 components 00 3F 00
     n segments of entropy-coded data, RST0..RST7 in turn between them
     EOI    FF D9
@@ -22,16 +24,17 @@ Bytes, in this order and no other (numbers are big-endian, as everywhere in JPEG
              task:4                                only if flags & 1
              (class id, run length) pairs as LEB128 varints until the run lengths sum to count
              segment_crc:4 * count                 CRC-32 of each segment, markers excluded
-             row:4 * count                         only if flags & 2: the row of each image in the pack it was drawn from
+             row:4 * count                         only if flags & 2: each image's row in its pack
 
-`header_crc` is the CRC-32 of every byte from SOI to the end of SOS with its own four bytes set to zero. All payload parts are
-contiguous, so a corrupted table, label or checksum is found before anything is decoded. Why each check exists:
-declared sizes are compared with limits before memory is taken (a 100-byte file can claim 65,535 x 65,535); the count is
-compared with the markers found (a decoder fed too few segments invents grey images); a CRC per segment finds the flipped
-bit that a JPEG decoder would render without complaint.
+`header_crc` is the CRC-32 of every byte from SOI to the end of SOS with its own four bytes set to zero. All payload
+parts are contiguous, so a corrupted table, label or checksum is found before anything is decoded. Why each check
+exists: declared sizes are compared with limits before memory is taken (a 100-byte file can claim 65,535 x 65,535);
+the count is compared with the markers found (a decoder fed too few segments invents grey images); a CRC per segment
+finds the flipped bit that a JPEG decoder would render without complaint.
 
-Segments hold 4:2:0 or 4:4:4 YCbCr or grey. A strip has no JFIF segment: components 1, 2, 3 without Adobe marker mean YCbCr to
-every decoder. Chroma must be upsampled by replication (`fastupsample=True`): libjpeg's "fancy" filter looks across image borders.
+Segments hold 4:2:0 or 4:4:4 YCbCr or grey. A strip has no JFIF segment: components 1, 2, 3 without Adobe marker mean
+YCbCr to every decoder. Chroma must be upsampled by replication (`fastupsample=True`): libjpeg's "fancy" filter looks
+across image borders.
 
 Shapes: images are uint8 [N, H, W, C], C = 1 or 3 (RGB).
 """
@@ -213,7 +216,8 @@ class Exemplars:
 
         Args:
             out: flat buffer of at least N * padded height * W * C bytes to decode into; one is made if None
-                (`pixel_buffer` makes a well-aligned one). The result is a view of it: rows of padding are skipped by stride.
+                (`pixel_buffer` makes a well-aligned one). The result is a view of it: rows of padding are skipped by
+                stride.
         """
         form, n = self.form, len(self)
         image_bytes = form.padded_height * form.width * form.channels
@@ -402,8 +406,8 @@ def decode_strip(data: Bytes, form: Form, out: UInt8Array) -> None:
 def pixel_buffer(size: int) -> UInt8Array:
     """A flat buffer that starts 16 bytes off a 32-byte boundary.
 
-    libjpeg-turbo's AVX2 colour conversion stores past the cache when rows are 32-byte aligned, which measured 3.7 times slower
-    for a draw that is read at once; numpy's own allocation hits that alignment by luck.
+    libjpeg-turbo's AVX2 colour conversion stores past the cache when rows are 32-byte aligned, which measured 3.7
+    times slower for a draw that is read at once; numpy's own allocation hits that alignment by luck.
     """
     raw = np.empty(size + 48, np.uint8)
     skip = (16 - raw.ctypes.data) % 32
@@ -666,8 +670,8 @@ def _encode_chunk(images: UInt8Array, labels: IntArray, quality: int, subsamplin
 def _canvas(images: UInt8Array, side: int) -> UInt8Array:
     """The picture that Pillow encodes so that every image is one run of consecutive MCUs.
 
-    Few images are stacked as in the strip. Many would exceed the 65,500 rows that libjpeg allows, so their MCUs are laid
-    side by side instead, several images to an MCU row: blocks are coded one by one, so the entropy-coded
+    Few images are stacked as in the strip. Many would exceed the 65,500 rows that libjpeg allows, so their MCUs are
+    laid side by side instead, several images to an MCU row: blocks are coded one by one, so the entropy-coded
     data of an image is the same, and one call fits one set of tables to all of them.
     """
     n, height, width, channels = images.shape
@@ -682,11 +686,12 @@ def _canvas(images: UInt8Array, side: int) -> UInt8Array:
     units = _pad(images, down * side, across * side).reshape(n, down, side, across, side, channels)
     canvas = np.zeros((rows * a_row, down, across, side, side, channels), np.uint8)
     canvas[:n] = units.transpose(0, 1, 3, 2, 4, 5)
-    return (
+    laid: UInt8Array = (
         canvas.reshape(rows, a_row * mcus, side, side, channels)
         .transpose(0, 2, 1, 3, 4)
         .reshape(rows * side, a_row * mcus * side, channels)
     )
+    return laid
 
 
 def _pad(images: UInt8Array, height: int, width: int) -> UInt8Array:
@@ -719,7 +724,8 @@ def _save(canvas: UInt8Array, quality: int, subsampling: Subsampling, restart_in
     try:
         picture.save(out, "JPEG", **options)
     except OSError:
-        # With optimize=True libjpeg cannot be suspended, so Pillow's output buffer must hold the whole file, and its guess of
+        # With optimize=True libjpeg cannot be suspended, so Pillow's output buffer must hold the whole file, and its
+        # guess of
         # one or two bytes a pixel is too small for noise at high quality.
         out = io.BytesIO()
         with _maxblock_lock:

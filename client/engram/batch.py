@@ -1,0 +1,91 @@
+"""This file is what a draw delivers: the strips of its exemplars back to back, and the arrays they decode to.
+
+The body of a draw holds, for each pack touched, one strip or more with the pack's task and the row of every exemplar
+in it. Service and `Mirror` make it with the same function, so a mirrored draw equals the service's byte for byte.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from engram.errors import StripCorrupt
+from engram.strip import (
+    Bytes,
+    Exemplars,
+    Limits,
+    Markers,
+    Strip,
+    UInt8Array,
+    as_images,
+    decode_strip,
+    parse,
+    pixel_buffer,
+)
+
+IntArray = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """One replay minibatch; the arrays are aligned by exemplar.
+
+    `images` is uint8 [N, H, W, C], C = 1 or 3 (RGB). It may be a strided view (rows of padding are skipped), which
+    numpy and torch take as it is. `rows` are row numbers in the pack of the exemplar's task.
+    """
+
+    images: UInt8Array
+    class_ids: IntArray
+    tasks: IntArray
+    rows: IntArray
+
+    def __len__(self) -> int:
+        return len(self.class_ids)
+
+
+def assemble(parts: Sequence[tuple[int, Exemplars, npt.ArrayLike]]) -> bytes:
+    """The body of a draw: for each (task, exemplars of its pack, rows) the strips of those rows."""
+    return b"".join(
+        strip for task, exemplars, rows in parts for strip in exemplars.select(rows).to_strips(task=task, rows=rows)
+    )
+
+
+def decode(body: Bytes, *, limits: Limits | None = None) -> Batch:
+    """The arrays of a draw's body, every byte checked, decoded into one buffer.
+
+    Raises:
+        StripCorrupt: something does not match, or the strips hold images of different sizes.
+    """
+    strips: list[tuple[int, Strip]] = []
+    markers, at = Markers(body), 0
+    while at < len(body):
+        strip = parse(body, at, limits=limits, markers=markers)
+        strips.append((at, strip))
+        at = strip.end
+    if not strips:
+        raise StripCorrupt("the draw has no strip in it")
+    form = strips[0][1].exemplars.form
+    if any(strip.exemplars.form.shape != form.shape for _, strip in strips):
+        raise StripCorrupt("the strips of the draw hold images of different sizes")
+    # 4:2:0 and 4:4:4 pad to different heights; a buffer has one subsampling, a batch of several would be a mix of two
+    # buffers.
+    if any(strip.exemplars.form.padded_height != form.padded_height for _, strip in strips):
+        raise StripCorrupt("the strips of the draw differ in subsampling")
+    count = sum(len(strip.exemplars) for _, strip in strips)
+    image_bytes = form.padded_height * form.width * form.channels
+    flat = pixel_buffer(count * image_bytes)
+    done = 0
+    view = memoryview(body)
+    for at, strip in strips:
+        n = len(strip.exemplars)
+        decode_strip(view[at : strip.end], form, flat[done * image_bytes : (done + n) * image_bytes])
+        done += n
+    return Batch(
+        as_images(flat, form, count),
+        np.concatenate([strip.exemplars.class_ids for _, strip in strips]),
+        np.concatenate([np.full(len(s.exemplars), -1 if s.task is None else s.task) for _, s in strips]),
+        np.concatenate([np.arange(len(s.exemplars)) if s.rows is None else s.rows for _, s in strips]),
+    )

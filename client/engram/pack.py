@@ -1,0 +1,209 @@
+"""This file is the pack: the exemplars of one task as one immutable object, strips back to back, named by its SHA-256.
+
+    pack = strip * k      all of one form (shape, subsampling, tables); every strip but the last holds form.max_images
+
+Rows count from 0 through the whole pack. Classes ascend; within a class rows are in rank order, so every prefix of a
+class is a valid memory and a share that shrinks only drops tails.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from hashlib import sha256
+
+import numpy as np
+import numpy.typing as npt
+
+from engram.errors import StripCorrupt
+from engram.shares import split
+from engram.strip import (
+    SIGNATURE,
+    Bytes,
+    Exemplars,
+    Form,
+    IntArray,
+    Limits,
+    Markers,
+    parse_leniently,
+    runs_of,
+    strip_overhead,
+)
+
+_STRIP_START = b"\xff\xd8\xff\xef"
+
+
+def to_bytes(exemplars: Exemplars) -> bytes:
+    """The pack of these exemplars; they must be in row order already (classes ascending, ranks ascending).
+
+    Raises:
+        ValueError: no exemplars, or class ids that descend.
+    """
+    if len(exemplars) == 0:
+        raise ValueError("a pack holds at least one exemplar")
+    if np.any(np.diff(exemplars.class_ids) < 0):
+        raise ValueError("the rows of a pack must be in ascending order of class id")
+    return b"".join(exemplars.to_strips())
+
+
+def digest(data: Bytes) -> str:
+    """The name of a pack: its SHA-256 in hexadecimal."""
+    return sha256(data).hexdigest()
+
+
+def parse(data: Bytes, *, limits: Limits | None = None) -> Exemplars:
+    """All exemplars of a pack, every strip and every checksum verified.
+
+    Raises:
+        StripCorrupt: something in it does not match.
+        TooLarge: an image is declared larger than `limits`.
+    """
+    exemplars, valid = _parse(data, limits)
+    if not valid.all():
+        row = int(np.flatnonzero(~valid)[0])
+        raise StripCorrupt(f"exemplar {row} of the pack does not match its checksum", row=row)
+    return exemplars
+
+
+def salvage(data: Bytes, count: int) -> tuple[Exemplars | None, IntArray]:
+    """What can still be read of a damaged pack that held `count` exemplars: (exemplars, their row numbers).
+
+    A flipped bit in a segment costs that exemplar; one in a header or a marker costs its strip. Strips after a lost
+    one are placed by their number, which is known as long as every strip still begins with its signature.
+    """
+    starts = _strip_starts(data)
+    parts: list[tuple[int, Exemplars]] = []
+    rows: list[IntArray] = []
+    form: Form | None = None
+    for ordinal, start in enumerate(starts):
+        try:
+            strip, valid = parse_leniently(data, start)
+        except StripCorrupt:
+            continue
+        form = form or strip.exemplars.form
+        room = form.max_images
+        if strip.exemplars.form != form or len(starts) != -(-count // room):
+            continue
+        if len(strip.exemplars) != min(room, count - ordinal * room):
+            continue
+        kept = np.flatnonzero(valid)
+        parts.append((ordinal, strip.exemplars.select(kept)))
+        rows.append(kept + ordinal * room)
+    if not parts or form is None:
+        return None, np.empty(0, np.int64)
+    return _join(form, data, [part for _, part in parts]), np.concatenate(rows)
+
+
+def size(form: Form, runs: list[tuple[int, int]], segment_sizes: IntArray) -> int:
+    """Bytes of the pack with these (class id, count) runs and these exemplar `sizes`, without making it."""
+    return int(segment_sizes.sum()) + _overhead(form, runs)
+
+
+def prefix(exemplars: Exemplars, counts: Mapping[int, int]) -> Exemplars:
+    """The first `counts[c]` rows of every class c; classes not named keep none.
+
+    Raises:
+        ValueError: a count exceeds what the class holds.
+    """
+    rows, at = [], 0
+    for class_id, held in runs_of(exemplars.class_ids):
+        count = counts.get(class_id, 0)
+        if not 0 <= count <= held:
+            raise ValueError(f"class {class_id} holds {held} exemplars, {count} were asked for")
+        rows.append(np.arange(at, at + count))
+        at += held
+    return exemplars.select(np.concatenate(rows) if rows else np.empty(0, np.int64))
+
+
+def fit(exemplars: Exemplars, shares: Mapping[int, int]) -> Exemplars:
+    """The longest prefix of every class such that the pack's real bytes are at most the sum of the classes' shares.
+
+    Tables and headers, which the classes have in common, are charged to them equally. What is left over when every
+    class has taken what its own share holds buys at most one more exemplar each, the smallest class first. The result
+    may be empty; a class without a share keeps nothing.
+    """
+    runs = [(class_id, held) for class_id, held in runs_of(exemplars.class_ids)]
+    bounds = np.cumsum([0, *(held for _, held in runs)]).tolist()
+    sizes = exemplars.sizes
+    costs = {c: np.cumsum(sizes[a:b]) for (c, _), a, b in zip(runs, bounds[:-1], bounds[1:], strict=True)}
+    total = sum(shares.get(class_id, 0) for class_id in costs)
+
+    def real(counts: Mapping[int, int]) -> int:
+        kept = [(c, n) for c, n in counts.items() if n]
+        return sum(int(costs[c][n - 1]) for c, n in kept) + _overhead(exemplars.form, kept)
+
+    counts = dict(runs)
+    # With every exemplar counted the overhead is an upper bound; the second round spends what the first overcharged.
+    for _ in range(2):
+        charges = split(_overhead(exemplars.form, [(c, n) for c, n in counts.items() if n]), len(runs))
+        trial = {
+            class_id: int(np.searchsorted(costs[class_id], shares.get(class_id, 0) - charge, side="right"))
+            for (class_id, _), charge in zip(runs, charges, strict=True)
+        }
+        if real(trial) > total or not any(trial.values()):
+            break
+        counts = trial
+    if real(counts) > total:
+        counts = dict.fromkeys(costs, 0)
+    for class_id in sorted((c for c in costs if shares.get(c, 0)), key=lambda c: (counts[c], c)):
+        more = {**counts, class_id: counts[class_id] + 1}
+        if more[class_id] <= len(costs[class_id]) and real(more) <= total:
+            counts = more
+    return prefix(exemplars, counts)
+
+
+def _overhead(form: Form, runs: list[tuple[int, int]]) -> int:
+    return sum(strip_overhead(form, part) for part in _cut_runs(runs, form.max_images))
+
+
+def _parse(data: Bytes, limits: Limits | None) -> tuple[Exemplars, npt.NDArray[np.bool_]]:
+    markers = Markers(data)
+    parts: list[Exemplars] = []
+    valid = []
+    at = 0
+    while at < len(data):
+        strip, ok = parse_leniently(data, at, limits=limits, markers=markers)
+        if parts and (strip.exemplars.form != parts[0].form or len(parts[-1]) != parts[0].form.max_images):
+            raise StripCorrupt(f"the strip at byte {at} does not continue the pack")
+        parts.append(strip.exemplars)
+        valid.append(ok)
+        at = strip.end
+    if not parts:
+        raise StripCorrupt("a pack of 0 bytes")
+    return _join(parts[0].form, data, parts), np.concatenate(valid)
+
+
+def _join(form: Form, data: Bytes, parts: list[Exemplars]) -> Exemplars:
+    """Parts that are views of the same bytes as one view."""
+    return Exemplars(
+        form,
+        data,
+        np.concatenate([part.starts for part in parts]),
+        np.concatenate([part.lengths for part in parts]),
+        np.concatenate([part.class_ids for part in parts]),
+        np.concatenate([part.checksums for part in parts]),
+    )
+
+
+def _strip_starts(data: Bytes) -> list[int]:
+    whole = bytes(data)
+    found, at = [], whole.find(_STRIP_START)
+    while at >= 0:
+        if whole[at + 6 : at + 6 + len(SIGNATURE)] == SIGNATURE:
+            found.append(at)
+        at = whole.find(_STRIP_START, at + 4)
+    return found
+
+
+def _cut_runs(runs: list[tuple[int, int]], room: int) -> list[list[tuple[int, int]]]:
+    """The runs of each strip when every strip holds at most `room` exemplars."""
+    strips: list[list[tuple[int, int]]] = []
+    left = 0
+    for class_id, count in runs:
+        while count:
+            if left == 0:
+                strips.append([])
+                left = room
+            take = min(count, left)
+            strips[-1].append((class_id, take))
+            count, left = count - take, left - take
+    return strips

@@ -1,0 +1,53 @@
+"""This file is how a byte budget is divided: exactly, by class or by task.
+
+A *leaf* is one class within one task: what shrinks and grows as a unit. Shares sum to the budget and equal parts
+differ by at most one byte.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from engram.schemas import Per, ShareBy
+
+Leaf = tuple[int, int]
+"""(task, class id)"""
+
+
+def split(total: int, count: int) -> list[int]:
+    """`count` parts that sum to `total` and differ by at most one, the larger ones first.
+
+    Raises:
+        ValueError: `count` is not positive or `total` is negative.
+    """
+    if count < 1 or total < 0:
+        raise ValueError(f"cannot split {total} bytes into {count} parts")
+    share, more = divmod(total, count)
+    return [share + 1] * more + [share] * (count - more)
+
+
+def limit(budget_bytes: int, *, per: Per, classes: int) -> int:
+    """The total that a buffer may use: the budget itself, or the budget times its distinct classes."""
+    return budget_bytes if per == "buffer" else budget_bytes * classes
+
+
+def leaves(
+    budget_bytes: int, *, per: Per, share_by: ShareBy, classes_by_task: Mapping[int, Sequence[int]]
+) -> dict[Leaf, int]:
+    """The share of every leaf; together they are exactly the buffer's limit.
+
+    By class, each distinct class has an equal share, divided over the tasks that hold it. By task, each task has an
+    equal share, divided over its classes (GEM's M/T).
+    """
+    held = [(task, class_id) for task in sorted(classes_by_task) for class_id in sorted(classes_by_task[task])]
+    if not held:
+        return {}
+    total = limit(budget_bytes, per=per, classes=len({class_id for _, class_id in held}))
+    side = 1 if share_by == "class" else 0
+    groups: dict[int, list[Leaf]] = {}
+    for leaf in held:
+        groups.setdefault(leaf[side], []).append(leaf)
+    shares: dict[Leaf, int] = {}
+    for key, share in zip(sorted(groups), split(total, len(groups)), strict=True):
+        shares.update(zip(groups[key], split(share, len(groups[key])), strict=True))
+    return shares
