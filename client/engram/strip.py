@@ -677,7 +677,7 @@ def _canvas(images: UInt8Array, side: int) -> UInt8Array:
     n, height, width, channels = images.shape
     down, across = -(-height // side), -(-width // side)
     if n == 1 and down * side > MAX_SIDE:
-        return images[0]
+        return images.reshape(height, width, channels)
     if n * down * side <= MAX_SIDE:
         return _pad(images, down * side, width).reshape(n * down * side, width, channels)
     mcus = down * across
