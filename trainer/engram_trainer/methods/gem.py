@@ -1,0 +1,226 @@
+"""This file is GEM: no step may raise the loss on any earlier task's exemplars; and A-GEM, which asks it of their mean.
+
+g is the gradient of the current minibatch, g_k the gradient of the mean loss on the exemplars of earlier task k, A the
+matrix with *rows +g_k*. The step follows z, the vector nearest to g that turns no g_k uphill:
+
+    min_z 1/2 |z - g|^2   subject to   A z >= 0                                                           (primal)
+    min_v 1/2 v' K v + (A g)' v   subject to   v >= gamma,   K = A A',   then   z = g + A' v              (dual)
+
+gamma = 0 is the exact projection. gamma > 0 ("memory strength") pushes into the feasible side, for satisfied
+constraints too. With w = v - gamma the dual is a non-negative least squares problem in the Cholesky factor of K.
+
+Names: p parameters, k earlier tasks, features and images as everywhere (`[N, H, W, C]` outside, `[N, C, H, W]` inside).
+
+Source: Lopez-Paz & Ranzato, GEM (NIPS 2017), equations 8 to 11; Chaudhry et al., A-GEM (ICLR 2019), equation 11.
+Departures: the published text has A = -(g_1, ..., g_k), which with z = g + A' v violates the constraints (a test shows
+it). The ridge that keeps K invertible is relative to the rows, where the reference adds an absolute 1e-3 that disables
+the constraints once gradients are small. gamma is 1/k by default, where the paper's fixed 0.5 makes the step grow with
+the number of tasks. Replay passes leave BatchNorm's running statistics alone. Evaluation: see `evaluation`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from scipy.optimize import nnls
+from torch import nn
+
+from engram.batch import Batch
+from engram_trainer.memory import Memory, by_task
+from engram_trainer.methods import Progress, pixels
+from engram_trainer.methods.linear import LinearLearner, batches
+from engram_trainer.stream import Stream, Task
+
+# Added to the diagonal of the Gram matrix of unit rows. Large enough that float32 rounding leaves it positive definite;
+# small enough that no constraint is missed by more than sqrt(RIDGE) of |g|: at the optimum RIDGE |v|^2 <= |g|^2.
+RIDGE = 1e-6
+# A row this much shorter than the longest one says nothing about a direction that float32 could follow.
+TINY_RATIO = 1e-12
+
+
+@dataclass(frozen=True)
+class Config:
+    """How a task is trained. Defaults are the paper's for MNIST: one pass, minibatches of 10, SGD at 0.1."""
+
+    epochs: int = 1
+    batch_size: int = 10
+    lr: float = 0.1
+    gamma: float | None = None
+    """Least weight of every earlier task's gradient in a corrected step; None is 1/k for k earlier tasks."""
+    average: bool = False
+    """A-GEM: one constraint, on the mean gradient of a random batch of all exemplars. gamma is then not used."""
+    replay_batch: int | None = None
+    """Exemplars drawn for each gradient and step; None takes all of a task (GEM) or 256 of all tasks (A-GEM)."""
+
+
+AGEM_BATCH = 256
+
+
+class Gem(LinearLearner):
+    """SGD whose every step is projected onto the cone that hurts no earlier task."""
+
+    def __init__(self, stream: Stream, config: Config, *, network: str, seed: int, device: str = "cpu") -> None:
+        super().__init__(stream, network=network, seed=seed, device=device)
+        self.config = config
+        self.corrected_steps = 0
+        """Steps so far whose gradient broke a constraint."""
+
+    def learn(self, task: Task, memory: Memory, progress: Progress) -> None:
+        """One pass (or more) over the task under the constraints of the exemplars of the others."""
+        config = self.config
+        order = np.random.default_rng([self.seed, task.index])
+        draws = int(order.integers(2**62))
+        kept = by_task(memory.everything(exclude_tasks=(task.index,)))
+        parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.SGD(parameters, config.lr)
+        labels, columns = self.targets(task.train_class_ids), self.competing(task.index)
+        self.model.train()
+        steps = -(-len(task.train_images) // config.batch_size) * config.epochs
+        done = 0
+        for _ in range(config.epochs):
+            for rows in batches(len(task.train_images), config.batch_size, order):
+                loss = self.loss(pixels(task.train_images[rows], self.device), labels[rows], columns)
+                gradient = flat(torch.autograd.grad(loss, parameters))
+                if kept:
+                    gradient = self._corrected(gradient, self._references(kept, memory, task, draws, done, parameters))
+                assign(parameters, gradient)
+                optimizer.step()
+                done += 1
+                progress(done, steps, loss=float(loss.detach()))
+
+    def _corrected(self, gradient_P: torch.Tensor, references_KP: torch.Tensor) -> torch.Tensor:
+        if self.config.average:
+            corrected = project_on_one(gradient_P, references_KP[0])
+        else:
+            gamma = 1 / len(references_KP) if self.config.gamma is None else self.config.gamma
+            corrected = project(gradient_P, references_KP, gamma=gamma)
+        self.corrected_steps += corrected is not gradient_P
+        return corrected
+
+    def _references(
+        self, kept: dict[int, Batch], memory: Memory, task: Task, seed: int, step: int, parameters: list[nn.Parameter]
+    ) -> torch.Tensor:
+        """One gradient per earlier task as rows; for A-GEM a single one."""
+        size = self.config.replay_batch
+        if self.config.average:
+            drawn = memory.draw(size or AGEM_BATCH, seed=seed, step=step, exclude_tasks=(task.index,))
+            return self._gradient(by_task(drawn), parameters)[None]
+        if size is not None:
+            kept = by_task(memory.draw(size, seed=seed, step=step, strategy="per_task", exclude_tasks=(task.index,)))
+        return torch.stack([self._gradient({place: batch}, parameters) for place, batch in kept.items()])
+
+    def _gradient(self, parts: dict[int, Batch], parameters: list[nn.Parameter]) -> torch.Tensor:
+        """Gradient of the mean loss over all images of the parts; each part's own labels compete."""
+        count = sum(len(batch) for batch in parts.values())
+        with frozen_statistics(self.model):
+            loss = torch.stack(
+                [
+                    self.loss(pixels(batch.images, self.device), self.targets(batch.class_ids), self.competing(place))
+                    * (len(batch) / count)
+                    for place, batch in parts.items()
+                ]
+            ).sum()
+            return flat(torch.autograd.grad(loss, parameters))
+
+
+def project(gradient_P: torch.Tensor, references_KP: torch.Tensor, *, gamma: float = 0.0) -> torch.Tensor:
+    """The gradient corrected so that it turns no reference gradient uphill.
+
+    Rows and gradient are scaled to unit length before the dual is solved (the cone stays the same), so the result does
+    not depend on how small the gradients are. Rows of zeros are dropped: they constrain nothing.
+
+    Returns:
+        `gradient_P` itself, the same object, when no constraint is broken; gamma has no effect then.
+
+    Raises:
+        FloatingPointError: a gradient is not finite, or the solution breaks a constraint by more than rounding and the
+            ridge explain.
+        ValueError: gamma is negative.
+    """
+    if gamma < 0:
+        raise ValueError(f"gamma must be at least 0, not {gamma}")
+    norms_K = torch.linalg.vector_norm(references_KP, dim=1)
+    length = float(torch.linalg.vector_norm(gradient_P))
+    if not (np.isfinite(length) and bool(torch.isfinite(norms_K).all())):
+        raise FloatingPointError("a gradient is not finite; the learning rate is probably too high")
+    kept = norms_K > TINY_RATIO * norms_K.max()
+    if length == 0 or not bool(kept.any()):
+        return gradient_P
+    norms_K = norms_K[kept]
+    rows_KP = references_KP[kept] / norms_K[:, None]
+    dots_K = (rows_KP @ gradient_P).double().cpu().numpy() / length
+    if (dots_K >= 0).all():
+        return gradient_P
+    gram_KK = (rows_KP @ rows_KP.T).double().cpu().numpy()
+    least_K = gamma * norms_K.double().cpu().numpy() / length
+    weights_K = solve_dual(gram_KK, dots_K, least_K)
+    slack = (dots_K + gram_KK @ weights_K).min()
+    # The ridge may leave RIDGE * v of every constraint unmet; float32 rounding of K and A g comes on top.
+    tolerance = RIDGE * weights_K.max() + 1e-5 * (1 + weights_K.sum())
+    if slack < -tolerance:
+        raise FloatingPointError(f"a constraint of GEM is broken by {-slack:.1e} of |g|, allowed is {tolerance:.1e}")
+    weights = torch.from_numpy(weights_K * length).to(rows_KP)
+    corrected_P: torch.Tensor = gradient_P + weights @ rows_KP
+    return corrected_P
+
+
+def solve_dual(
+    gram_KK: npt.NDArray[np.float64], dots_K: npt.NDArray[np.float64], least_K: npt.NDArray[np.float64]
+) -> npt.NDArray[np.float64]:
+    """v >= least minimising 1/2 v' (K + ridge I) v + dots' v, for a Gram matrix of unit rows.
+
+    With w = v - least, b = dots + (K + ridge I) least and L L' = K + ridge I it is min |L' w + L^-1 b| over w >= 0.
+    """
+    ridged = (gram_KK + gram_KK.T) / 2 + RIDGE * np.eye(len(gram_KK))
+    lower = np.linalg.cholesky(ridged)
+    linear = dots_K + ridged @ least_K
+    solution, _ = nnls(lower.T, -np.linalg.solve(lower, linear))
+    return np.asarray(solution + least_K, np.float64)
+
+
+def project_on_one(gradient_P: torch.Tensor, reference_P: torch.Tensor) -> torch.Tensor:
+    """A-GEM's closed form: `project` for a single reference and gamma = 0.
+
+    Returns:
+        `gradient_P` itself, the same object, when the constraint holds.
+
+    Raises:
+        FloatingPointError: a gradient is not finite.
+    """
+    dot, square = gradient_P @ reference_P, reference_P @ reference_P
+    if not (bool(torch.isfinite(dot)) and bool(torch.isfinite(square))):
+        raise FloatingPointError("a gradient is not finite; the learning rate is probably too high")
+    if dot >= 0 or square == 0:
+        return gradient_P
+    return gradient_P - (dot / square) * reference_P
+
+
+def flat(gradients: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    """Gradients of all parameters as one vector."""
+    return torch.cat([gradient.reshape(-1) for gradient in gradients])
+
+
+def assign(parameters: list[nn.Parameter], gradient_P: torch.Tensor) -> None:
+    """The inverse of `flat`, into each parameter's `grad`."""
+    parts = torch.split(gradient_P, [parameter.numel() for parameter in parameters])
+    for parameter, part in zip(parameters, parts, strict=True):
+        parameter.grad = part.view_as(parameter)
+
+
+@contextmanager
+def frozen_statistics(model: nn.Module) -> Iterator[None]:
+    """BatchNorm normalises by the batch, as in training, but its running statistics do not move."""
+    layers = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    tracking = [layer.track_running_stats for layer in layers]
+    for layer in layers:
+        layer.track_running_stats = False
+    try:
+        yield
+    finally:
+        for layer, was in zip(layers, tracking, strict=True):
+            layer.track_running_stats = was
