@@ -23,7 +23,8 @@ def generator(seed: int = 0) -> np.random.Generator:
 
 def unit_rows(n: int, d: int, seed: int = 0) -> FloatArray:
     rows = generator(seed).standard_normal((n, d)) + 0.3
-    return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    return rows.astype(np.float32)
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -1,0 +1,409 @@
+"""This file tests the embeddings: the built-in one, and ONNX models good and bad in a real child process."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import psutil
+import pytest
+from onnx import TensorProto, helper
+
+from engram.errors import BadExtractor
+from engram_service.selection import extractor
+from engram_service.selection.embedding import BuiltinEmbedder, ExtractorLimits, OnnxEmbedder, inspect
+
+LIMITS = ExtractorLimits(memory_bytes=2 * 2**30, batch_s=20.0, max_bytes=2**20)
+UInt8Array = npt.NDArray[np.uint8]
+
+
+def photos(n: int, shape: tuple[int, int, int] = (32, 32, 3), seed: int = 0) -> UInt8Array:
+    """Smooth random pictures: a few waves each."""
+    rng = np.random.default_rng(seed)
+    h, w, c = shape
+    y, x = np.mgrid[0:h, 0:w]
+    fy, fx, phase = rng.uniform(0.05, 0.6, (3, n, 1, 1, c))
+    waves = np.sin(fy * y[None, :, :, None] + fx * x[None, :, :, None] + 10 * phase)
+    return np.asarray((waves + 1) * 127, np.uint8)
+
+
+# The built-in embedding
+
+
+@pytest.mark.parametrize("shape", [(32, 32, 3), (28, 28, 1), (1, 1, 1), (2, 3, 3), (97, 33, 3), (200, 20, 1)])
+def test_rows_have_unit_length_at_any_size(shape: tuple[int, int, int]) -> None:
+    features = BuiltinEmbedder(shape).embed(photos(5, shape))
+    assert features.shape == (5, 128)
+    assert features.dtype == np.float32
+    assert np.allclose(np.linalg.norm(features, axis=1), 1, atol=1e-6)
+
+
+def test_no_images_are_no_rows() -> None:
+    assert BuiltinEmbedder((8, 8, 1)).embed(np.empty((0, 8, 8, 1), np.uint8)).shape == (0, 128)
+
+
+def test_flat_images_are_equal_and_their_coding_noise_stays_small() -> None:
+    flat = np.stack([np.full((16, 16, 1), level, np.uint8) for level in (0, 90, 255)])
+    embedder = BuiltinEmbedder((16, 16, 1))
+    features = embedder.embed(flat)
+    assert np.allclose(features, features[0], atol=1e-4)
+    noisy = flat[1:2] + np.random.default_rng(0).integers(0, 2, (1, 16, 16, 1), dtype=np.uint8)
+    assert float(embedder.embed(noisy)[0] @ features[0]) > 0.98
+
+
+def test_the_projection_keeps_the_angles_between_pictures() -> None:
+    images = photos(60)
+    centred = images.reshape(60, -1).astype(float)
+    centred -= centred.mean(axis=1, keepdims=True)
+    centred /= np.linalg.norm(centred, axis=1, keepdims=True)
+    features = BuiltinEmbedder((32, 32, 3), dimensions=512).embed(images)
+    assert np.abs(features @ features.T - centred @ centred.T).max() < 0.2
+
+
+def test_brightness_does_not_matter_but_the_picture_does() -> None:
+    images = photos(2) // 2
+    embedder = BuiltinEmbedder((32, 32, 3))
+    a, b = embedder.embed(images)
+    assert np.allclose(embedder.embed(images + 90)[0], a, atol=1e-4)
+    assert float(a @ b) < 0.7
+
+
+def test_a_large_image_embeds_as_the_means_of_its_cells() -> None:
+    small = photos(3, (32, 32, 1))
+    large = small.repeat(4, axis=1).repeat(3, axis=2)
+    expected = BuiltinEmbedder((32, 32, 1)).embed(small)
+    assert np.allclose(BuiltinEmbedder((128, 96, 1)).embed(large), expected, atol=1e-5)
+
+
+def test_the_batch_does_not_change_an_image(monkeypatch: pytest.MonkeyPatch) -> None:
+    images = photos(40)
+    whole = BuiltinEmbedder((32, 32, 3)).embed(images)
+    monkeypatch.setattr("engram_service.selection.embedding._CHUNK_VALUES", 7 * 32 * 32 * 3)
+    assert np.allclose(BuiltinEmbedder((32, 32, 3)).embed(images), whole, atol=1e-6)
+
+
+def test_the_projection_is_pinned_as_decisions_depend_on_it() -> None:
+    row = BuiltinEmbedder((4, 4, 1)).embed(np.arange(16, dtype=np.uint8).reshape(1, 4, 4, 1) * 15)[0]
+    assert np.round(row[:4].astype(float), 4).tolist() == [-0.0604, 0.0142, 0.1574, 0.1019]
+
+
+def test_another_shape_is_an_error() -> None:
+    with pytest.raises(ValueError, match="images are"):
+        BuiltinEmbedder((8, 8, 3)).embed(photos(1, (8, 8, 1)))
+
+
+# ONNX models
+
+
+def constant(name: str, values: npt.ArrayLike, dtype: type = np.float32) -> onnx.TensorProto:
+    tensor: onnx.TensorProto = onnx.numpy_helper.from_array(np.asarray(values, dtype), name)
+    return tensor
+
+
+def build(
+    nodes: Sequence[onnx.NodeProto],
+    *,
+    shape: Sequence[int | str] = ("N", 3, "H", "W"),
+    initializers: Sequence[onnx.TensorProto] = (),
+    output: Sequence[int | str] = ("N", "D"),
+    dtype: int = TensorProto.FLOAT,
+    domains: Sequence[str] = (),
+    functions: Sequence[onnx.FunctionProto] = (),
+) -> onnx.ModelProto:
+    graph = helper.make_graph(
+        list(nodes),
+        "features",
+        [helper.make_tensor_value_info("x", dtype, shape)],
+        [helper.make_tensor_value_info("y", dtype, output)],
+        list(initializers),
+    )
+    opsets = [helper.make_opsetid("", 17), *(helper.make_opsetid(domain, 1) for domain in domains)]
+    model: onnx.ModelProto = helper.make_model(graph, opset_imports=opsets, functions=list(functions), ir_version=8)
+    return model
+
+
+def convolution(shape: Sequence[int | str] = ("N", 3, "H", "W"), d: int = 8) -> onnx.ModelProto:
+    """A 3x3 convolution, ReLU and the mean over the picture: [N, D]."""
+    channels = shape[1] if isinstance(shape[1], int) else 3
+    weights = np.random.default_rng(0).standard_normal((d, channels, 3, 3))
+    return build(
+        [
+            helper.make_node("Conv", ["x", "w"], ["a"], pads=[1, 1, 1, 1]),
+            helper.make_node("Relu", ["a"], ["b"]),
+            helper.make_node("ReduceMean", ["b"], ["y"], axes=[2, 3], keepdims=0),
+        ],
+        shape=shape,
+        initializers=[constant("w", weights)],
+    )
+
+
+def saved(folder: Path, model: onnx.ModelProto | bytes) -> tuple[Path, str]:
+    data = model if isinstance(model, bytes) else model.SerializeToString()
+    path = folder / "model.onnx"
+    path.write_bytes(data)
+    return path, hashlib.sha256(data).hexdigest()
+
+
+def expected_convolution(images: UInt8Array, d: int = 8) -> npt.NDArray[np.float64]:
+    weights = np.random.default_rng(0).standard_normal((d, images.shape[3], 3, 3)).astype(np.float32)
+    padded = np.pad(images.astype(np.float64) / 255, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    h, w = images.shape[1:3]
+    out = np.zeros((len(images), h, w, d))
+    for i in range(3):
+        for j in range(3):
+            out += np.einsum("nhwc,dc->nhwd", padded[:, i : i + h, j : j + w], weights[:, :, i, j])
+    features = np.maximum(out, 0).mean(axis=(1, 2))
+    return np.asarray(features / np.linalg.norm(features, axis=1, keepdims=True))
+
+
+def test_a_model_embeds_as_its_formula_says_and_in_chunks(tmp_path: Path) -> None:
+    path, digest = saved(tmp_path, convolution())
+    images = photos(300, (12, 10, 3))
+    with OnnxEmbedder(path, digest, LIMITS) as embedder:
+        assert embedder.name == digest
+        features = embedder.embed(images)
+        again = embedder.embed(images[7:8])
+        assert embedder.embed(images[:0]).shape == (0, 8)
+    assert features.dtype == np.float32
+    assert np.allclose(features, expected_convolution(images), atol=1e-5)
+    assert np.allclose(again, features[7:8], atol=1e-6)
+
+
+def test_inspect_tells_the_input_shape_and_the_dimensions(tmp_path: Path) -> None:
+    info = inspect(saved(tmp_path, convolution(("N", 1, 28, 28), d=16))[0], LIMITS)
+    assert info.input_shape == (None, 1, 28, 28)
+    assert info.dimensions == 16
+
+
+def test_grey_images_are_repeated_and_resized_to_what_the_model_takes(tmp_path: Path) -> None:
+    path, digest = saved(tmp_path, convolution(("N", 3, 24, 20)))
+    grey = photos(4, (12, 10, 1))
+    resized = extractor.resize(grey.transpose(0, 3, 1, 2).astype(np.float32), 24, 20)
+    with OnnxEmbedder(path, digest, LIMITS) as embedder:
+        features = embedder.embed(grey)
+    as_colour = resized.transpose(0, 2, 3, 1).repeat(3, axis=3)
+    assert np.allclose(features, expected_convolution(as_colour.astype(np.float32)), atol=1e-5)
+
+
+def test_resizing_keeps_a_flat_picture_flat_and_shrinking_uses_every_pixel() -> None:
+    flat = np.full((1, 1, 9, 7), 3, np.float32)
+    for height, width in ((4, 4), (9, 7), (20, 30), (1, 1)):
+        assert np.allclose(extractor.resize(flat, height, width), 3)
+    ramp = np.arange(4, dtype=np.float32).reshape(1, 1, 1, 4)
+    assert np.allclose(extractor.resize(ramp, 1, 8)[0, 0, 0], [0, 0.25, 0.75, 1.25, 1.75, 2.25, 2.75, 3])
+    spikes = np.eye(64, dtype=np.float32)[:, None, None, :]
+    assert extractor.resize(spikes, 1, 8).sum(axis=3).min() > 0.5 * 8 / 64
+
+
+def test_operators_that_the_model_defines_itself_are_allowed(tmp_path: Path) -> None:
+    mean = helper.make_function(
+        "mine",
+        "Pool",
+        ["a"],
+        ["b"],
+        [helper.make_node("ReduceMean", ["a"], ["b"], axes=[2, 3], keepdims=0)],
+        [helper.make_opsetid("", 17)],
+    )
+    nodes = [
+        helper.make_node("Pool", ["x"], ["p"], domain="mine"),
+        helper.make_node("Concat", ["p", "p"], ["y"], axis=1),
+    ]
+    model = build(nodes, domains=["mine"], functions=[mean])
+    assert inspect(saved(tmp_path, model)[0], LIMITS).dimensions == 6
+
+
+def external(location: str) -> onnx.ModelProto:
+    model = convolution()
+    weights = model.graph.initializer[0]
+    weights.ClearField("raw_data")
+    weights.data_location = TensorProto.EXTERNAL
+    entry = weights.external_data.add()
+    entry.key, entry.value = "location", location
+    return model
+
+
+def hidden_external() -> onnx.ModelProto:
+    """External data in a constant inside the branch of an If."""
+    inner = external("/etc/passwd").graph.initializer[0]
+    branch = helper.make_graph(
+        [helper.make_node("Constant", [], ["c"], value=inner)],
+        "branch",
+        [],
+        [helper.make_tensor_value_info("c", TensorProto.FLOAT, None)],
+    )
+    nodes = [helper.make_node("If", ["t"], ["y"], then_branch=branch, else_branch=branch)]
+    return build(nodes, initializers=[constant("t", True, np.bool_)])
+
+
+def endless() -> onnx.ModelProto:
+    """A loop of 2^60 rounds."""
+    body = helper.make_graph(
+        [
+            helper.make_node("Sin", ["state"], ["next"]),
+            helper.make_node("Identity", ["go"], ["go_on"]),
+        ],
+        "body",
+        [
+            helper.make_tensor_value_info("i", TensorProto.INT64, []),
+            helper.make_tensor_value_info("go", TensorProto.BOOL, []),
+            helper.make_tensor_value_info("state", TensorProto.FLOAT, None),
+        ],
+        [
+            helper.make_tensor_value_info("go_on", TensorProto.BOOL, []),
+            helper.make_tensor_value_info("next", TensorProto.FLOAT, None),
+        ],
+    )
+    nodes = [
+        helper.make_node("Loop", ["rounds", "yes", "x"], ["z"], body=body),
+        helper.make_node("ReduceMean", ["z"], ["y"], axes=[2, 3], keepdims=0),
+    ]
+    return build(nodes, initializers=[constant("rounds", 2**60, np.int64), constant("yes", True, np.bool_)])
+
+
+def gluttonous() -> onnx.ModelProto:
+    """Expands two pictures to 16 GiB."""
+    nodes = [
+        helper.make_node("Expand", ["x", "size"], ["a"]),
+        helper.make_node("ReduceMean", ["a"], ["y"], axes=[0, 3, 4], keepdims=0),
+    ]
+    # [2, 3, H, W] becomes [2^k, 2, 3, H, W]
+    return build(nodes, shape=("N", 3, 64, 64), initializers=[constant("size", [2**17, 1, 1, 1, 1], np.int64)])
+
+
+def pooled(*more: onnx.NodeProto, **options: Any) -> onnx.ModelProto:
+    """The means [N, 3] as `p`, twice as `q` [N, 6], then more nodes that make `y`."""
+    nodes = [
+        helper.make_node("ReduceMean", ["x"], ["p"], axes=[2, 3], keepdims=0),
+        helper.make_node("Concat", ["p", "p"], ["q"], axis=1),
+        *more,
+    ]
+    return build(nodes, **options)
+
+
+BAD: dict[str, tuple[Callable[[], onnx.ModelProto | bytes], str]] = {
+    "no bytes": (lambda: b"", "onnxruntime says"),
+    "not a model": (lambda: b"GIF89a, or so it says" * 9, "168|189 bytes are not an ONNX model"),
+    "a truncated model": (lambda: convolution().SerializeToString()[:-40], "are not an ONNX model|onnxruntime says"),
+    "too many bytes": (lambda: b"\0" * (2**20 + 1), "1,048,577 bytes, the limit is 1,048,576"),
+    "external data": (lambda: external("weights.bin"), "external data"),
+    "an address as external data": (lambda: external("*/_ORT_MEM_ADDR_/*"), "external data"),
+    "external data in a branch": (hidden_external, "external data"),
+    "a custom operator": (
+        lambda: build([helper.make_node("Exploit", ["x"], ["y"], domain="evil")], domains=["evil"]),
+        "operator Exploit of domain 'evil'",
+    ),
+    "an unknown operator": (lambda: build([helper.make_node("NoSuchThing", ["x"], ["y"])]), "NoSuchThing"),
+    "an input of rank 2": (
+        lambda: build([helper.make_node("Identity", ["x"], ["y"])], shape=("N", 12)),
+        "input has 2 dimensions",
+    ),
+    "five channels": (lambda: convolution(("N", 5, 32, 32)), "5 channels"),
+    "a fixed batch": (lambda: convolution((1, 3, 32, 32)), "exactly 1 image"),
+    "an enormous input": (lambda: convolution(("N", 3, 60_000, 60_000)), "1 to 16,777,216 values"),
+    "double precision": (
+        lambda: pooled(helper.make_node("Identity", ["q"], ["y"]), dtype=TensorProto.DOUBLE),
+        r"input is tensor\(double\)",
+    ),
+    "an output of rank 4": (
+        lambda: build([helper.make_node("Relu", ["x"], ["y"])], output=("N", 3, "H", "W")),
+        r"it gives \[2, 3, 32, 32\]; it must give \[2, D\]",
+    ),
+    "an output without the batch": (
+        lambda: pooled(helper.make_node("ReduceMean", ["q"], ["y"], axes=[0], keepdims=1)),
+        r"it gives \[1, 6\]; it must give \[2, D\]",
+    ),
+    "three dimensions": (lambda: pooled(helper.make_node("Identity", ["p"], ["y"])), "3 dimensions; selection needs 4"),
+    "NaN": (
+        lambda: pooled(helper.make_node("Log", ["m"], ["y"]), initializers=[constant("m", -np.ones((2, 4)))]),
+        "NaN or infinity for 2 of 2 images",
+    ),
+    "endless memory": (gluttonous, "out of memory|SIGKILL"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_model_that_cannot_serve_is_refused_with_its_reason(case: str, tmp_path: Path) -> None:
+    make, reason = BAD[case]
+    with pytest.raises(BadExtractor, match=reason):
+        inspect(saved(tmp_path, make())[0], LIMITS)
+
+
+def test_two_outputs_are_refused(tmp_path: Path) -> None:
+    model = pooled(helper.make_node("Identity", ["q"], ["y"]))
+    model.graph.output.append(helper.make_tensor_value_info("p", TensorProto.FLOAT, ["N", 3]))
+    with pytest.raises(BadExtractor, match="1 inputs and 2 outputs"):
+        inspect(saved(tmp_path, model)[0], LIMITS)
+
+
+def test_a_model_that_runs_for_ever_is_stopped(tmp_path: Path) -> None:
+    limits = ExtractorLimits(batch_s=4.0)
+    with pytest.raises(BadExtractor, match="more than 4 s for loading and a dummy batch"):
+        inspect(saved(tmp_path, endless())[0], limits)
+
+
+def test_a_file_that_changed_since_it_was_registered_is_refused(tmp_path: Path) -> None:
+    path, _ = saved(tmp_path, convolution())
+    with pytest.raises(BadExtractor, match="not 0000"), OnnxEmbedder(path, "0" * 64, LIMITS):
+        pass
+
+
+def test_colour_images_do_not_suit_a_model_for_grey_ones(tmp_path: Path) -> None:
+    path, digest = saved(tmp_path, convolution(("N", 1, 8, 8)))
+    with OnnxEmbedder(path, digest, LIMITS) as embedder, pytest.raises(BadExtractor, match="takes 1 channel"):
+        embedder.embed(photos(2, (8, 8, 3)))
+
+
+def children() -> list[psutil.Process]:
+    return [child for child in psutil.Process().children(recursive=True) if "extractor" in " ".join(child.cmdline())]
+
+
+def test_the_child_ends_with_the_block_even_after_an_error(tmp_path: Path) -> None:
+    path, digest = saved(tmp_path, convolution())
+    embedder = OnnxEmbedder(path, digest, LIMITS)
+    with pytest.raises(ZeroDivisionError), embedder:
+        _ = 1 // (len(children()) - 1)
+    assert children() == []
+    with pytest.raises(ValueError, match="not running"):
+        embedder.embed(photos(1))
+
+
+def test_a_child_that_is_killed_is_reported(tmp_path: Path) -> None:
+    path, digest = saved(tmp_path, convolution())
+    with OnnxEmbedder(path, digest, LIMITS) as embedder:
+        children()[0].kill()
+        with pytest.raises(BadExtractor, match="ended by SIGKILL during a batch of 1 images"):
+            embedder.embed(photos(1))
+
+
+def test_the_child_dies_with_its_parent(tmp_path: Path) -> None:
+    path, digest = saved(tmp_path, convolution())
+    program = (
+        "import sys, pathlib; from engram_service.selection.embedding import OnnxEmbedder\n"
+        "with OnnxEmbedder(pathlib.Path(sys.argv[1]), sys.argv[2]) as embedder:\n"
+        "    print(embedder._child._process.pid, flush=True); sys.stdin.read()\n"
+    )
+    paths = {"PYTHONPATH": os.pathsep.join(str(Path(part).absolute()) for part in sys.path if part)}
+    command = [sys.executable, "-c", program, str(path), digest]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | paths
+    ) as parent:
+        assert parent.stdout is not None
+        child = psutil.Process(int(parent.stdout.readline()))
+        os.kill(parent.pid, signal.SIGKILL)
+    assert psutil.wait_procs([child], timeout=20)[1] == []
+
+
+def test_the_child_sees_no_secrets_of_the_service(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ENGRAM_ADMIN_TOKEN", "engram_secret")
+    path, digest = saved(tmp_path, convolution())
+    with OnnxEmbedder(path, digest, LIMITS):
+        assert "engram_secret" not in "".join(children()[0].environ().values())
