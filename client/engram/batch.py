@@ -53,6 +53,31 @@ def assemble(parts: Sequence[tuple[int, Exemplars, npt.ArrayLike]]) -> bytes:
     )
 
 
+def from_parts(parts: Sequence[tuple[int, Exemplars, IntArray]]) -> Batch:
+    """The arrays of a draw, straight from verified packs: what `decode(assemble(parts))` gives, without the strips.
+
+    Raises:
+        ValueError: no parts, or parts whose images differ in size or subsampling.
+        StripCorrupt: the decoder refuses the data.
+    """
+    chosen = [exemplars.select(rows) for _, exemplars, rows in parts]
+    form = chosen[0].form if chosen else None
+    if form is None or any(e.form.shape != form.shape or e.form.padded_height != form.padded_height for e in chosen):
+        raise ValueError("a batch needs exemplars, all of one size and subsampling")
+    image_bytes = form.padded_height * form.width * form.channels
+    flat = pixel_buffer(sum(map(len, chosen)) * image_bytes)
+    done = 0
+    for exemplars in chosen:
+        exemplars.decode(flat[done * image_bytes : (done + len(exemplars)) * image_bytes])
+        done += len(exemplars)
+    return Batch(
+        as_images(flat, form, done),
+        np.concatenate([exemplars.class_ids for exemplars in chosen]),
+        np.repeat(np.array([task for task, _, _ in parts], np.int64), [len(rows) for _, _, rows in parts]),
+        np.concatenate([rows for _, _, rows in parts]),
+    )
+
+
 def decode(body: Bytes, *, limits: Limits | None = None) -> Batch:
     """The arrays of a draw's body, every byte checked, decoded into one buffer.
 

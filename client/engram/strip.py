@@ -222,11 +222,10 @@ class Exemplars:
         form, n = self.form, len(self)
         image_bytes = form.padded_height * form.width * form.channels
         flat = pixel_buffer(n * image_bytes) if out is None else out
-        at = 0
-        for data in self.to_strips():
-            count = min(form.max_images, n - at)
-            decode_strip(data, form, flat[at * image_bytes : (at + count) * image_bytes])
-            at += count
+        for at in range(0, n, form.max_images):
+            end = min(at + form.max_images, n)
+            part = self if n <= form.max_images else self.select(np.arange(at, end))
+            decode_strip(_picture(part), form, flat[at * image_bytes : end * image_bytes])
         return as_images(flat, form, n)
 
     def jpeg(self, row: int) -> bytes:
@@ -455,11 +454,24 @@ def _assemble(exemplars: Exemplars, task: int | None, rows: IntArray | None) -> 
     rest = form.tables + form.frame((n - 1) * form.padded_height + form.height)
     checksum = crc32(rest, crc32(_app15(payload), crc32(b"\xff\xd8")))
     payload = payload[:8] + struct.pack(">I", checksum) + payload[12:]
+    return b"".join((b"\xff\xd8", _app15(payload), rest, *_scan(exemplars)))
+
+
+def _picture(exemplars: Exemplars) -> bytes:
+    """A strip without its APP15 segment: all that a decoder looks at."""
+    form = exemplars.form
+    frame = form.frame((len(exemplars) - 1) * form.padded_height + form.height)
+    return b"".join((b"\xff\xd8", form.tables, frame, *_scan(exemplars)))
+
+
+def _scan(exemplars: Exemplars) -> list[Bytes]:
+    """Everything after SOS: the segments, markers between them, EOI."""
+    n = len(exemplars)
     parts: list[Bytes] = [b""] * (2 * n)
     parts[0::2] = exemplars.segments()
     parts[1::2] = islice(cycle(_RST), n)
     parts[-1] = _EOI
-    return b"".join((b"\xff\xd8", _app15(payload), rest, *parts))
+    return parts
 
 
 def _app15(payload: bytes) -> bytes:
