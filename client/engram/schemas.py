@@ -24,6 +24,12 @@ Strategy = Literal["uniform", "class_balanced", "task_balanced", "per_task", "ep
 CANDIDATE_QUALITIES = (10, 25, 50, 75, 90)
 """The candidates of MRDC (Wang et al., ICLR 2022)."""
 
+STRIPS_MEDIA_TYPE = "application/vnd.engram.strips"
+"""Packs and draws: strips back to back."""
+
+TAR_MEDIA_TYPE = "application/x-tar"
+"""WebDataset: pairs of KEY.jpg (or another image) and KEY.cls."""
+
 MAX_CLASS_ID = 2**31 - 1
 MAX_TASK = 2**31 - 1
 
@@ -108,6 +114,12 @@ class Decision(Model):
     images: int
     seconds: float
     candidates: list[Candidate]
+
+
+class BufferList(Model):
+    """All buffers by name."""
+
+    buffers: list[Buffer]
 
 
 class IngestOptions(Model):

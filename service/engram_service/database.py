@@ -96,7 +96,7 @@ class Database:
             raise Unavailable(f"the database schema is {state}; run `engram-service migrate`", schema=state)
 
     def schema_state(self) -> SchemaState:
-        """How the database's schema compares with this version: empty, current, outdated or unknown (newer, foreign)."""
+        """How the database's schema compares with this version: empty, current, outdated or unknown (newer)."""
         scripts = ScriptDirectory.from_config(_alembic())
         with translated(), self.engine.connect() as connection:
             revision = MigrationContext.configure(connection).get_current_revision()

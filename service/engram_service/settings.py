@@ -65,6 +65,9 @@ class Settings(BaseSettings):
     max_draw: Annotated[int, Field(ge=1)] = 8192
     """The largest `size` of a draw; it bounds the memory of one answer."""
 
+    max_global_draw: Annotated[int, Field(ge=1)] = 2**20
+    """The largest global batch, `size` times `world_size`: every rank plans all of it before it takes its slice."""
+
     max_page: Annotated[int, Field(ge=1)] = 1000
     """The largest `limit` of a page of exemplars."""
 

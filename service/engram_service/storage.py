@@ -71,9 +71,9 @@ class PackStore:
             # Its writer may have died between rename and fsync of the folder; and a collector looks at the age.
             with disk_errors(path, len(data)):
                 os.utime(path)
-                _fsync(path)
-                _fsync(path.parent)
-                _fsync(self.folder)
+                fsync_path(path)
+                fsync_path(path.parent)
+                fsync_path(self.folder)
         else:
             write_durably(path, data)
         return digest
@@ -100,19 +100,20 @@ class PackStore:
         """The pack is gone; deleting a pack that is not there is no error."""
         self.path(digest).unlink(missing_ok=True)
 
-    def objects(self) -> Iterator[tuple[str, float]]:
-        """Every pack on disk with the time (seconds since the epoch) at which it was last put."""
+    def digests(self) -> Iterator[tuple[str, float]]:
+        """Every pack on disk with the seconds since it was last put."""
+        now = time.time()
         for path in self.folder.glob("??/*"):
             with suppress(FileNotFoundError):
                 if _NAME.fullmatch(path.name):
-                    yield path.name, path.stat().st_mtime
+                    yield path.name, now - path.stat().st_mtime
 
-    def sweep(self, older_than: float) -> int:
-        """Temporary files last written before this time are removed: a crash left them; returns how many."""
+    def sweep(self, older_than_s: float) -> int:
+        """Temporary files older than this are removed: a crash left them behind; returns how many."""
         removed = 0
         for path in self.folder.glob("??/.*.tmp"):
             with suppress(FileNotFoundError):
-                if path.stat().st_mtime < older_than:
+                if time.time() - path.stat().st_mtime > older_than_s:
                     path.unlink()
                     removed += 1
         return removed
@@ -149,7 +150,7 @@ def write_durably(path: Path, data: bytes) -> None:
     with disk_errors(path, len(data)):
         if not path.parent.is_dir():
             path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            _fsync(path.parent.parent)
+            fsync_path(path.parent.parent)
         try:
             with temporary.open("xb", buffering=0) as file:
                 rest = memoryview(data)
@@ -160,7 +161,7 @@ def write_durably(path: Path, data: bytes) -> None:
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
-        _fsync(path.parent)
+        fsync_path(path.parent)
 
 
 def _holds(path: Path, data: bytes) -> bool:
@@ -170,7 +171,8 @@ def _holds(path: Path, data: bytes) -> bool:
         return False
 
 
-def _fsync(path: Path) -> None:
+def fsync_path(path: Path) -> None:
+    """What the file or folder holds survives a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -270,7 +272,7 @@ class PackCache:
             return LoadedPack(digest, pack.parse(data), None, now)
         exemplars, rows = pack.salvage(data, count)
         logger.error("pack %s does not match its name; %d of %d exemplars are intact", digest, len(rows), count)
-        return LoadedPack(digest, exemplars if len(rows) else None, rows, now)
+        return LoadedPack(digest, exemplars, rows, now)
 
     def _keep(self, loaded: LoadedPack) -> LoadedPack:
         with self._lock:

@@ -12,6 +12,8 @@ from typing import Any
 from sqlalchemy import JSON, BigInteger, Float, ForeignKey, Index, Integer, MetaData, String, UniqueConstraint
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
+from engram.schemas import Per, Ranking, ShareBy, State, Subsampling
+
 
 class Base(DeclarativeBase):
     """Carries the naming convention that migrations rely on."""
@@ -33,9 +35,9 @@ class BufferRow(Base):
 
     name: Mapped[str] = mapped_column(String(63), primary_key=True)
     budget_bytes: Mapped[int] = mapped_column(BigInteger)
-    per: Mapped[str] = mapped_column(String(16))
-    share_by: Mapped[str] = mapped_column(String(16))
-    subsampling: Mapped[str] = mapped_column(String(8))
+    per: Mapped[Per] = mapped_column(String(16))
+    share_by: Mapped[ShareBy] = mapped_column(String(16))
+    subsampling: Mapped[Subsampling] = mapped_column(String(8))
     generation: Mapped[int] = mapped_column(Integer, default=0)
     # Older generations no longer answer: the collector raises this to the highest `until` of the rows it deletes.
     oldest_generation: Mapped[int] = mapped_column(Integer, default=0)
@@ -54,7 +56,7 @@ class TaskRow(Base):
     buffer: Mapped[str] = mapped_column(ForeignKey("buffers.name", ondelete="CASCADE"), primary_key=True)
     task: Mapped[int] = mapped_column(BigInteger, primary_key=True)
     quality: Mapped[int] = mapped_column(Integer)
-    ranking: Mapped[str] = mapped_column(String(16))
+    ranking: Mapped[Ranking] = mapped_column(String(16))
     seen: Mapped[dict[str, int]] = mapped_column(JSON)
     decision: Mapped[dict[str, Any] | None] = mapped_column(JSON, default=None)
 
@@ -90,7 +92,7 @@ class IngestRow(Base):
     buffer: Mapped[str] = mapped_column(ForeignKey("buffers.name", ondelete="CASCADE"))
     task: Mapped[int] = mapped_column(BigInteger)
     idempotency_key: Mapped[str | None] = mapped_column(String(200), default=None)
-    state: Mapped[str] = mapped_column(String(16))
+    state: Mapped[State] = mapped_column(String(16))
     body_sha256: Mapped[str] = mapped_column(String(64))
     body_bytes: Mapped[int] = mapped_column(BigInteger)
     options: Mapped[dict[str, Any]] = mapped_column(JSON)

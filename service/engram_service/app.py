@@ -1,0 +1,103 @@
+"""This file is the application: `create_app(settings)` builds everything, nothing is built at import."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
+from fastapi.routing import APIRoute
+
+from . import __version__, problems
+from .auth import OPEN_PATHS, Gate, require_token_beyond_loopback
+from .bodies import BodyLimit
+from .database import Database
+from .replay import Replay
+from .routes import buffers, draw, exemplars, export, extractors, health, ingests, packs, tasks
+from .settings import Settings
+from .storage import PackCache, PackStore
+
+DESCRIPTION = """A compressed replay memory for continual learning.
+
+Upload the images of a finished task; the service keeps as many as a byte budget allows, as JPEG at a quality that it
+chooses, and serves replay minibatches. Errors are `application/problem+json` (RFC 9457)."""
+
+
+def create_app(settings: Settings) -> FastAPI:
+    """The whole service as an ASGI application, its database migrated if it is embedded and empty.
+
+    Raises:
+        Forbidden: the settings would let other machines in without a token.
+        Unavailable: the database does not answer, or its schema is another version's.
+    """
+    require_token_beyond_loopback(settings)
+    settings.make_folders()
+    database = open_database(settings)
+    store = PackStore(settings.packs_dir)
+    cache = PackCache(store, settings.cache_bytes)
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        yield
+        database.close()
+
+    app = FastAPI(
+        title="Engram",
+        version=__version__,
+        description=DESCRIPTION,
+        lifespan=lifespan,
+        redirect_slashes=False,
+        generate_unique_id_function=_operation_id,
+        responses={"default": {"model": problems.Problem, "description": "A problem."}},
+    )
+    app.state.settings, app.state.database = settings, database
+    app.state.store, app.state.cache = store, cache
+    app.state.replay = Replay(database, cache, settings)
+    problems.install(app)
+    app.add_middleware(BodyLimit, settings=settings)
+    app.add_middleware(Gate, settings=settings)
+    # In the order in which a run calls them.
+    for resource in (buffers, extractors, ingests, tasks, packs, draw, export, exemplars, health):
+        app.include_router(resource.router)
+    _document(app, needs_token=settings.admin_token is not None)
+    return app
+
+
+def open_database(settings: Settings) -> Database:
+    """The database at the schema of this version; an empty embedded one is migrated on the way.
+
+    Raises:
+        Unavailable: it does not answer, or its schema is another version's.
+    """
+    settings.make_folders()
+    database = Database(settings)
+    if settings.is_embedded and database.schema_state() == "empty":
+        database.migrate()
+    database.ping()
+    return database
+
+
+def _operation_id(route: APIRoute) -> str:
+    return route.name
+
+
+def _document(app: FastAPI, *, needs_token: bool) -> None:
+    """The interface description says what the framework does not know: the token, and how problems are sent."""
+
+    def describe() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            schema = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
+            for path, operations in schema["paths"].items():
+                for operation in operations.values():
+                    problem = operation["responses"]["default"]["content"]
+                    problem[problems.MEDIA_TYPE] = problem.pop("application/json", {})
+                    if path in OPEN_PATHS:
+                        operation["security"] = []
+            schema["components"]["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}
+            schema["security"] = [{"token": []}] if needs_token else [{}, {"token": []}]
+            app.openapi_schema = schema
+        return app.openapi_schema
+
+    app.openapi = describe  # type: ignore[method-assign]

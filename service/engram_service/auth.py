@@ -1,0 +1,91 @@
+"""This file is who may come in: one bearer token, checked before anything else looks at a request.
+
+It is middleware around the whole application and denies by default: a route that is added tomorrow is closed until it
+is named in `OPEN_PATHS`. Without a token the service listens on loopback only, and then checks that the request names a
+loopback host: otherwise any web page could reach it through its visitor's browser (DNS rebinding).
+"""
+
+from __future__ import annotations
+
+import hmac
+import ipaddress
+
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from engram.errors import EngramError, Forbidden, Unauthorized
+
+from .problems import problem_response
+from .settings import Settings
+
+OPEN_PATHS = frozenset({"/healthz", "/readyz", "/docs", "/docs/oauth2-redirect", "/redoc", "/openapi.json"})
+"""What needs no token: whether the service lives, and what its interface is."""
+
+
+class Gate:
+    """Lets a request through to `app` if it carries the token, or comes from this machine when there is none."""
+
+    def __init__(self, app: ASGIApp, settings: Settings) -> None:
+        self.app = app
+        token = settings.admin_token
+        self._expected = None if token is None else b"Bearer " + token.get_secret_value().encode()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """One request; anything that is not HTTP (the lifespan) passes."""
+        error = self._refusal(scope) if scope["type"] == "http" else None
+        if error is None:
+            await self.app(scope, receive, send)
+        else:
+            await problem_response(error, scope["path"])(scope, receive, send)
+
+    def _refusal(self, scope: Scope) -> EngramError | None:
+        expected = self._expected
+        if expected is None:
+            host = _header(scope, b"host")
+            return (
+                None
+                if _is_loopback(host)
+                else Forbidden(
+                    f"this service has no token, so it answers requests for this machine only, not for {host!r}; "
+                    "set ENGRAM_ADMIN_TOKEN to use other names",
+                )
+            )
+        if scope["path"] in OPEN_PATHS:
+            return None
+        given = _header(scope, b"authorization")
+        # The scheme is case-insensitive (RFC 9110); the token is not.
+        if hmac.compare_digest(b"Bearer " + given[7:] if given[:7].lower() == b"bearer " else given, expected):
+            return None
+        if not given:
+            return Unauthorized("this request needs an Authorization header: `Bearer` and the token of the service")
+        return Unauthorized("the bearer token is not the one of this service")
+
+
+def require_token_beyond_loopback(settings: Settings) -> None:
+    """Returns if the service may listen where the settings say.
+
+    Raises:
+        Forbidden: the address can be reached from other machines and there is no token.
+    """
+    if settings.admin_token is None and not settings.is_loopback:
+        raise Forbidden(
+            f"{settings.host} can be reached from other machines: set ENGRAM_ADMIN_TOKEN to a secret "
+            "(`openssl rand -hex 32` makes one), or listen on 127.0.0.1"
+        )
+
+
+def _header(scope: Scope, name: bytes) -> bytes:
+    for key, value in scope["headers"]:
+        if key == name:
+            return bytes(value)
+    return b""
+
+
+def _is_loopback(host: bytes) -> bool:
+    name = host.decode("latin-1").lower()
+    name = name[1 : name.find("]")] if name.startswith("[") else name.partition(":")[0]
+    if name in ("localhost", ""):
+        return True
+    try:
+        return ipaddress.ip_address(name).is_loopback
+    except ValueError:
+        return False

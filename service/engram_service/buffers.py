@@ -1,0 +1,235 @@
+"""This file is the rules of buffers and tasks, and the SQL behind them: create, list, read, delete, manifest.
+
+Every function takes the session of a transaction that its caller opened. What makes a new generation (a commit, another
+budget, a deleted task) is in `commit`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from datetime import UTC, datetime
+
+from sqlalchemy import or_, select
+from sqlalchemy.orm import Session
+
+from engram import shares
+from engram.errors import Conflict, NotFound
+from engram.schemas import Buffer, BufferCreate, ClassSummary, Decision, Manifest, PackEntry, Task
+
+from .tables import BufferRow, PackRow, TaskRow
+
+
+def create(session: Session, wanted: BufferCreate) -> Buffer:
+    """A new, empty buffer at generation 0.
+
+    Raises:
+        Conflict: there is one of that name.
+    """
+    if session.get(BufferRow, wanted.name) is not None:
+        raise Conflict(f"there is a buffer {wanted.name!r} already; delete it first or choose another name")
+    row = BufferRow(**wanted.model_dump(), generation=0, oldest_generation=0, created_at=time.time())
+    session.add(row)
+    session.flush()
+    return _describe(session, row)
+
+
+def read_all(session: Session) -> list[Buffer]:
+    """Every buffer, by name."""
+    return [_describe(session, row) for row in session.scalars(select(BufferRow).order_by(BufferRow.name)).all()]
+
+
+def read(session: Session, name: str) -> Buffer:
+    """One buffer as it stands.
+
+    Raises:
+        NotFound: there is no such buffer.
+    """
+    return _describe(session, find(session, name))
+
+
+def delete(session: Session, name: str) -> None:
+    """The buffer is gone with everything in it; its packs leave the disk when the collector runs.
+
+    Raises:
+        NotFound: there is no such buffer.
+    """
+    session.delete(find(session, name))
+
+
+def find(session: Session, name: str) -> BufferRow:
+    """The row of a buffer.
+
+    Raises:
+        NotFound: there is no such buffer.
+    """
+    row = session.get(BufferRow, name)
+    if row is None:
+        raise NotFound(f"there is no buffer {name!r}", buffer=name)
+    return row
+
+
+def live_packs(session: Session, name: str, generation: int | None = None) -> Sequence[PackRow]:
+    """The packs of a generation (None: the current one) in ascending order of task."""
+    query = select(PackRow).where(PackRow.buffer == name).order_by(PackRow.task, PackRow.id)
+    if generation is None:
+        return session.scalars(query.where(PackRow.until.is_(None))).all()
+    alive = or_(PackRow.until.is_(None), PackRow.until > generation)
+    return session.scalars(query.where(PackRow.since <= generation, alive)).all()
+
+
+def manifest(session: Session, name: str, generation: int | None = None) -> Manifest:
+    """The exact content of a generation, None being the current one. `limit_bytes` is the limit as it is now.
+
+    Raises:
+        NotFound: there is no such buffer, or the generation is yet to come or collected already.
+    """
+    row = find(session, name)
+    wanted = row.generation if generation is None else generation
+    if not row.oldest_generation <= wanted <= row.generation:
+        state = "is yet to come" if wanted > row.generation else "has been collected"
+        raise NotFound(
+            f"generation {wanted} of buffer {name!r} {state}; the current one is {row.generation}",
+            buffer=name,
+            generation=wanted,
+            current_generation=row.generation,
+            oldest_generation=row.oldest_generation,
+        )
+    packs = live_packs(session, name, wanted)
+    return Manifest(
+        buffer=name,
+        generation=wanted,
+        used_bytes=sum(pack.bytes for pack in packs),
+        limit_bytes=_limit_bytes(row, classes_by_task(session, name)),
+        image_shape=image_shape(row),
+        packs=[entry(pack) for pack in packs],
+    )
+
+
+def generation_of(session: Session, name: str) -> int:
+    """The current generation: the whole of what a draw without `generation` asks the database.
+
+    Raises:
+        NotFound: there is no such buffer.
+    """
+    found = session.scalar(select(BufferRow.generation).where(BufferRow.name == name))
+    if found is None:
+        raise NotFound(f"there is no buffer {name!r}", buffer=name)
+    return found
+
+
+def task(session: Session, name: str, number: int) -> Task:
+    """One task as it is stored.
+
+    Raises:
+        NotFound: there is no such buffer or it has no such task.
+    """
+    row = find(session, name)
+    found = session.get(TaskRow, (name, number))
+    if found is None:
+        known = session.scalars(select(TaskRow.task).where(TaskRow.buffer == name).order_by(TaskRow.task)).all()
+        raise NotFound(f"buffer {name!r} has no task {number}; it has {_listed(known)}", buffer=name, task=number)
+    packs = live_packs(session, name)
+    own = [pack for pack in packs if pack.task == number]
+    stored = {c: (count, size) for pack in own for (c, count), size in zip(pack.runs, pack.class_bytes, strict=True)}
+    granted = shares.leaves(
+        row.budget_bytes, per=row.per, share_by=row.share_by, classes_by_task=classes_by_task(session, name)
+    )
+    return Task(
+        buffer=name,
+        task=number,
+        quality=found.quality,
+        bytes=sum(pack.bytes for pack in own),
+        exemplars=sum(pack.exemplars for pack in own),
+        classes=[
+            ClassSummary(
+                class_id=class_id,
+                seen=seen,
+                exemplars=stored.get(class_id, (0, 0))[0],
+                bytes=stored.get(class_id, (0, 0))[1],
+                share_bytes=granted.get((number, class_id), 0),
+            )
+            for class_id, seen in sorted((int(key), value) for key, value in found.seen.items())
+        ],
+        decision=None if found.decision is None else Decision.model_validate(found.decision),
+    )
+
+
+def entry(pack: PackRow) -> PackEntry:
+    """A pack as a manifest lists it."""
+    return PackEntry(
+        digest=pack.digest,
+        task=pack.task,
+        bytes=pack.bytes,
+        exemplars=pack.exemplars,
+        quality=pack.quality,
+        runs=[(class_id, count) for class_id, count in pack.runs],
+    )
+
+
+def image_shape(row: BufferRow) -> tuple[int, int, int] | None:
+    """(H, W, C) of every image of the buffer, None before its first commit."""
+    if row.height is None or row.width is None or row.channels is None:
+        return None
+    return row.height, row.width, row.channels
+
+
+def classes_by_task(session: Session, name: str) -> dict[int, list[int]]:
+    """The classes of each task that hold a share: all that were ever uploaded, also those of which nothing fits."""
+    tasks = session.execute(select(TaskRow.task, TaskRow.seen).where(TaskRow.buffer == name).order_by(TaskRow.task))
+    return {number: sorted(int(class_id) for class_id in seen) for number, seen in tasks}
+
+
+def pack_of(session: Session, name: str, digest: str) -> PackEntry:
+    """A pack of any generation of the buffer that still answers.
+
+    Raises:
+        NotFound: there is no such buffer or it has no such pack.
+    """
+    find(session, name)
+    found = session.scalars(select(PackRow).where(PackRow.buffer == name, PackRow.digest == digest)).first()
+    if found is None:
+        raise NotFound(f"buffer {name!r} has no pack {digest!r}", buffer=name, digest=digest)
+    return entry(found)
+
+
+def exemplars_of_pack(session: Session, digest: str) -> int:
+    """How many exemplars a pack of any buffer holds.
+
+    Raises:
+        NotFound: no generation that still answers has such a pack.
+    """
+    found = session.scalar(select(PackRow.exemplars).where(PackRow.digest == digest).limit(1))
+    if found is None:
+        raise NotFound(f"there is no pack {digest}", digest=digest)
+    return found
+
+
+def _limit_bytes(row: BufferRow, classes: dict[int, list[int]]) -> int:
+    """The total that the packs' bytes obey."""
+    distinct = {class_id for held in classes.values() for class_id in held}
+    return shares.limit(row.budget_bytes, per=row.per, classes=len(distinct))
+
+
+def _describe(session: Session, row: BufferRow) -> Buffer:
+    packs = live_packs(session, row.name)
+    classes = classes_by_task(session, row.name)
+    return Buffer(
+        name=row.name,
+        budget_bytes=row.budget_bytes,
+        limit_bytes=_limit_bytes(row, classes),
+        per=row.per,
+        share_by=row.share_by,
+        subsampling=row.subsampling,
+        generation=row.generation,
+        used_bytes=sum(pack.bytes for pack in packs),
+        exemplars=sum(pack.exemplars for pack in packs),
+        tasks=list(classes),
+        classes=sorted({class_id for pack in packs for class_id, count in pack.runs if count}),
+        image_shape=image_shape(row),
+        created_at=datetime.fromtimestamp(row.created_at, UTC),
+    )
+
+
+def _listed(numbers: Sequence[int]) -> str:
+    return ", ".join(map(str, numbers)) if numbers else "none"

@@ -1,0 +1,284 @@
+"""This file is replay: draws, exports and single exemplars of a generation, out of cached packs.
+
+A generation never changes, so everything that is derived from it is computed once and kept: its manifest, the layout
+that draws are planned on, the parsed packs. A draw of a known generation from packs in memory touches neither database
+nor disk; `View.is_ready` tells, and the route then answers on the event loop instead of hiring a thread.
+
+The database is asked again for a kept generation once a second: the buffer may have been deleted, or made anew under
+the same name, or the generation collected. Exemplars whose bytes are damaged are left out and counted.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+
+import numpy as np
+
+from engram import tar
+from engram.draw import IntArray, Layout, Request, plan
+from engram.errors import InvalidRequest, NotFound, Unavailable
+from engram.schemas import Exemplar, ExemplarPage, Manifest, PackEntry
+from engram.strip import Exemplars
+
+from . import buffers
+from .database import Database
+from .settings import Settings
+from .storage import LoadedPack, PackCache
+
+RECHECK_S = 1.0
+"""How long a generation is answered without asking the database whether it still is one."""
+
+MAX_VIEWS = 256
+"""Generations kept: some kilobytes each, a few per buffer that is being replayed."""
+
+
+@dataclass(eq=False)
+class View:
+    """One generation, ready to draw from."""
+
+    manifest: Manifest
+    created_at: float
+    layout: Layout = field(init=False)
+    checked_at: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.layout = Layout(self.manifest.packs)
+        self.checked_at = time.monotonic()
+
+    @property
+    def is_fresh(self) -> bool:
+        """True while it need not be compared with the database."""
+        return time.monotonic() - self.checked_at < RECHECK_S
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """Rows of one pack as a draw delivers them. `positions` is where they are in `exemplars`."""
+
+    task: int
+    exemplars: Exemplars
+    positions: IntArray
+    rows: IntArray
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """The answer to a draw. `damaged` counts exemplars that were chosen and could not be read."""
+
+    body: bytes
+    generation: int
+    exemplars: int
+    damaged: int
+
+
+class Replay:
+    """Draws from the generations of all buffers. Safe to call from any thread."""
+
+    def __init__(self, database: Database, cache: PackCache, settings: Settings) -> None:
+        self.database = database
+        self.cache = cache
+        self.settings = settings
+        self._views: OrderedDict[tuple[str, int], View] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def peek(self, buffer: str, generation: int | None) -> View | None:
+        """The generation if it is known and fresh; touches neither database nor disk."""
+        if generation is None:
+            return None
+        view = self._views.get((buffer, generation))
+        return view if view is not None and view.is_fresh else None
+
+    def view(self, buffer: str, generation: int | None) -> View:
+        """A generation, None being the current one.
+
+        Raises:
+            NotFound: there is no such buffer, or the generation is yet to come or was collected.
+        """
+        with self.database.reading() as session:
+            row = buffers.find(session, buffer)
+            wanted = row.generation if generation is None else generation
+            known = self._views.get((buffer, wanted))
+            if known is None or known.created_at != row.created_at or wanted < row.oldest_generation:
+                known = View(buffers.manifest(session, buffer, wanted), row.created_at)
+        known.checked_at = time.monotonic()
+        with self._lock:
+            self._views[buffer, wanted] = known
+            self._views.move_to_end((buffer, wanted))
+            while len(self._views) > MAX_VIEWS:
+                self._views.popitem(last=False)
+        return known
+
+    def draw(self, view: View, request: Request, *, may_load: bool = True) -> Drawn | None:
+        """The strips that the request asks for; None if packs must be loaded and `may_load` is false.
+
+        Raises:
+            InvalidRequest: more exemplars than one answer may hold.
+            NotFound: a task is not in this generation.
+            Conflict: there is nothing to draw from.
+            Unavailable: every chosen exemplar is damaged, or the disk does not answer.
+        """
+        parts = self._parts(view, request, may_load)
+        if parts is None:
+            return None
+        chosen, damaged = parts
+        body = b"".join(
+            strip
+            for part in chosen
+            for strip in part.exemplars.select(part.positions).to_strips(task=part.task, rows=part.rows)
+        )
+        return Drawn(body, view.manifest.generation, sum(len(part.rows) for part in chosen), damaged)
+
+    def draw_tar(self, view: View, request: Request) -> Drawn:
+        """The same exemplars, in the same order, as a WebDataset tar of stand-alone JPEGs.
+
+        Raises:
+            InvalidRequest, NotFound, Conflict, Unavailable: as `draw`.
+        """
+        parts = self._parts(view, request, may_load=True)
+        assert parts is not None, "packs may be loaded"
+        chosen, damaged = parts
+        body = b"".join(tar.write_encoded(_files(chosen)))
+        return Drawn(body, view.manifest.generation, sum(len(part.rows) for part in chosen), damaged)
+
+    def export(self, view: View) -> Iterator[bytes]:
+        """Every exemplar of the generation as a WebDataset tar of stand-alone JPEGs, one pack in memory at a time.
+
+        Raises:
+            Unavailable: the disk does not answer. (Raised at the first chunk if it is the first pack.)
+        """
+        return tar.write_encoded(_files(self._every_part(view)))
+
+    def page(
+        self, view: View, *, task: int | None, class_id: int | None, limit: int, after: tuple[int, int, int] | None
+    ) -> ExemplarPage:
+        """Exemplars in order of task, class and rank, those after `after` (task, class id, rank).
+
+        The cursor names a place in that order and not a row, so that paging goes on when a new generation comes.
+
+        Raises:
+            Unavailable: the disk does not answer.
+        """
+        found: list[Exemplar] = []
+        for entry in view.manifest.packs:
+            if (task is not None and entry.task != task) or (after is not None and entry.task < after[0]):
+                continue
+            rows = _rows_after(entry, class_id, after if after is not None and entry.task == after[0] else None)
+            # One more than the page holds tells whether there is another page.
+            found += self._describe(entry, rows, limit + 1 - len(found))
+            if len(found) > limit:
+                last = found[limit - 1]
+                return ExemplarPage(exemplars=found[:limit], next=f"{last.task}.{last.class_id}.{last.rank}")
+        return ExemplarPage(exemplars=found, next=None)
+
+    def jpeg(self, entry: PackEntry, row: int) -> bytes:
+        """One exemplar as a stand-alone JPEG.
+
+        Raises:
+            NotFound: the pack has no such row.
+            Unavailable: the row is damaged, or the disk does not answer.
+        """
+        if not 0 <= row < entry.exemplars:
+            raise NotFound(f"pack {entry.digest} has rows 0..{entry.exemplars - 1}, not {row}", row=row)
+        loaded = self.cache.get(entry.digest, entry.exemplars)
+        positions, kept = _locate(loaded, np.array([row], np.int64))
+        if loaded.exemplars is None or len(kept) == 0:
+            raise Unavailable(f"row {row} of pack {entry.digest} is damaged on disk", digest=entry.digest, row=row)
+        return loaded.exemplars.jpeg(int(positions[0]))
+
+    def _parts(self, view: View, request: Request, may_load: bool) -> tuple[list[Part], int] | None:
+        """What the draw delivers and how many of the chosen exemplars it lacks."""
+        self._check_size(view.layout, request)
+        parts: list[Part] = []
+        damaged = 0
+        for index, rows in plan(view.layout, request):
+            entry = view.manifest.packs[index]
+            loaded = self.cache.get(entry.digest, entry.exemplars) if may_load else self.cache.peek(entry.digest)
+            if loaded is None:
+                return None
+            positions, kept = _locate(loaded, rows)
+            damaged += len(rows) - len(kept)
+            if loaded.exemplars is not None and len(kept):
+                parts.append(Part(entry.task, loaded.exemplars, positions, kept))
+        if not parts and damaged:
+            raise Unavailable(f"all {damaged} exemplars of this draw are damaged on disk; /healthz names the packs")
+        return parts, damaged
+
+    def _check_size(self, layout: Layout, request: Request) -> None:
+        groups = 1
+        if request.strategy == "per_task":
+            groups = len(layout.groups("task", request.tasks, request.exclude_tasks).sizes)
+        answer, drawn = request.size * groups, request.size * request.world_size * groups
+        for name, count in ("max_draw", answer), ("max_global_draw", drawn):
+            most = getattr(self.settings, name)
+            if count > most:
+                what = "this draw" if name == "max_draw" else "the global batch of all ranks"
+                raise InvalidRequest(
+                    f"{what} has {count} exemplars, at most {most} are allowed; draw fewer at a time, or raise "
+                    f"ENGRAM_{name.upper()}",
+                    **{name: most},
+                )
+
+    def _every_part(self, view: View) -> Iterator[Part]:
+        for entry in view.manifest.packs:
+            loaded = self.cache.get(entry.digest, entry.exemplars)
+            positions, kept = _locate(loaded, np.arange(entry.exemplars, dtype=np.int64))
+            if loaded.exemplars is not None and len(kept):
+                yield Part(entry.task, loaded.exemplars, positions, kept)
+
+    def _describe(self, entry: PackEntry, rows: Iterator[tuple[int, int, int]], limit: int) -> list[Exemplar]:
+        wanted = list(islice(rows, limit))
+        if not wanted:
+            return []
+        loaded = self.cache.get(entry.digest, entry.exemplars)
+        positions, kept = _locate(loaded, np.array([row for row, _, _ in wanted], np.int64))
+        sizes = (
+            {}
+            if loaded.exemplars is None
+            else dict(zip(kept.tolist(), loaded.exemplars.sizes[positions].tolist(), strict=True))
+        )
+        return [
+            Exemplar(
+                pack=entry.digest,
+                row=row,
+                task=entry.task,
+                class_id=class_id,
+                rank=rank,
+                bytes=sizes.get(row, 0),
+                quality=entry.quality,
+            )
+            for row, class_id, rank in wanted
+        ]
+
+
+def _locate(loaded: LoadedPack, rows: IntArray) -> tuple[IntArray, IntArray]:
+    """Where these rows are in a loaded pack, and which of them are: the intact ones."""
+    if loaded.rows is None:
+        return rows, rows
+    kept = rows[np.isin(rows, loaded.rows)]
+    return np.searchsorted(loaded.rows, kept), kept
+
+
+def _files(parts: Iterable[Part]) -> Iterator[tuple[str, bytes, int]]:
+    for part in parts:
+        class_ids = part.exemplars.class_ids[part.positions].tolist()
+        for position, class_id in zip(part.positions.tolist(), class_ids, strict=True):
+            yield "jpg", part.exemplars.jpeg(position), class_id
+
+
+def _rows_after(
+    entry: PackEntry, class_id: int | None, after: tuple[int, int, int] | None
+) -> Iterator[tuple[int, int, int]]:
+    """(row, class id, rank) of a pack's exemplars in order, those after (task, class id, rank)."""
+    start = 0
+    for run_class, count in entry.runs:
+        first = 0
+        if after is not None and run_class <= after[1]:
+            first = count if run_class < after[1] else min(after[2] + 1, count)
+        if class_id is None or class_id == run_class:
+            yield from ((start + rank, run_class, rank) for rank in range(first, count))
+        start += count

@@ -1,0 +1,83 @@
+"""This file is the routes of buffers: create, list, read, change the budget, delete; the manifest of a generation."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from fastapi import APIRouter, Header, Response
+
+from engram.schemas import Buffer, BufferChange, BufferCreate, BufferList, Manifest
+
+from .. import buffers, commit
+from .parts import BufferPath, DatabasePart, ExpectedGeneration, Generation, StorePart, etag, matches
+
+router = APIRouter(prefix="/v1/buffers", tags=["buffers"])
+
+
+@router.post("", status_code=201)
+def create_buffer(wanted: BufferCreate, response: Response, database: DatabasePart) -> Buffer:
+    """Make an empty buffer."""
+    with database.session() as session:
+        made = buffers.create(session, wanted)
+    response.headers["Location"] = f"/v1/buffers/{made.name}"
+    response.headers["ETag"] = etag(made.generation)
+    return made
+
+
+@router.get("")
+def list_buffers(database: DatabasePart) -> BufferList:
+    """List all buffers by name."""
+    with database.reading() as session:
+        return BufferList(buffers=buffers.read_all(session))
+
+
+@router.get("/{buffer}")
+def read_buffer(buffer: BufferPath, response: Response, database: DatabasePart) -> Buffer:
+    """Read a buffer as it stands; its ETag is its generation."""
+    with database.reading() as session:
+        found = buffers.read(session, buffer)
+    response.headers["ETag"] = etag(found.generation)
+    return found
+
+
+@router.patch("/{buffer}")
+def change_buffer(
+    buffer: BufferPath,
+    change: BufferChange,
+    response: Response,
+    database: DatabasePart,
+    store: StorePart,
+    expected_generation: ExpectedGeneration,
+) -> Buffer:
+    """Give a buffer another budget; a smaller one drops the tails of every class, losslessly."""
+    commit.reshare(database, store, buffer, budget_bytes=change.budget_bytes, expected_generation=expected_generation)
+    return read_buffer(buffer, response, database)
+
+
+@router.delete("/{buffer}", status_code=204)
+def delete_buffer(buffer: BufferPath, database: DatabasePart) -> None:
+    """Delete a buffer and everything in it."""
+    with database.session() as session:
+        buffers.delete(session, buffer)
+
+
+@router.get("/{buffer}/manifest", responses={304: {"description": "The generation is the one in If-None-Match."}})
+def read_manifest(
+    buffer: BufferPath,
+    response: Response,
+    database: DatabasePart,
+    generation: Generation = None,
+    if_none_match: Annotated[str | None, Header()] = None,
+) -> Manifest:
+    """List the packs of a generation; the ETag is the generation."""
+    with database.reading() as session:
+        tag = etag(buffers.generation_of(session, buffer) if generation is None else generation)
+        # The current generation needs no look at its packs; an older one may have been collected.
+        if generation is None and matches(if_none_match, tag):
+            return Response(status_code=304, headers={"ETag": tag})  # type: ignore[return-value]
+        found = buffers.manifest(session, buffer, generation)
+    if matches(if_none_match, tag):
+        return Response(status_code=304, headers={"ETag": tag})  # type: ignore[return-value]
+    response.headers["ETag"] = tag
+    response.headers["Cache-Control"] = "no-cache"
+    return found

@@ -1,0 +1,44 @@
+"""This file is the routes of extractors: register an ONNX model under its SHA-256, read what it is."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from fastapi import APIRouter, Path, Request, Response
+
+from engram.schemas import Extractor
+
+from .. import extractors
+from .parts import DatabasePart, SettingsPart
+
+router = APIRouter(prefix="/v1/extractors", tags=["extractors"])
+
+Sha256 = Annotated[str, Path(pattern="^[0-9a-f]{64}$", description="SHA-256 of the model's bytes.")]
+
+
+@router.put(
+    "/{sha256}",
+    status_code=201,
+    responses={200: {"model": Extractor, "description": "The model was registered before."}},
+    openapi_extra={
+        "requestBody": {
+            "required": True,
+            "content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}},
+        }
+    },
+)
+async def register_extractor(
+    sha256: Sha256, request: Request, response: Response, database: DatabasePart, settings: SettingsPart
+) -> Extractor:
+    """Register a model: float32 [N, 3, H, W] in 0..1 in, [N, D] out, no external data, no custom operators."""
+    found, is_new = await extractors.register(database, settings, sha256, request.stream())
+    response.status_code = 201 if is_new else 200
+    response.headers["Location"] = f"/v1/extractors/{sha256}"
+    return found
+
+
+@router.get("/{sha256}")
+def read_extractor(sha256: Sha256, database: DatabasePart) -> Extractor:
+    """Read what is known of a registered model."""
+    with database.reading() as session:
+        return extractors.read(session, sha256)

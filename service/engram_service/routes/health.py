@@ -1,0 +1,39 @@
+"""This file is the routes for whoever watches the service: does it live, can it work."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter
+
+from engram.errors import EngramError, Unavailable
+from engram.schemas import Health
+
+from .. import __version__
+from .parts import CachePart, DatabasePart, SettingsPart
+
+router = APIRouter(tags=["health"])
+
+
+@router.get("/healthz")
+def healthz(database: DatabasePart, cache: CachePart) -> Health:
+    """Tell that the process answers, and what is wrong with its data; 200 in both cases, so that nobody restarts it."""
+    problems = []
+    try:
+        database.ping()
+    except EngramError as error:
+        problems.append(error.message)
+    damaged = cache.damaged()
+    return Health(
+        status="degraded" if damaged or problems else "ok",
+        version=__version__,
+        damaged_packs=damaged,
+        problems=problems,
+    )
+
+
+@router.get("/readyz")
+def readyz(database: DatabasePart, settings: SettingsPart) -> Health:
+    """Tell whether requests can be served: 503 while the database or the data folder cannot be reached."""
+    database.ping()
+    if not settings.packs_dir.is_dir():
+        raise Unavailable(f"the folder of packs, {settings.packs_dir}, is not there")
+    return Health(status="ok", version=__version__, damaged_packs=[], problems=[])
