@@ -1,1 +1,60 @@
-"""This file is the public face of the library (names follow)."""
+"""This file is the public face of the library: what `import engram` offers.
+
+    from engram import Client, Mirror, ReplayLoader
+
+Formats have modules of their own: `engram.strip`, `engram.pack`, `engram.tar`, `engram.draw`, `engram.batch`.
+"""
+
+from engram.batch import Batch
+from engram.client import Client
+from engram.errors import (
+    BadExtractor,
+    BadUpload,
+    BudgetExceeded,
+    Cancelled,
+    Conflict,
+    EngramError,
+    Forbidden,
+    InvalidRequest,
+    NotFound,
+    RateLimited,
+    StorageFull,
+    StripCorrupt,
+    TooLarge,
+    Unauthorized,
+    Unavailable,
+)
+from engram.loader import ReplayLoader
+from engram.mirror import Mirror
+from engram.schemas import Buffer, Decision, Ingest, IngestOptions, Manifest, Task
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BadExtractor",
+    "BadUpload",
+    "Batch",
+    "BudgetExceeded",
+    "Buffer",
+    "Cancelled",
+    "Client",
+    "Conflict",
+    "Decision",
+    "EngramError",
+    "Forbidden",
+    "Ingest",
+    "IngestOptions",
+    "InvalidRequest",
+    "Manifest",
+    "Mirror",
+    "NotFound",
+    "RateLimited",
+    "ReplayLoader",
+    "StorageFull",
+    "StripCorrupt",
+    "Task",
+    "TooLarge",
+    "Unauthorized",
+    "Unavailable",
+    "__version__",
+]
