@@ -33,6 +33,9 @@ TAR_MEDIA_TYPE = "application/x-tar"
 MAX_CLASS_ID = 2**31 - 1
 MAX_TASK = 2**31 - 1
 
+MAX_BUDGET_BYTES = 2**53 - 1
+"""The largest integer that every JSON parser reads exactly."""
+
 BufferName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Quality = Annotated[int, Field(ge=1, le=100)]
@@ -53,7 +56,7 @@ class BufferCreate(Model):
     """
 
     name: BufferName
-    budget_bytes: Annotated[int, Field(ge=1)]
+    budget_bytes: Annotated[int, Field(ge=1, le=MAX_BUDGET_BYTES)]
     per: Per = "buffer"
     share_by: ShareBy = "class"
     subsampling: Subsampling = "4:2:0"
@@ -62,7 +65,7 @@ class BufferCreate(Model):
 class BufferChange(Model):
     """A new budget; a smaller one drops the tails of every class, losslessly."""
 
-    budget_bytes: Annotated[int, Field(ge=1)]
+    budget_bytes: Annotated[int, Field(ge=1, le=MAX_BUDGET_BYTES)]
 
 
 class Buffer(Model):

@@ -58,6 +58,7 @@ def create_app(settings: Settings) -> FastAPI:
     problems.install(app)
     app.add_middleware(BodyLimit, settings=settings)
     app.add_middleware(Gate, settings=settings)
+    app.add_middleware(problems.LastResort)
     # In the order in which a run calls them.
     for resource in (buffers, extractors, ingests, tasks, packs, draw, export, exemplars, health):
         app.include_router(resource.router)

@@ -59,7 +59,7 @@ def serve(
     if supervisor is not None:
         supervisor.start()
     try:
-        Server(_uvicorn_config(application, settings), port_file).run(sockets=[listener])
+        Server(uvicorn_config(application, settings), port_file).run(sockets=[listener])
     except KeyboardInterrupt:
         pass
     finally:
@@ -142,7 +142,7 @@ def listen(host: str, port: int) -> socket.socket:
     return listener
 
 
-def _uvicorn_config(application: Any, settings: Settings) -> uvicorn.Config:
+def uvicorn_config(application: Any, settings: Settings) -> uvicorn.Config:
     return uvicorn.Config(
         application,
         log_config=None,

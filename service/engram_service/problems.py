@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 from http import HTTPStatus
 from typing import Any
@@ -13,8 +14,12 @@ from pydantic import BaseModel, ConfigDict
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
+from starlette.routing import Match
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from engram.errors import BadUpload, EngramError, InvalidRequest, NotFound, RateLimited, Unauthorized, Unavailable
+
+logger = logging.getLogger(__name__)
 
 MEDIA_TYPE = "application/problem+json"
 
@@ -45,7 +50,7 @@ def problem_response(error: EngramError, instance: str) -> Response:
 
 
 def install(app: FastAPI) -> None:
-    """Every error that a route, the framework or a bug raises becomes a problem."""
+    """Every error that a route or the framework raises becomes a problem."""
 
     @app.exception_handler(EngramError)
     def known(request: Request, error: EngramError) -> Response:
@@ -63,20 +68,49 @@ def install(app: FastAPI) -> None:
         title = HTTPStatus(error.status_code).phrase
         detail = f"{request.method} is not possible here" if error.status_code == 405 else str(error.detail)
         problem = {"type": "about:blank", "title": title, "status": error.status_code, "detail": detail}
-        return _response(problem | {"instance": path}, dict(error.headers or {}))
+        headers = dict(error.headers or {})
+        if error.status_code == 405:
+            headers["Allow"] = ", ".join(_methods(app, request))
+        return _response(problem | {"instance": path}, headers)
 
     # Nobody reads this answer; without it, every cancelled upload would be logged as a defect.
     @app.exception_handler(ClientDisconnect)
     def gone(request: Request, error: ClientDisconnect) -> Response:
         return problem_response(BadUpload("the connection ended before the body did"), request.url.path)
 
-    # The server logs the exception with its stack: the framework raises it again after this response.
-    @app.exception_handler(Exception)
-    def bug(request: Request, error: Exception) -> Response:
-        return problem_response(
-            EngramError(f"{type(error).__name__} inside the service: this is a defect; its log has the details"),
-            request.url.path,
-        )
+
+class LastResort:
+    """Around everything: what nobody foresaw is logged with its stack and answered without it."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """One request. An answer that has begun is cut off, so that nobody takes it for whole."""
+        has_begun = False
+
+        async def watched(message: Message) -> None:
+            nonlocal has_begun
+            has_begun = True
+            await send(message)
+
+        try:
+            await self.app(scope, receive, watched)
+        except Exception as error:
+            if scope["type"] != "http" or has_begun:
+                raise
+            logger.exception("%s %s failed", scope["method"], scope["path"])
+            defect = EngramError(f"{type(error).__name__} inside the service: a defect; its log has the details")
+            await problem_response(defect, scope["path"])(scope, receive, send)
+
+
+def _methods(app: FastAPI, request: Request) -> list[str]:
+    """What is possible at the path; the framework names the first route's methods only."""
+    return [
+        method
+        for method in ("DELETE", "GET", "PATCH", "POST", "PUT")
+        if any(route.matches({**request.scope, "method": method})[0] is Match.FULL for route in app.routes)
+    ]
 
 
 def _invalid_request(error: RequestValidationError) -> InvalidRequest:

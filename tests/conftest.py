@@ -1,0 +1,107 @@
+"""This file is the fixtures of all tests: migrated data folders, stores, real services. Nothing is mocked."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from engram_service.database import Database
+from engram_service.settings import Settings
+from engram_service.storage import PackStore
+from tests.servers import ServiceProcess, ServiceThread, http
+
+for name in [name for name in os.environ if name.startswith("ENGRAM_")]:
+    # What the developer's shell sets must not decide what the tests see.
+    del os.environ[name]
+
+
+@pytest.fixture(scope="session")
+def migrated(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data folder with a migrated, empty database, to be copied: migrating takes longer than most tests."""
+    folder = tmp_path_factory.mktemp("migrated") / "data"
+    settings = Settings(data_dir=folder)
+    settings.make_folders()
+    database = Database(settings)
+    database.migrate()
+    database.close()
+    return folder
+
+
+@pytest.fixture
+def settings(migrated: Path, tmp_path: Path) -> Settings:
+    """Settings with a data folder of their own, its database migrated and empty."""
+    return Settings(data_dir=shutil.copytree(migrated, tmp_path / "data"))
+
+
+@pytest.fixture
+def database(settings: Settings) -> Iterator[Database]:
+    """The empty database of `settings`."""
+    found = Database(settings)
+    yield found
+    found.close()
+
+
+@pytest.fixture
+def store(settings: Settings) -> PackStore:
+    """The empty store of `settings`."""
+    return PackStore(settings.packs_dir)
+
+
+@pytest.fixture
+def serve_thread(migrated: Path, tmp_path: Path) -> Iterator[Callable[..., ServiceThread]]:
+    """Starts services without worker in threads: `serve_thread(max_draw=10)`; the data folder is the test's own."""
+    running: list[ServiceThread] = []
+
+    def serve(**given: object) -> ServiceThread:
+        folder = tmp_path / "data"
+        if not folder.exists():
+            shutil.copytree(migrated, folder)
+        running.append(ServiceThread(Settings(data_dir=folder, **given)))  # type: ignore[arg-type]
+        return running[-1]
+
+    yield serve
+    for service in running:
+        service.stop()
+
+
+@pytest.fixture
+def served(serve_thread: Callable[..., ServiceThread]) -> ServiceThread:
+    """A service without worker, in a thread, with an empty data folder."""
+    return serve_thread()
+
+
+@pytest.fixture
+def client(served: ServiceThread) -> Iterator[httpx.Client]:
+    """Plain HTTP to `served`."""
+    with http(served) as found:
+        yield found
+
+
+@pytest.fixture
+def make_service(tmp_path: Path) -> Iterator[Callable[..., ServiceProcess]]:
+    """Starts real services as processes: `make_service(lease_s=1)`. Each has a data folder of its own."""
+    running: list[ServiceProcess] = []
+
+    def make(*arguments: str, **given: object) -> ServiceProcess:
+        folder = tmp_path / f"service-{len(running)}"
+        folder.mkdir()
+        running.append(ServiceProcess(folder, *arguments, **given))
+        return running[-1]
+
+    yield make
+    for service in running:
+        if service.process.poll() is None:
+            service.stop()
+
+
+@pytest.fixture(scope="session")
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServiceProcess]:
+    """One real service with its worker for the whole run: use a buffer name of your own."""
+    running = ServiceProcess(tmp_path_factory.mktemp("service"))
+    yield running
+    running.stop()
