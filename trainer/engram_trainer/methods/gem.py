@@ -20,9 +20,10 @@ the number of tasks. Replay passes leave BatchNorm's running statistics alone. E
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -92,6 +93,15 @@ class Gem(LinearLearner):
                 optimizer.step()
                 done += 1
                 progress(done, steps, loss=float(loss.detach()))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Weights, and how many steps were corrected."""
+        return {**super().state_dict(), "corrected_steps": self.corrected_steps}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take them back."""
+        super().load_state_dict(state)
+        self.corrected_steps = state["corrected_steps"]
 
     def _corrected(self, gradient_P: torch.Tensor, references_KP: torch.Tensor) -> torch.Tensor:
         if self.config.average:

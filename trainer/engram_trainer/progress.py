@@ -1,0 +1,76 @@
+"""This file is what a run looks like on a terminal: a bar for the phase at hand, a line for each finished task."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+from engram_trainer.report import Report
+from engram_trainer.stream import Stream, Task
+
+PHASES = {"learn": "learning", "remember": "storing", "balance": "balancing", "evaluate": "evaluating"}
+
+
+class Bars:
+    """A `loop.Watch` on a console; off a terminal only the lines are printed."""
+
+    def __init__(self, console: Console, *, label: str = "") -> None:
+        self._console, self._label = console, label
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[note]}"),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        self._bar: TaskID | None = None
+        self._phase = ""
+        self._name = ""
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+    def task(self, task: Task, stream: Stream) -> None:
+        """A task begins."""
+        self._name = f"{self._label}task {task.index + 1}/{len(stream.tasks)}"
+        self._phase = ""
+
+    def phase(self, name: str, done: int, total: int, *, note: str = "") -> None:
+        """So much of a phase of the task is done."""
+        if name != self._phase:
+            if self._bar is not None:
+                self._progress.remove_task(self._bar)
+            self._bar = self._progress.add_task(f"{self._name} {PHASES.get(name, name)}", total=total, note=note)
+            self._phase = name
+        if self._bar is not None:
+            self._progress.update(self._bar, completed=done, total=total, note=note)
+
+    def finished(self, report: Report) -> None:
+        """A task is evaluated."""
+        if self._bar is not None:
+            self._progress.remove_task(self._bar)
+            self._bar = None
+        metrics, memory = report.metrics, report.memory[-1]
+        if metrics is None:
+            return
+        kept = ""
+        if memory["exemplars"]:
+            kept = f"; memory: {memory['exemplars']:,} exemplars in {memory['used_bytes']:,} bytes"
+            if memory.get("qualities"):
+                kept += f", quality {memory['qualities'][str(len(report.matrix) - 1)]} for this task"
+        seconds = sum(report.seconds[-1].values())
+        self._console.print(
+            f"{self._name}: accuracy so far [bold]{metrics.last:.1%}[/bold] ({seconds:.1f} s){kept}", highlight=False
+        )

@@ -1,0 +1,175 @@
+"""This file is what a run leaves behind: `report.json`, `accuracy.png` and `matrix.png` in its folder.
+
+report.json, fractions unless the name says otherwise:
+
+    run, config, environment     the run's id; everything that defines it; versions, git commit, platform, threads
+    tasks                        classes, names, numbers of images of every task
+    matrix, at_random, metrics   R, b and the numbers derived from them (see `evaluation`)
+    memory                       what the memory held after each task, with the service's decisions
+    seconds                      of each task by phase; the only member that differs between two equal runs
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from engram_trainer.evaluation import Metrics, metrics
+from engram_trainer.stream import Stream
+
+PACKAGES = ("engram", "numpy", "pillow", "simplejpeg", "torch", "scipy", "onnx")
+
+
+@dataclass
+class Report:
+    """The results of a run so far."""
+
+    run: str
+    config: dict[str, Any]
+    environment: dict[str, Any]
+    tasks: list[dict[str, Any]]
+    at_random: list[float | None]
+    matrix: list[list[float | None]] = field(default_factory=list)
+    memory: list[dict[str, Any]] = field(default_factory=list)
+    seconds: list[dict[str, float]] = field(default_factory=list)
+
+    @property
+    def metrics(self) -> Metrics | None:
+        """The numbers of the tasks finished so far; None before the first."""
+        if not self.matrix:
+            return None
+        return metrics(self.matrix, test_counts=[task["test_images"] for task in self.tasks], at_random=self.at_random)
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything, as plain JSON values."""
+        found = self.metrics
+        return {**asdict(self), "metrics": None if found is None else asdict(found)}
+
+    def save(self, folder: Path) -> None:
+        """Write `report.json`, whole or not at all."""
+        write_durably(folder / "report.json", (json.dumps(self.to_json(), indent=1) + "\n").encode())
+
+
+def describe_tasks(stream: Stream) -> list[dict[str, Any]]:
+    """Classes and numbers of images of every task."""
+    return [
+        {
+            "task": task.index,
+            "classes": list(task.classes),
+            "class_names": [stream.class_names[class_id] for class_id in task.classes] if stream.class_names else [],
+            "train_images": len(task.train_images),
+            "test_images": len(task.test_images),
+        }
+        for task in stream.tasks
+    ]
+
+
+def environment() -> dict[str, Any]:
+    """Versions, git commit, platform and threads: what a number depends on beside its configuration."""
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "versions": versions,
+        "git_commit": git_commit(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def git_commit() -> str | None:
+    """The commit of this source tree, with `+` when files differ from it; None outside a git checkout."""
+    here = Path(__file__).parent
+    try:
+        # --full-name and the pathspec make sure that this file is tracked: site-packages inside a checkout is not ours.
+        subprocess.run(["git", "ls-files", "--error-unmatch", __file__], cwd=here, check=True, capture_output=True)
+        head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, check=True, capture_output=True, text=True)
+        changed = subprocess.run(["git", "status", "--porcelain", "-uno"], cwd=here, check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return head.stdout.strip() + ("+" if changed.stdout else "")
+
+
+def write_durably(path: Path, content: bytes) -> None:
+    """The file has this content afterwards, or still the old one, even if the machine stops meanwhile."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with temporary.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def plot(report: Report, folder: Path) -> None:
+    """Draw `accuracy.png` (incremental accuracy after each task) and `matrix.png` (R)."""
+    found = report.metrics
+    if found is None:
+        return
+    title = f"{report.config['method']}, {report.config['memory']['kind']} memory"
+    curves({title: list(found.incremental)}, folder / "accuracy.png", ylabel="accuracy on all classes seen so far")
+    _matrix(report, title, folder / "matrix.png")
+
+
+def curves(values: dict[str, list[float]], path: Path, *, ylabel: str, title: str = "") -> None:
+    """Draw one line per name over the tasks, labelled at its end."""
+    figure, axes = _figure(6.4, 4.0)
+    for name, ys in values.items():
+        axes.plot(range(1, len(ys) + 1), ys, marker="o", label=name)
+        axes.annotate(f"{ys[-1]:.1%}", (len(ys), ys[-1]), textcoords="offset points", xytext=(6, -3), fontsize=9)
+    longest = max(len(ys) for ys in values.values())
+    axes.set_xticks(range(1, longest + 1))
+    axes.set_xlim(0.8, longest + 0.6)
+    axes.set_ylim(0, 1.02)
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+    axes.set_xlabel("tasks learned")
+    axes.set_ylabel(ylabel)
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower left")
+    if title:
+        axes.set_title(title)
+    figure.savefig(path)
+
+
+def _matrix(report: Report, title: str, path: Path) -> None:
+    count = len(report.tasks)
+    values = [[float("nan") if cell is None else cell for cell in row] for row in report.matrix]
+    padded = [row + [float("nan")] * (count - len(row)) for row in values]
+    figure, axes = _figure(1.8 + 0.55 * count, 1.4 + 0.5 * len(padded))
+    axes.imshow(padded, vmin=0, vmax=1, cmap="viridis", aspect="auto")
+    for i, row in enumerate(padded):
+        for j, value in enumerate(row):
+            if value == value:
+                axes.text(j, i, f"{100 * value:.0f}", ha="center", va="center", color="w" if value < 0.6 else "k")
+    axes.set_xticks(range(count), [str(task + 1) for task in range(count)])
+    axes.set_yticks(range(len(padded)), [str(task + 1) for task in range(len(padded))])
+    axes.set_xlabel("accuracy (%) on task")
+    axes.set_ylabel("after learning task")
+    axes.set_title(title, fontsize=10)
+    figure.savefig(path)
+
+
+def _figure(width: float, height: float) -> tuple[Any, Any]:
+    # Not pyplot: it keeps global state and looks for a display.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.add_subplot()
