@@ -76,8 +76,8 @@ DEFAULT_URL: Final = "http://127.0.0.1:8077"
 # Pauses of about 0.1, 0.2, 0.4, ... seconds: four retries outlast a restart of the service's process.
 _FIRST_PAUSE_S: Final = 0.1
 _LONGEST_PAUSE_S: Final = 30.0
-# The service closes idle connections after 5 s; the client must be first, or a request meets a closing door.
-_KEEPALIVE_S: Final = 4.0
+# The service closes idle connections after 75 s; the client must be first, or a request meets a closing door.
+_KEEPALIVE_S: Final = 60.0
 _POLL_S: Final = 30.0
 _RETRIED_STATUSES: Final = frozenset({429, 502, 503, 504})
 _WITHOUT_PROBLEM: Final[dict[int, type[EngramError]]] = {

@@ -23,6 +23,7 @@ import io
 import re
 import struct
 import tarfile
+import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, BinaryIO, Final
@@ -433,17 +434,20 @@ def decode_image(data: bytes, *, max_pixels: int, min_side: int, max_side: int =
         # Pillow would cut 16-bit RGB down to 8 bits without a word.
         raise BadUpload("a PNG image with 16 bits per channel; images need 8 bits per channel")
     try:
-        with Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP")) as image:
+        # Pillow warns of oddities that the checks here decide on (a broken animation, a large picture).
+        with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(data), formats=_PILLOW_FORMATS) as image:
             _check_size(image.width, image.height, max_pixels, min_side, max_side)
-            if image.format != "MPO" and getattr(image, "n_frames", 1) > 1:
-                raise BadUpload(f"an animated image with {getattr(image, 'n_frames', 1)} frames; send each as an image")
+            frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
+            if frames > 1:
+                raise BadUpload(f"an animated image with {frames} frames; send each as an image of its own")
             return _eight_bit(image)
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+    except Image.DecompressionBombError as error:
         raise TooLarge(f"{error}") from error
     except _PILLOW_ERRORS as error:
         raise BadUpload(f"not a readable PNG, JPEG, WebP, PPM or PGM image: {error}") from error
 
 
+_PILLOW_FORMATS: Final = ("PNG", "JPEG", "WEBP")
 # What Pillow's plugins raise for damaged files, found by cutting and flipping bytes.
 _PILLOW_ERRORS: Final = (
     OSError,

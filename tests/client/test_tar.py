@@ -1,0 +1,364 @@
+import contextlib
+import io
+import subprocess
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from engram import tar
+from engram.errors import BadUpload, EngramError, TooLarge
+
+RNG = np.random.default_rng(7)
+PPM = b"P6\n2 2\n255\n" + bytes(range(12))
+
+
+def archive(*members: tuple[str, bytes], format: int = tarfile.USTAR_FORMAT) -> bytes:
+    """A tar as Python's tarfile writes it, independent of the code under test."""
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w", format=format) as file:
+        for name, content in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            file.addfile(info, io.BytesIO(content))
+    return out.getvalue()
+
+
+def with_special(kind: bytes, name: str = "a.ppm") -> bytes:
+    info = tarfile.TarInfo(name)
+    info.type = kind
+    info.linkname = "/etc/passwd"
+    return info.tobuf() + tar.END
+
+
+def read(data: bytes) -> list[tar.Member]:
+    return list(tar.read(io.BytesIO(data)))
+
+
+def images(count: int, channels: int = 3) -> npt.NDArray[np.uint8]:
+    return RNG.integers(0, 256, (count, 3, 5, channels), np.uint8)
+
+
+def png(mode: str, size: tuple[int, int] = (4, 3), **options: object) -> bytes:
+    out = io.BytesIO()
+    Image.new(mode, size).save(out, "PNG", **options)
+    return out.getvalue()
+
+
+def decode(data: bytes) -> npt.NDArray[np.uint8]:
+    return tar.decode_image(data, max_pixels=10_000, min_side=2)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_arrays_come_back_as_they_went(channels: int) -> None:
+    sent = images(700, channels)
+    class_ids = RNG.integers(0, 2**31, 700)
+    members = read(b"".join(tar.write(sent, class_ids, start=5)))
+    assert [member.class_id for member in members] == class_ids.tolist()
+    assert np.array_equal(np.stack([decode(member.image) for member in members]), sent)
+    assert members[0].key == "0000000005"
+
+
+def test_a_written_stream_is_what_tarfile_reads() -> None:
+    sent = images(20)
+    data = b"".join(tar.write(sent, np.arange(20), start=999_999_990))
+    with tarfile.open(fileobj=io.BytesIO(data)) as file:
+        names = file.getnames()
+        last = file.extractfile(names[-1])
+    assert len(names) == 40
+    assert names[:2] == ["0999999990.ppm", "0999999990.cls"]
+    assert last is not None
+    assert last.read() == b"19"
+
+
+def test_offsets_lead_to_the_image_in_the_stream() -> None:
+    data = archive(("a.cls", b"1"), ("a.ppm", PPM), ("b.ppm", PPM + b"xyz"), ("b.cls", b" 2\n"))
+    for member in read(data):
+        assert data[member.offset : member.offset + member.size] == member.image
+
+
+def test_a_grey_stack_without_channels_is_written_as_pgm() -> None:
+    sent = images(3, 1)
+    with tarfile.open(fileobj=io.BytesIO(b"".join(tar.write(sent[..., 0], [1, 2, 3])))) as file:
+        assert file.getnames()[0] == "0000000000.pgm"
+
+
+def test_no_images_make_an_empty_archive() -> None:
+    assert b"".join(tar.write(images(0), [])) == tar.END
+    assert read(tar.END) == []
+
+
+@pytest.mark.parametrize(
+    ("sent", "class_ids"),
+    [
+        (np.zeros((2, 4, 4, 3), np.float32), [0, 1]),
+        (np.zeros((2, 4, 4, 4), np.uint8), [0, 1]),
+        (np.zeros((4, 4), np.uint8), [0, 1, 2, 3]),
+        (np.zeros((2, 4, 4, 3), np.uint8), [0]),
+        (np.zeros((2, 4, 4, 3), np.uint8), [0, -1]),
+        (np.zeros((2, 4, 4, 3), np.uint8), [0, 2**31]),
+        (np.zeros((2, 4, 4, 3), np.uint8), [0.5, 1.0]),
+    ],
+)
+def test_arrays_that_are_no_labelled_images_are_refused(sent: npt.NDArray[np.uint8], class_ids: list[int]) -> None:
+    with pytest.raises(ValueError, match=r"images|class ids"):
+        list(tar.write(sent, class_ids))
+
+
+@pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_long_and_foreign_names_are_read_in_every_tar_format(format: int) -> None:
+    deep = "/".join(["folder" * 5] * 6)
+    names = ["a", "b.v2"] if format == tarfile.USTAR_FORMAT else [deep + "/x", deep + "/schön"]
+    pairs = [(f"{name}.{kind}", content) for name in names for kind, content in (("PPM", PPM), ("cls", b"3"))]
+    data = archive(*pairs, format=format)
+    assert [(member.key, member.class_id) for member in read(data)] == [(name, 3) for name in names]
+
+
+def test_what_gnu_tar_makes_of_a_folder_is_read(tmp_path: Path) -> None:
+    folder = tmp_path / "shard"
+    (folder / "deeper").mkdir(parents=True)
+    for number in range(4):
+        (folder / "deeper" / f"{number}.ppm").write_bytes(PPM)
+        (folder / "deeper" / f"{number}.cls").write_text(f"{number}\n")
+        (folder / "deeper" / f"{number}.json").write_text("{}")
+    done = subprocess.run(["tar", "c", "--sort=name", "-C", folder.parent, "shard"], capture_output=True, check=True)
+    assert [member.class_id for member in read(done.stdout)] == [0, 1, 2, 3]
+
+
+def test_names_that_climb_out_of_a_folder_are_only_names() -> None:
+    assert read(archive(("../../etc/x.ppm", PPM), ("../../etc/x.cls", b"1")))[0].key == "../../etc/x"
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_a_stream_cut_anywhere_is_refused(data: st.DataObject) -> None:
+    whole = b"".join(tar.write(images(3), [0, 1, 2]))
+    cut = data.draw(st.integers(0, len(whole) - 1))
+    with pytest.raises(BadUpload, match="ends at byte"):
+        read(whole[:cut])
+
+
+def test_a_cut_names_the_member_and_what_is_missing() -> None:
+    whole = archive(("a.ppm", PPM), ("a.cls", b"1"))
+    with pytest.raises(BadUpload, match=r"'a\.ppm'.* 4 bytes are missing"):
+        read(whole[: tar.BLOCK + len(PPM) - 4])
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.integers(0, 5 * tar.BLOCK - 1), st.integers(1, 255))
+def test_a_flipped_byte_never_does_worse_than_a_problem(position: int, flip: int) -> None:
+    whole = bytearray(archive(("a.ppm", PPM), ("a.cls", b"1"), ("b.ppm", PPM), format=tarfile.PAX_FORMAT))
+    whole[position] ^= flip
+    with contextlib.suppress(EngramError):
+        read(bytes(whole))
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.binary(max_size=2000))
+def test_noise_is_refused(noise: bytes) -> None:
+    with pytest.raises(BadUpload):
+        read(b"x" + noise)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"", "ends at byte 0"),
+        (b"\x1f\x8b" + bytes(600), "gzip"),
+        (b"<html>" * 100, "no tar stream"),
+        (archive(("a.ppm", PPM)), r"'a\.ppm' has no pair: expected a\.cls"),
+        (archive(("a.cls", b"1")), r"expected an image a\.\(ppm"),
+        (archive(("a.ppm", PPM), ("b.cls", b"1")), r"'a\.ppm' has no pair.*'b\.cls' follows"),
+        (archive(("a.ppm", PPM), ("a.png", PPM)), "has no pair"),
+        (archive(("a.cls", b"1"), ("a.cls", b"1")), "has no pair"),
+        (archive(*[("a.ppm", PPM), ("a.cls", b"1")] * 2), "key 'a' appears twice"),
+        (archive(("a.ppm", PPM), ("a.cls", b"cat")), "b'cat' where a class id"),
+        (archive(("a.ppm", PPM), ("a.cls", b"")), "b'' where a class id"),
+        (archive(("a.ppm", PPM), ("a.cls", b"-1")), "where a class id"),
+        (archive(("a.ppm", PPM), ("a.cls", b"1.5")), "where a class id"),
+        (archive(("a.ppm", PPM), ("a.cls", b"1 2")), "where a class id"),
+        (archive(("a.ppm", PPM), ("a.cls", "٣".encode())), "where a class id"),
+        (archive(("a.ppm", PPM), ("a.cls", b"2147483648")), "above 2147483647"),
+        (archive(("a.ppm", PPM), ("a.cls", b"1"))[: 4 * tar.BLOCK] + b"damaged" * 400, "no valid header at byte 2048"),
+        (tar.END + archive(("a.ppm", PPM), ("a.cls", b"1")), "more bytes after the end"),
+        (
+            archive(("a.ppm", PPM), ("a.cls", b"1"))[: 4 * tar.BLOCK] + bytes(512) + b"x" * 512,
+            "a single block of zeros",
+        ),
+        (with_special(tarfile.SYMTYPE), "link"),
+        (with_special(tarfile.LNKTYPE), "link"),
+        (with_special(tarfile.CHRTYPE), "device"),
+        (with_special(tarfile.FIFOTYPE), "special"),
+        (with_special(tarfile.GNUTYPE_SPARSE), "special"),
+    ],
+)
+def test_a_stream_that_cannot_be_an_upload_is_refused_with_its_reason(data: bytes, message: str) -> None:
+    with pytest.raises(BadUpload, match=message):
+        read(data)
+
+
+def test_a_member_above_the_limit_is_refused_before_it_is_read() -> None:
+    info = tarfile.TarInfo("a.ppm")
+    info.size = 10**12
+    with pytest.raises(TooLarge, match="1000000000000 bytes, at most 100 "):
+        list(tar.read(io.BytesIO(info.tobuf(tarfile.GNU_FORMAT)), max_member_bytes=100))
+
+
+@pytest.mark.parametrize("kind", [tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK])
+def test_an_extended_header_of_a_gigabyte_is_refused_before_it_is_read(kind: bytes) -> None:
+    info = tarfile.TarInfo("a.ppm")
+    info.type, info.size = kind, 2**30
+    with pytest.raises(BadUpload, match="extended header of 1073741824 bytes"):
+        read(info.tobuf())
+
+
+@pytest.mark.parametrize("record", [b"9 path=a", b"99 path=a\n", b"path=a\n", b"7 path\n", b"x"])
+def test_a_damaged_pax_header_is_refused(record: bytes) -> None:
+    info = tarfile.TarInfo("h")
+    info.type, info.size = tarfile.XHDTYPE, len(record)
+    data = info.tobuf() + record.ljust(tar.BLOCK, b"\0") + archive(("a.ppm", PPM), ("a.cls", b"1"))
+    with pytest.raises(BadUpload, match="damaged PAX header"):
+        read(data)
+
+
+def test_a_sparse_file_of_the_pax_format_is_refused() -> None:
+    record = b"22 GNU.sparse.major=1\n"
+    info = tarfile.TarInfo("h")
+    info.type, info.size = tarfile.XHDTYPE, len(record)
+    with pytest.raises(BadUpload, match="special file"):
+        read(info.tobuf() + record.ljust(tar.BLOCK, b"\0") + archive(("a.ppm", PPM), ("a.cls", b"1")))
+
+
+def test_a_stream_that_comes_in_small_pieces_is_read_whole() -> None:
+    class Trickle(io.BytesIO):
+        def read(self, size: int | None = -1) -> bytes:
+            return super().read(min(size or 0, 100))
+
+    data = b"".join(tar.write(images(2), [4, 5]))
+    assert [member.class_id for member in tar.read(Trickle(data))] == [4, 5]
+
+
+def test_encoded_files_are_written_as_they_are() -> None:
+    files = [("png", png("RGB"), 3), ("JPG", b"any bytes", 4)]
+    assert [(m.image, m.class_id) for m in read(b"".join(tar.write_encoded(files)))] == [f[1:] for f in files]
+    with pytest.raises(ValueError, match="extension 'gif'"):
+        list(tar.write_encoded([("gif", b"", 0)]))
+
+
+def test_an_entry_with_a_long_name_is_read_back() -> None:
+    name = "n" * 150
+    (member,) = read(tar.entry(f"{name}.ppm", PPM) + tar.entry(f"{name}.cls", b"1") + tar.END)
+    assert member.key == name
+
+
+@pytest.mark.parametrize("format", ["PNG", "WEBP"])
+@pytest.mark.parametrize("shape", [(6, 4, 3), (6, 4, 1)])
+def test_lossless_images_decode_to_their_pixels(format: str, shape: tuple[int, int, int]) -> None:
+    pixels = RNG.integers(0, 256, shape, np.uint8)
+    out = io.BytesIO()
+    Image.fromarray(pixels[..., 0] if shape[2] == 1 else pixels).save(out, format, lossless=True)
+    found = decode(out.getvalue())
+    if format == "WEBP" and shape[2] == 1:  # WebP has no grey: it comes back as RGB
+        pixels = np.repeat(pixels, 3, axis=2)
+    assert found.dtype == np.uint8
+    assert np.array_equal(found, pixels)
+
+
+def test_a_jpeg_decodes_as_pillow_decodes_it() -> None:
+    out = io.BytesIO()
+    Image.fromarray(RNG.integers(0, 256, (17, 9, 3), np.uint8)).save(out, "JPEG", quality=80)
+    assert np.array_equal(decode(out.getvalue()), np.asarray(Image.open(io.BytesIO(out.getvalue()))))
+
+
+def test_black_and_white_becomes_grey_and_a_palette_rgb() -> None:
+    assert decode(png("1")).shape == (3, 4, 1)
+    assert decode(png("P")).shape == (3, 4, 3)
+
+
+def test_opaque_alpha_is_dropped_and_transparency_is_refused() -> None:
+    out = io.BytesIO()
+    Image.new("RGBA", (4, 3), (1, 2, 3, 255)).save(out, "PNG")
+    assert decode(out.getvalue())[0, 0].tolist() == [1, 2, 3]
+    out = io.BytesIO()
+    Image.new("LA", (4, 3), (7, 255)).save(out, "PNG")
+    assert decode(out.getvalue()).shape == (3, 4, 1)
+    for transparent in (png("RGBA"), png("LA"), png("P", transparency=0), png("RGB", transparency=(0, 0, 0))):
+        with pytest.raises(BadUpload, match="transparent"):
+            decode(transparent)
+
+
+def animated(format: str) -> bytes:
+    out = io.BytesIO()
+    frames = [Image.new("RGB", (4, 4), (shade, 0, 0)) for shade in (0, 100, 200)]
+    frames[0].save(out, format, save_all=True, append_images=frames[1:])
+    return out.getvalue()
+
+
+def cmyk() -> bytes:
+    out = io.BytesIO()
+    Image.new("CMYK", (4, 4)).save(out, "JPEG")
+    return out.getvalue()
+
+
+def png_of_16_bit_colour() -> bytes:
+    data = bytearray(png("RGB"))
+    data[24] = 16
+    return bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"", "not a readable"),
+        (b"no image at all", "not a readable"),
+        (png("RGB")[:40], "not a readable"),
+        (png("RGB")[:-30], "not a readable"),
+        (png("I;16"), "16 bits"),
+        (png_of_16_bit_colour(), "16 bits"),
+        (cmyk(), "CMYK"),
+        (animated("PNG"), "animated image with 3 frames"),
+        (animated("WEBP"), "animated image with 3 frames"),
+        (animated("GIF"), "not a readable"),
+        (png("RGB", (1, 5)), "1 x 5 pixels; each side needs at least 2"),
+        (b"P6\n2 2\n65535\n" + bytes(24), "maximum of 65535"),
+        (b"P6\n2 2\n255\n" + bytes(11), "needs 12 bytes of pixels, it has 11"),
+        (b"P6\n2 2\n255\n" + bytes(13), "needs 12 bytes of pixels, it has 13"),
+        (b"P6\n2\n", "damaged header"),
+        (b"P5\n1 1\n255\n\0", "each side needs at least 2"),
+    ],
+)
+def test_an_image_that_cannot_be_an_exemplar_is_refused_with_its_reason(data: bytes, message: str) -> None:
+    with pytest.raises(BadUpload, match=message):
+        decode(data)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [png("RGB", (60_000, 2)), png("L", (101, 100)), b"P6\n60000 2\n255\n", b"P5\n999999999 999999999\n255\n"],
+)
+def test_an_image_that_is_too_large_is_refused_by_its_header(data: bytes) -> None:
+    with pytest.raises(TooLarge, match="pixels"):
+        decode(data)
+
+
+def test_a_ppm_header_may_hold_a_comment() -> None:
+    assert decode(b"P5 # grey\n2 2\n255\n" + bytes(4)).shape == (2, 2, 1)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.sampled_from([png("RGB"), png("P"), cmyk(), animated("WEBP"), animated("PNG")]), st.data())
+def test_a_damaged_image_never_does_worse_than_a_problem(whole: bytes, data: st.DataObject) -> None:
+    content = bytearray(whole[: data.draw(st.integers(1, len(whole)))])
+    for _ in range(data.draw(st.integers(0, 4))):
+        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    try:
+        pixels = decode(bytes(content))
+    except EngramError:
+        return
+    assert pixels.dtype == np.uint8
+    assert pixels.shape[2] in (1, 3)
