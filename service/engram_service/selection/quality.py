@@ -1,0 +1,213 @@
+"""This file is the choice of a task's quality: the most exemplars that still span the volume of their originals.
+
+Each class is ranked once (`ranking`). Then every candidate quality is tried for real: as many of each class's ranking
+as fit its share are encoded (`filling`), then decoded as replay decodes them, and the volume that their features span
+is compared with that of the same images before encoding (`volume`); R is 1 where nothing was lost.
+
+A candidate passes if |R - 1| < epsilon: blur lowers a volume, noise raises it. The choice is the passing candidate
+that keeps the most exemplars, and of those that keep equally many the highest quality. By the rule `all_higher` every
+candidate above it must pass too, because blur and noise can cancel at a low quality; `any` is the paper's rule. If
+none passes, the highest quality is taken. A candidate that leaves a class without any exemplar cannot win while
+another leaves some to more classes.
+
+Source: Wang et al., Memory Replay with Data Compression for Continual Learning (ICLR 2022), section 4.2. `all_higher`
+and the preference for the higher quality at equal counts are this project's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from time import perf_counter
+
+import numpy as np
+import numpy.typing as npt
+
+from engram import pack
+from engram.errors import InvalidRequest
+from engram.schemas import Candidate, Decision, IngestOptions, Subsampling
+from engram.strip import Exemplars, runs_of
+from engram_service.selection import ranking
+from engram_service.selection.embedding import Embedder
+from engram_service.selection.filling import Filler
+from engram_service.selection.images import Images, Progress, embed
+from engram_service.selection.volume import DELTA, Comparison, Volumes, ratios
+
+__all__ = ["Images", "Selection", "Trial", "choose", "select"]
+
+IntArray = npt.NDArray[np.int64]
+
+_FEWEST_BYTES = 7  # of an exemplar: a marker, a checksum and one byte
+_RANKING_PART = 0.5  # of the progress reported
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What an ingest keeps: exemplars in the order of a pack, and why at this quality."""
+
+    exemplars: Exemplars
+    decision: Decision
+
+
+def select(
+    images: Images,
+    *,
+    shares: Mapping[int, int],
+    options: IngestOptions,
+    subsampling: Subsampling,
+    embedder: Embedder,
+    quality: int | None = None,
+    advance: Callable[[int], None] = lambda count: None,
+) -> Selection:
+    """The exemplars that the shares can hold, at the quality chosen among the candidates.
+
+    Args:
+        images: at least one.
+        shares: bytes of each class; a class without a share keeps nothing.
+        options: of the ingest; `options.quality` fixes the quality.
+        subsampling: the buffer's.
+        embedder: not called if neither the ranking nor the choice needs it.
+        quality: what the task keeps from its first ingest; fixes the quality too.
+        advance: called often, with how many images further the work is; the counts sum to N. What it raises ends the
+            selection.
+
+    Raises:
+        BudgetExceeded: not one exemplar fits at any candidate; `details` has `budget_bytes` and `needed_bytes`.
+        InvalidRequest: there are no images or no candidates.
+    """
+    start = perf_counter()
+    fixed = quality if quality is not None else options.quality
+    candidates = sorted(set(options.candidates if fixed is None else (fixed,)))
+    if not candidates or not len(images.class_ids):
+        raise InvalidRequest(f"{len(images.class_ids)} images and {len(candidates)} candidates: at least one of each")
+    progress = Progress(len(images.class_ids), advance)
+    order = _rank(images, shares, options, embedder, progress)
+    filler = Filler(images, order, shares, subsampling, progress)
+    comparison = Comparison(images, order, options.block, embedder, progress) if fixed is None else None
+    trials: list[Trial] = []
+    for turn, candidate in enumerate(candidates):
+        exemplars = filler.fill(candidate)
+        volumes = comparison.volumes(exemplars) if comparison is not None else {}
+        trials.append(_trial(candidate, exemplars, volumes, options, comparison))
+        progress.reach(_RANKING_PART + (1 - _RANKING_PART) * (turn + 1) / (len(candidates) + 1))
+    if not any(trial.classes for trial in trials):
+        raise filler.shortage(candidates[0])
+    chosen, reason = choose([trial for trial in trials if trial.classes], options=options)
+    if fixed is not None:
+        reason = f"quality {fixed} was {'asked for' if quality is None else 'set by the first upload to this task'}"
+    if chosen.quality != candidates[-1]:
+        # Filling again costs a fraction of the comparison; keeping every candidate would cost its memory.
+        exemplars = filler.fill(chosen.quality)
+    progress.reach(1)
+    decision = Decision(
+        quality=chosen.quality,
+        reason=reason,
+        definition=options.definition,
+        rule=options.rule,
+        epsilon=options.epsilon,
+        block=options.block if comparison is None else comparison.block,
+        delta=DELTA,
+        ranking=options.ranking,
+        embedder=embedder.name,
+        images=len(images.class_ids),
+        seconds=perf_counter() - start,
+        candidates=[trial.candidate for trial in trials],
+    )
+    return Selection(exemplars, decision)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A candidate as it was measured, and how many classes it leaves something."""
+
+    candidate: Candidate
+    classes: int
+
+
+def choose(trials: Sequence[Trial], *, options: IngestOptions) -> tuple[Candidate, str]:
+    """The candidate to keep and a sentence that says why; trials ascend in quality and each keeps something."""
+    most = max(trial.classes for trial in trials)
+    able = [trial.candidate for trial in trials if trial.classes == most]
+    passing = []
+    for candidate in reversed(able):
+        if candidate.passes:
+            passing.append(candidate)
+        elif options.rule == "all_higher" and candidate.ratio[options.definition] is not None:
+            break
+    if not passing:
+        return able[-1], _why_none(able, options)
+    # `passing` descends in quality and max() keeps the first of equals, which is the highest quality.
+    chosen = max(passing, key=lambda candidate: candidate.exemplars)
+    reason = f"quality {chosen.quality} keeps {chosen.exemplars} exemplars with {_ratio(chosen, options)}"
+    reason += f", within {options.epsilon:g} of 1"
+    below = [candidate for candidate in able if candidate.quality < chosen.quality]
+    if not below:
+        return chosen, f"{reason}; it is the lowest candidate"
+    if below[-1].exemplars <= chosen.exemplars:
+        return chosen, f"{reason}; at {below[-1].quality} no more would fit or be left to keep"
+    if below[-1].passes:
+        return chosen, f"{reason}; at {below[-1].quality} {_ratio(below[-1], options)}"
+    return chosen, f"{reason}; at {below[-1].quality} {_ratio(below[-1], options)} is not"
+
+
+def _trial(
+    quality: int,
+    exemplars: Exemplars,
+    volumes: Mapping[int, Volumes],
+    options: IngestOptions,
+    comparison: Comparison | None,
+) -> Trial:
+    runs = runs_of(exemplars.class_ids)
+    ratio = ratios(list(volumes.values()), comparison.block if comparison is not None else options.block)
+    value = ratio[options.definition]
+    candidate = Candidate(
+        quality=quality,
+        exemplars=len(exemplars),
+        bytes=pack.size(exemplars.form, runs, exemplars.sizes) if runs else 0,
+        ratio=ratio,
+        passes=comparison is None or (value is not None and abs(value - 1) < options.epsilon),
+        gaps={class_id: each.gap for class_id, each in volumes.items()},
+        singular_classes=[class_id for class_id, each in volumes.items() if each.is_singular],
+    )
+    return Trial(candidate, len(runs))
+
+
+def _ratio(candidate: Candidate, options: IngestOptions) -> str:
+    value = candidate.ratio[options.definition]
+    return "R unknown" if value is None else f"R = {value:.3g}"
+
+
+def _why_none(able: Sequence[Candidate], options: IngestOptions) -> str:
+    highest = able[-1].quality
+    if all(candidate.ratio[options.definition] is None for candidate in able):
+        return f"no class keeps two exemplars to compare, so the highest quality, {highest}, is taken"
+    found = ", ".join(f"{_ratio(candidate, options)} at {candidate.quality}" for candidate in able)
+    return f"no candidate has R within {options.epsilon:g} of 1 ({found}), so the highest quality, {highest}, is taken"
+
+
+def _rank(
+    images: Images, shares: Mapping[int, int], options: IngestOptions, embedder: Embedder, progress: Progress
+) -> dict[int, IntArray]:
+    """Image indices of every class, best first, at least as many as could ever fit."""
+    class_ids = np.asarray(images.class_ids, dtype=np.int64)
+    most = max(1, sum(shares.values()) // _FEWEST_BYTES)
+    by_class = np.argsort(class_ids, kind="stable")
+    order: dict[int, IntArray] = {}
+    done = 0
+    for class_id, held in runs_of(class_ids[by_class]):
+        rows = by_class[done : done + held]
+        rng = np.random.Generator(np.random.Philox(key=np.array([options.seed, class_id], np.uint64)))
+        if not ranking.needs_features(options.ranking):
+            order[class_id] = rows[ranking.order(held, method=options.ranking, rng=rng)[:most]]
+        else:
+            parts = ranking.groups(held)
+            picks = []
+            for part in parts:
+                features_ND = embed(images, rows[part], embedder, progress)
+                count = min(len(part), -(-most // len(parts)))
+                picks.append(part[ranking.rank(features_ND, count, method=options.ranking, rng=rng)])
+                progress.reach(_RANKING_PART * (done + sum(map(len, parts[: len(picks)]))) / len(class_ids))
+            order[class_id] = rows[ranking.deal(picks, most)]
+        done += held
+        progress.reach(_RANKING_PART * done / len(class_ids))
+    return order

@@ -1,0 +1,149 @@
+"""This file is the volumes that features span, and R, which compares those of stored images with their originals'.
+
+    logvol(M)  = sum log diag chol(M M^T + delta I)      M: unit rows, float64
+    gap_c      = logvol(M_c stored) - logvol(M_c original)      one class, mean over its blocks
+
+    raw        R = exp(mean_c gap_c)
+    per_sample R = exp(mean_c gap_c / block)
+    log_ratio  R = mean_c logvol(M_c stored) / mean_c logvol(M_c original)
+
+A Gram determinant of more than D rows is zero, and cheap exemplars are many: volumes are therefore taken over blocks
+of `block` exemplars (at most D / 2) with interleaved ranks, so that each block is a thinned copy of the class. A class
+with fewer exemplars is one block of its own size n, and its volumes are scaled by block / n. At most `_BLOCKS` blocks
+of a class are evaluated, so the cost does not grow with the number of images of a class.
+
+Source: Wang et al., Memory Replay with Data Compression for Continual Learning (ICLR 2022), section 4.2. The code
+released with it prints mean log volumes and no R: the three definitions and the blocks are this project's.
+
+Letters: B blocks, K exemplars of a block, D dimensions.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import get_args
+
+import numpy as np
+import numpy.typing as npt
+
+from engram.schemas import Definition
+from engram.strip import Exemplars, runs_of
+from engram_service.selection.embedding import Embedder
+from engram_service.selection.images import Images, Progress, chunks, embed
+
+IntArray = npt.NDArray[np.int64]
+FloatArray = npt.NDArray[np.float32]
+DoubleArray = npt.NDArray[np.float64]
+
+DELTA = 1e-6
+"""Added to the diagonal of a Gram matrix, so that equal images have a volume too."""
+
+# A squared pivot of this size is delta and rounding: the row lies in the span of the others.
+_SINGULAR = 10 * DELTA
+# The standard error of a class's mean gap is then a quarter of a block's own spread; more blocks only cost time.
+_BLOCKS = 16
+_BLOCKS_OF_ALL_CLASSES = 256
+_LARGEST_EXPONENT = 700.0  # beyond it R would be infinite, which JSON cannot say
+_CACHED_ROWS = 8192
+
+
+def log_volume(features_BKD: FloatArray) -> tuple[DoubleArray, npt.NDArray[np.bool_]]:
+    """Of each block: the log of the volume that its rows span, and whether they are numerically dependent."""
+    rows_BKD = features_BKD.astype(np.float64)
+    gram_BKK = rows_BKD @ rows_BKD.transpose(0, 2, 1)
+    gram_BKK += DELTA * np.eye(gram_BKK.shape[1])
+    pivots_BK = np.diagonal(np.linalg.cholesky(gram_BKK), axis1=1, axis2=2)
+    return np.log(pivots_BK).sum(axis=1), (pivots_BK**2).min(axis=1) < _SINGULAR
+
+
+def blocks(n: int, block: int, most: int) -> IntArray:
+    """Ranks of the exemplars in each block, [B, K]: interleaved, of `block` each, or one of all n if they are fewer."""
+    if n < 2:
+        return np.empty((0, 0), np.int64)
+    if n < block:
+        return np.arange(n)[None, :]
+    count = n // block
+    chosen = np.linspace(0, count - 1, min(count, most)).round().astype(np.int64)
+    return chosen[:, None] + count * np.arange(block)[None, :]
+
+
+@dataclass(frozen=True)
+class Volumes:
+    """Mean log volumes of a class's blocks, scaled to the full block size: stored, and as they were uploaded."""
+
+    stored: float
+    original: float
+    is_singular: bool
+
+    @property
+    def gap(self) -> float:
+        """gap_c of the module docstring."""
+        return self.stored - self.original
+
+
+def ratios(volumes: Sequence[Volumes], block: int) -> dict[Definition, float | None]:
+    """R under every definition; None where no class had a block."""
+    if not volumes:
+        return dict.fromkeys(get_args(Definition))
+    gap = float(np.mean([each.gap for each in volumes]))
+    original = float(np.mean([each.original for each in volumes]))
+    return {
+        "raw": math.exp(min(gap, _LARGEST_EXPONENT)),
+        "per_sample": math.exp(min(gap / block, _LARGEST_EXPONENT)),
+        "log_ratio": (original + gap) / original if original else 1.0 if gap == 0 else None,
+    }
+
+
+class Comparison:
+    """Measures how far the volume of exemplars is from that of their originals."""
+
+    def __init__(
+        self, images: Images, order: Mapping[int, IntArray], block: int, embedder: Embedder, progress: Progress
+    ) -> None:
+        self._images = images
+        self._order = order
+        self._embedder = embedder
+        self._progress = progress
+        self._known: dict[int, FloatArray] = {}
+        first = next(iter(order.values()))[:1]
+        dimensions = embed(images, first, embedder, progress).shape[1]
+        self.block = min(block, dimensions // 2)
+        self._most = max(2, min(_BLOCKS, _BLOCKS_OF_ALL_CLASSES // len(order)))
+
+    def volumes(self, exemplars: Exemplars) -> dict[int, Volumes]:
+        """Of each class that has two exemplars or more."""
+        found: dict[int, Volumes] = {}
+        at = 0
+        for class_id, held in runs_of(exemplars.class_ids):
+            ranks_BK = blocks(held, self.block, self._most)
+            if ranks_BK.size:
+                stored, singular = log_volume(self._stored(exemplars.select(at + ranks_BK.ravel()), ranks_BK.shape))
+                original, as_well = log_volume(self._originals(self._order[class_id][ranks_BK]))
+                scale = self.block / ranks_BK.shape[1]
+                found[class_id] = Volumes(
+                    float(stored.mean()) * scale, float(original.mean()) * scale, bool((singular | as_well).any())
+                )
+            at += held
+        return found
+
+    def _stored(self, exemplars: Exemplars, shape: tuple[int, ...]) -> FloatArray:
+        parts = []
+        for rows in chunks(np.arange(len(exemplars)), self._images.shape):
+            parts.append(self._embedder.embed(exemplars.select(rows).decode()))
+            self._progress.pulse()
+        return np.concatenate(parts).reshape(*shape, -1)
+
+    def _originals(self, indices_BK: IntArray) -> FloatArray:
+        """The same pictures come back at most candidates: their rows are kept, up to a bound."""
+        indices = indices_BK.ravel()
+        if len(self._known) + len(indices) > _CACHED_ROWS:
+            self._known.clear()
+        missing = np.array([index for index in indices.tolist() if index not in self._known], dtype=np.int64)
+        if len(missing):
+            self._known.update(
+                zip(missing.tolist(), embed(self._images, missing, self._embedder, self._progress), strict=True)
+            )
+        rows = [self._known[index] for index in indices.tolist()]
+        return np.stack(rows).reshape(*indices_BK.shape, -1)
