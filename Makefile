@@ -19,7 +19,7 @@ BENCHES := strip draw ingest selection budget gem
 export OMP_NUM_THREADS ?= 1
 
 .NOTPARALLEL:
-.PHONY: help install test lint format types check demo bench bench-quick clean
+.PHONY: help install test lint format types check docs demo bench bench-quick clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -41,6 +41,9 @@ types: $(DEV) ## mypy --strict
 	$(BIN)/mypy
 
 check: lint types test ## what CI runs
+
+docs: $(DEV) ## write the tables of docs/settings.md and docs/api.md from the code
+	$(BIN)/python -m docs.tables
 
 demo: $(DEMO) ## start a service, learn Fashion-MNIST class by class against it, print the table, stop the service
 	$(BIN)/python -m engram_trainer.demo

@@ -10,6 +10,11 @@ from pathlib import Path
 
 import pytest
 from docs import tables
+from PIL import Image
+from tests.contents import pictures
+from tests.servers import ServiceProcess, environment
+
+from engram_service.settings import Settings
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -50,7 +55,7 @@ def test_the_tables_of_settings_routes_and_errors_equal_the_code(page: Path) -> 
 
 
 def test_every_setting_says_what_it_is_for() -> None:
-    silent = [name for name, field in tables.Settings.model_fields.items() if len(field.description or "") < 20]
+    silent = [name for name, field in Settings.model_fields.items() if len(field.description or "") < 20]
     assert not silent
 
 
@@ -71,7 +76,7 @@ def test_links_to_files_resolve(page: Path) -> None:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_make_targets_that_are_named_exist(page: Path) -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    named = set(re.findall(r"(?:^|[`$] ?)make ([a-z][a-z-]*)", page.read_text(encoding="utf-8"), re.MULTILINE))
+    named = set(re.findall(r"(?:`|^\$ )make ([a-z][a-z-]*)", page.read_text(encoding="utf-8"), re.MULTILINE))
     missing = [target for target in named if not re.search(rf"^{target}:", makefile, re.MULTILINE)]
     assert not missing
 
@@ -96,7 +101,7 @@ def test_decisions_are_numbered_without_gaps_and_have_all_parts() -> None:
 def test_every_module_opens_by_saying_what_it_is() -> None:
     sources = [
         path
-        for folder in ("client", "service", "trainer", "tests", "bench", "docs")
+        for folder in ("client", "service", "trainer", "bench", "docs")
         for path in (ROOT / folder).rglob("*.py")
         if path.stat().st_size
     ]
@@ -125,9 +130,56 @@ def test_nothing_large_is_committed() -> None:
     assert sum(path.stat().st_size for path in committed_files()) < 12 * 2**20
 
 
+def test_the_python_session_of_the_readme_runs_against_a_real_service(service: ServiceProcess, tmp_path: Path) -> None:
+    (session,) = [block for block in code_blocks(README, "python") if "Client(" in block]
+    assert len(session.splitlines()) <= 24
+    result = subprocess.run(
+        [sys.executable, "-W", "error", "-c", session],
+        env=environment() | {"ENGRAM_URL": service.url},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    assert "exemplars in" in result.stdout
+
+
+@pytest.mark.skipif(not all(map(shutil.which, ("bash", "curl", "tar"))), reason="needs bash, curl and tar")
+def test_the_curl_session_of_the_readme_runs_against_a_real_service(service: ServiceProcess, tmp_path: Path) -> None:
+    (session,) = [block for block in code_blocks(README, "console") if "curl" in block]
+    commands = re.sub(r"^(?!\$ |> ).*\n", "", session, flags=re.MULTILINE)
+    commands = re.sub(r"^[$>] ", "", commands, flags=re.MULTILINE)
+    assert "http://127.0.0.1:8077" in commands
+    write_pictures(tmp_path / "photos")
+    result = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", commands.replace("http://127.0.0.1:8077", service.url)],
+        env=environment(),
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr + result.stdout
+    with Image.open(tmp_path / "draw.jpg") as strip:
+        assert strip.format == "JPEG"
+        assert strip.size == (32, 8 * 32)
+
+
+def write_pictures(folder: Path) -> None:
+    """What the curl session starts from: pictures with their class ids beside them."""
+    folder.mkdir()
+    for number, pixels in enumerate(pictures(3, 20, (32, 32, 3))):
+        Image.fromarray(pixels).save(folder / f"{number:03d}.png")
+        (folder / f"{number:03d}.cls").write_text(str(number % 2))
+
+
 @pytest.mark.parametrize("command", ["engram", "engram-service", "engram-train"])
 def test_every_command_explains_itself(command: str) -> None:
     module = {"engram": "engram.cli", "engram-service": "engram_service.cli", "engram-train": "engram_trainer"}[command]
-    result = subprocess.run([sys.executable, "-m", module, "--help"], capture_output=True, text=True, check=False)
+    result = subprocess.run(
+        [sys.executable, "-m", module, "--help"], env=environment(), capture_output=True, text=True, check=False
+    )
     assert result.returncode == 0, result.stderr
     assert len(result.stdout.splitlines()) > 8
