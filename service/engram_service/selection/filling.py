@@ -67,10 +67,7 @@ class Filler:
     def shortage(self, quality: int) -> BudgetExceeded:
         """The error to raise when not one exemplar fits at any candidate, `quality` being the lowest of them."""
         total = sum(self._shares.values())
-        firsts = self._encode(dict.fromkeys(self._order, np.arange(1)), quality, [])
-        pool = [(int(part.sizes[row]), part, row) for part in firsts for row in range(len(part))]
-        _, part, row = min(pool, key=lambda each: each[0])
-        alone = self._alone(int(part.class_ids[row]), quality)
+        alone = self._smallest(quality)
         needed = pack.size(alone.form, runs_of(alone.class_ids), alone.sizes)
         message = f"not one exemplar fits: the classes of this upload have {total:,} bytes together, and the smallest "
         message += f"exemplar needs {needed:,} at quality {quality}; raise the budget"
@@ -103,10 +100,6 @@ class Filler:
             self._progress.pulse()
         return parts
 
-    def _alone(self, class_id: int, quality: int) -> Exemplars:
-        (part,) = self._encode({class_id: np.arange(1)}, quality, [])
-        return part
-
     def _last_resort(self, quality: int) -> Exemplars:
         """What fits when tables made for several exemplars leave no room: one of each class, or one alone."""
         parts = self._encode(dict.fromkeys(self._order, np.arange(1)), quality, [])
@@ -114,5 +107,14 @@ class Filler:
         kept = pack.fit(pool.select(np.argsort(pool.class_ids, kind="stable")), self._shares)
         if len(kept):
             return kept
-        smallest = int(pool.class_ids[pool.sizes.argmin()])
-        return pack.fit(self._alone(smallest, quality), {smallest: sum(self._shares.values())})
+        alone = self._smallest(quality)
+        return pack.fit(alone, {int(alone.class_ids[0]): sum(self._shares.values())})
+
+    def _smallest(self, quality: int) -> Exemplars:
+        """The best of the class whose best takes the fewest bytes, encoded alone; of those that have a share."""
+        classes = [class_id for class_id, share in self._shares.items() if share] or list(self._order)
+        parts = self._encode(dict.fromkeys(classes, np.arange(1)), quality, [])
+        sizes = np.concatenate([part.sizes for part in parts])
+        smallest = int(np.concatenate([part.class_ids for part in parts])[sizes.argmin()])
+        (alone,) = self._encode({smallest: np.arange(1)}, quality, [])
+        return alone
