@@ -58,6 +58,8 @@ _UNASSIGNED, _END_OF_BLOCK = 90, 160
 # A symbol index is table << 8 | symbol; the tables are DC 0, AC 0, DC 1, AC 1, as in the DHT payload.
 _SYMBOLS = 1024
 _TABLES = (0x00, 0x10, 0x01, 0x11)
+# A difference of two DC coefficients of 8-bit samples takes at most 11 bits; decoders refuse tables beyond 15.
+_MAX_DC_SYMBOL = 11
 # No DC symbol FF exists, so its index stands for "no token": what lanes read that have finished.
 _NO_TOKEN = 0xFF
 # Which table reads the DC symbol of each block of a unit; the table after it reads the AC symbols.
@@ -155,7 +157,7 @@ def parse_tables(huffman: bytes, count: int) -> list[Table]:
     """The tables of a DHT payload: DC 0, AC 0 and, when `count` is 4, DC 1, AC 1.
 
     Raises:
-        StripCorrupt: a table is missing, cut off, out of order or assigns more codes than exist.
+        StripCorrupt: a table is missing, cut off, out of order, or has codes or symbols that do not exist.
     """
     tables, at = [], 0
     for expected in _TABLES[:count]:
@@ -166,6 +168,10 @@ def parse_tables(huffman: bytes, count: int) -> list[Table]:
         # Kraft's sum must leave the all-ones code free.
         if sum(n << (16 - bits) for bits, n in enumerate(counts, start=1)) >= _WINDOW or len(symbols) > 256:
             raise StripCorrupt(f"Huffman table {expected:#04x} assigns more codes than exist")
+        if expected < 0x10 and max(symbols, default=0) > _MAX_DC_SYMBOL:
+            raise StripCorrupt(
+                f"Huffman table {expected:#04x} has symbol {max(symbols)}, {_MAX_DC_SYMBOL} is the largest"
+            )
         tables.append(Table(counts, symbols))
         at += 17 + len(symbols)
     if at != len(huffman):
@@ -253,7 +259,7 @@ def _lookup(huffman: bytes, count: int) -> UInt32Array:
             end = at + (_WINDOW >> bits)
             run, size = symbol >> 4, symbol & 15
             if number % 2 == 0:
-                exists, advance = symbol <= 11, 1
+                exists, advance = True, 1
             else:
                 exists, advance = symbol in (0x00, 0xF0) or 1 <= size <= 10, run + 1 if symbol else _END_OF_BLOCK
             if exists:

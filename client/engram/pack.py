@@ -14,7 +14,7 @@ from hashlib import sha256
 import numpy as np
 import numpy.typing as npt
 
-from engram.errors import StripCorrupt
+from engram.errors import StripCorrupt, TooLarge
 from engram.shares import split
 from engram.strip import (
     SIGNATURE,
@@ -70,14 +70,14 @@ def salvage(data: Bytes, count: int) -> tuple[Exemplars | None, IntArray]:
     A flipped bit in a segment costs that exemplar; one in a header or a marker costs its strip. Strips after a lost
     one are placed by their number, which is known as long as every strip still begins with its signature.
     """
-    starts = _strip_starts(data)
+    starts, markers = _strip_starts(data), Markers(data)
     parts: list[tuple[int, Exemplars]] = []
     rows: list[IntArray] = []
     form: Form | None = None
     for ordinal, start in enumerate(starts):
         try:
-            strip, valid = parse_leniently(data, start)
-        except StripCorrupt:
+            strip, valid = parse_leniently(data, start, markers=markers)
+        except (StripCorrupt, TooLarge):
             continue
         form = form or strip.exemplars.form
         room = form.max_images
@@ -164,12 +164,17 @@ def _parse(data: Bytes, limits: Limits | None) -> tuple[Exemplars, npt.NDArray[n
         strip, ok = parse_leniently(data, at, limits=limits, markers=markers)
         if parts and (strip.exemplars.form != parts[0].form or len(parts[-1]) != parts[0].form.max_images):
             raise StripCorrupt(f"the strip at byte {at} does not continue the pack")
+        if strip.task is not None or strip.rows is not None:
+            raise StripCorrupt(f"the strip at byte {at} was delivered by a draw, it is not part of a pack")
         parts.append(strip.exemplars)
         valid.append(ok)
         at = strip.end
     if not parts:
         raise StripCorrupt("a pack of 0 bytes")
-    return _join(parts[0].form, data, parts), np.concatenate(valid)
+    exemplars = _join(parts[0].form, data, parts)
+    if np.any(np.diff(exemplars.class_ids) < 0):
+        raise StripCorrupt("the classes of the pack are not in ascending order")
+    return exemplars, np.concatenate(valid)
 
 
 def _join(form: Form, data: Bytes, parts: list[Exemplars]) -> Exemplars:

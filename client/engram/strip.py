@@ -30,7 +30,9 @@ Bytes, in this order and no other (numbers are big-endian, as everywhere in JPEG
 parts are contiguous, so a corrupted table, label or checksum is found before anything is decoded. Why each check
 exists: declared sizes are compared with limits before memory is taken (a 100-byte file can claim 65,535 x 65,535);
 the count is compared with the markers found (a decoder fed too few segments invents grey images); a CRC per segment
-finds the flipped bit that a JPEG decoder would render without complaint.
+finds the flipped bit that a JPEG decoder would render without complaint; a segment has at least 2 bits for each of its
+image's blocks (or a few bytes could claim gigabytes of pixels). Varints are minimal, neighbouring runs differ in class
+and only the last APP15 may be short, so that one content has one encoding: what is parsed is written again unchanged.
 
 Segments hold 4:2:0 or 4:4:4 YCbCr or grey. A strip has no JFIF segment: components 1, 2, 3 without Adobe marker mean
 YCbCr to every decoder. Chroma must be upsampled by replication (`fastupsample=True`): libjpeg's "fancy" filter looks
@@ -75,6 +77,8 @@ MAX_STRIP_PIXELS = 2**26
 CHUNK_PIXELS = 2**23
 
 _APP15_ROOM = 65_533 - len(SIGNATURE)
+# A strip of 8-row images holds 8,188 of them at most, and each takes at most 14 bytes of header.
+_MAX_APP15 = 2
 _FIXED = struct.Struct(">BBHII")
 _RST = [bytes([0xFF, 0xD0 + i]) for i in range(8)]
 _EOI = b"\xff\xd9"
@@ -124,6 +128,12 @@ class Form:
     def mcus(self) -> int:
         """Minimum coded units of one image, the restart interval."""
         return (self.padded_height // self.mcu_side) * -(-self.width // self.mcu_side)
+
+    @cached_property
+    def min_segment_bytes(self) -> int:
+        """What no segment can be shorter than: a block takes two bits at least, a DC symbol and an end of block."""
+        blocks = 1 if self.channels == 1 else 6 if self.subsampling == "4:2:0" else 3
+        return -(-2 * blocks * self.mcus // 8)
 
     @cached_property
     def max_images(self) -> int:
@@ -338,19 +348,19 @@ def parse(data: Bytes, offset: int = 0, *, limits: Limits | None = None, markers
     strip, valid = parse_leniently(data, offset, limits=limits, markers=markers)
     if not valid.all():
         row = int(np.flatnonzero(~valid)[0])
-        raise StripCorrupt(f"exemplar {row} of the strip at byte {offset} does not match its checksum", row=row)
+        raise StripCorrupt(f"exemplar {row} of the strip at byte {offset} does not match its checksum or size", row=row)
     return strip
 
 
 def parse_leniently(
     data: Bytes, offset: int = 0, *, limits: Limits | None = None, markers: Markers | None = None
 ) -> tuple[Strip, npt.NDArray[np.bool_]]:
-    """As `parse`, but segments that fail their checksum are reported in a mask instead of raised."""
+    """As `parse`, but a mask says which segments match their checksum and are long enough for their image."""
     form, count, task, class_ids, checksums, rows, at = _parse_header(data, offset, limits or Limits())
     starts, lengths, end = (markers or Markers(data, at)).segments(at, count)
     segments = Exemplars(form, data, starts, lengths, class_ids, checksums)
     actual = np.fromiter(map(crc32, segments.segments()), dtype=np.uint32, count=count)
-    return Strip(segments, task, rows, end), actual == checksums
+    return Strip(segments, task, rows, end), (actual == checksums) & (lengths >= form.min_segment_bytes)
 
 
 class Markers:
@@ -511,7 +521,8 @@ def _parse_header(data: Bytes, offset: int, limits: Limits) -> _Header:
             f"the strip declares images of {form.height}x{form.width}, at most {limits.max_pixels} pixels are accepted",
             max_pixels=limits.max_pixels,
         )
-    if not 1 <= count <= form.max_images or rows_px != (count - 1) * form.padded_height + height:
+    fits = 1 <= count <= form.max_images and max(form.height, form.width) <= MAX_SIDE
+    if not fits or rows_px != (count - 1) * form.padded_height + height:
         raise StripCorrupt(f"the strip declares {count} images of {height} rows and a picture of {rows_px} rows")
     at = _FIXED.size
     task = None
@@ -534,15 +545,17 @@ def _read_app15(data: Bytes, offset: int) -> tuple[bytes, int]:
             f"no strip begins at byte {offset}: found {bytes(data[offset : offset + 4]).hex(' ') or 'nothing'}"
         )
     at = offset + 2
-    pieces = []
+    pieces: list[bytes] = []
     while bytes(data[at : at + 2]) == b"\xff\xef":
+        # Only the last segment may be short: one payload has one encoding, which the header checksum relies on.
+        if pieces and (len(pieces[-1]) != _APP15_ROOM or len(pieces) == _MAX_APP15):
+            break
         end = at + 2 + int.from_bytes(data[at + 2 : at + 4], "big")
         if bytes(data[at + 4 : at + 4 + len(SIGNATURE)]) != SIGNATURE or end > len(data):
             raise StripCorrupt(f"the APP15 segment at byte {at} is not Engram's or is cut off")
         pieces.append(bytes(data[at + 4 + len(SIGNATURE) : end]))
         at = end
-    # Only the last segment may be short: one payload has one encoding, which the header checksum relies on.
-    if any(len(piece) != _APP15_ROOM for piece in pieces[:-1]) or not pieces[-1]:
+    if not pieces[-1] or bytes(data[at : at + 2]) == b"\xff\xef":
         raise StripCorrupt(f"the APP15 segments from byte {offset + 2} are not filled in order")
     return b"".join(pieces), at
 
@@ -588,26 +601,19 @@ def _check_tables(quantisation: bytes, huffman: bytes, channels: int) -> None:
     tables = 2 if channels == 3 else 1
     if len(quantisation) != 65 * tables or any(quantisation[65 * i] != i for i in range(tables)):
         raise StripCorrupt(f"{len(quantisation)} bytes of quantisation tables, {tables} tables of 65 bytes are needed")
-    at = 0
-    for expected in (0x00, 0x10, 0x01, 0x11)[: 2 * tables]:
-        counts = huffman[at + 1 : at + 17]
-        if len(counts) != 16 or huffman[at] != expected:
-            raise StripCorrupt(f"Huffman table {expected:#04x} is missing or cut off")
-        # Kraft's sum, the all-ones code kept free: more codes than that and a decoder reads past its table.
-        used = sum(n << (16 - bits) for bits, n in enumerate(counts, start=1))
-        if used > (1 << 16) - 1 or sum(counts) > 256:
-            raise StripCorrupt(f"Huffman table {expected:#04x} assigns more codes than exist")
-        at += 17 + sum(counts)
-    if at != len(huffman):
-        raise StripCorrupt(f"the Huffman tables take {at} bytes of {len(huffman)}")
+    from engram.huffman import parse_tables  # huffman builds on this module
+
+    parse_tables(huffman, 2 * tables)
 
 
 def _read_runs(payload: bytes, at: int, count: int) -> tuple[IntArray, int]:
-    class_ids, lengths, left = [], [], count
+    class_ids: list[int] = []
+    lengths: list[int] = []
+    left = count
     while left > 0:
         class_id, at = _read_varint(payload, at)
         length, at = _read_varint(payload, at)
-        if not 1 <= length <= left or class_id > MAX_CLASS_ID:
+        if not 1 <= length <= left or class_id > MAX_CLASS_ID or class_ids[-1:] == [class_id]:
             raise StripCorrupt(f"a run of {length} exemplars of class {class_id} where {left} are left")
         class_ids.append(class_id)
         lengths.append(length)
@@ -623,9 +629,9 @@ def _read_varint(payload: bytes, at: int) -> tuple[int, int]:
         octet = payload[at]
         at += 1
         value |= (octet & 0x7F) << shift
-        if octet < 0x80:
+        if octet < 0x80 and (octet or not shift):
             return value, at
-    raise StripCorrupt("a class id or run length in the strip's header is cut off or too long")
+    raise StripCorrupt("a class id or run length in the strip's header is cut off or longer than it needs to be")
 
 
 @lru_cache(maxsize=4096)
