@@ -1,0 +1,120 @@
+"""This file is the garbage collector: it removes what no row of the database names, and never what one will.
+
+Three kinds of leftovers:
+
+- packs of generations whose grace period is over: the rows first, then the files that no row names any more;
+- packs of commits that never happened (a crash, a lost race): files older than the grace period without a row;
+- uploads whose ingest is final, or that nobody finished (a crash between rename and commit).
+
+A commit writes its packs before the rows that name them, so a file without a row may be about to get one. Two
+things make removal safe. Files are removed inside a transaction that excludes commits (`commit.exclusive`), and a
+commit checks, inside its own such transaction, that its files still exist before it names them; if one is gone it
+writes it again. The age limit only spares it that second try. Uploads are told apart by the lock that their
+receiver holds (see `ingest`).
+"""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from sqlalchemy import delete, func, select, update
+
+from .commit import exclusive
+from .database import Database
+from .ingest import ACTIVE
+from .settings import Settings
+from .storage import PackStore
+from .tables import BufferRow, IngestRow, PackRow
+
+logger = logging.getLogger(__name__)
+
+# Files removed in one transaction, which holds up commits for as long: a few milliseconds.
+BATCH = 100
+
+
+@dataclass(frozen=True)
+class Collected:
+    """How many of each kind were removed."""
+
+    rows: int
+    packs: int
+    uploads: int
+
+
+def collect(database: Database, store: PackStore, settings: Settings) -> Collected:
+    """Leftovers older than the grace period are gone; safe to run at any time, in any number of processes."""
+    found = Collected(
+        rows=_retired_rows(database, settings.grace_s),
+        packs=_unnamed_packs(database, store, settings.grace_s),
+        uploads=_uploads(database, settings.spool_dir),
+    )
+    store.sweep(settings.grace_s)
+    if found != Collected(0, 0, 0):
+        logger.info("collected %d old pack rows, %d packs, %d uploads", found.rows, found.packs, found.uploads)
+    return found
+
+
+def _retired_rows(database: Database, grace_s: float) -> int:
+    expired = PackRow.retired_at < time.time() - grace_s
+    with database.reading() as session:
+        if session.scalars(select(PackRow.id).where(expired).limit(1)).first() is None:
+            return 0
+    with database.session() as session:
+        newest = session.execute(
+            select(PackRow.buffer, func.max(PackRow.until)).where(expired).group_by(PackRow.buffer)
+        )
+        for buffer, until in newest.all():
+            session.execute(
+                update(BufferRow)
+                .where(BufferRow.name == buffer, BufferRow.oldest_generation < until)
+                .values(oldest_generation=until)
+            )
+        return len(session.scalars(delete(PackRow).where(expired).returning(PackRow.id)).all())
+
+
+def _unnamed_packs(database: Database, store: PackStore, grace_s: float) -> int:
+    removed = 0
+    old = [digest for digest, age_s in store.digests() if age_s > grace_s]
+    for digests in (old[at : at + BATCH] for at in range(0, len(old), BATCH)):
+        named_by = select(PackRow.digest).where(PackRow.digest.in_(digests))
+        with database.reading() as session:
+            if set(digests) <= set(session.scalars(named_by)):
+                continue
+        with database.session() as session:
+            exclusive(session)
+            for digest in set(digests) - set(session.scalars(named_by)):
+                store.delete(digest)
+                removed += 1
+    return removed
+
+
+def _uploads(database: Database, folder: Path) -> int:
+    with database.reading() as session:
+        active = set(session.scalars(select(IngestRow.id).where(IngestRow.state.in_(ACTIVE))))
+    waiting = [path for path in folder.glob("*.*") if path.suffix in {".part", ".tar"} and path.stem not in active]
+    return sum(_remove_if_abandoned(database, path) for path in waiting)
+
+
+def _remove_if_abandoned(database: Database, path: Path) -> bool:
+    try:
+        file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # Only now, with its receiver known to be done, does the absence of a row mean anything.
+        with database.reading() as session:
+            state = session.scalars(select(IngestRow.state).where(IngestRow.id == path.stem)).one_or_none()
+        if state in ACTIVE:
+            return False
+        path.unlink(missing_ok=True)
+        return True
+    except BlockingIOError:
+        return False
+    finally:
+        os.close(file)

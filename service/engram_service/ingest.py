@@ -1,0 +1,444 @@
+"""This file is the way of an upload from the socket to a worker: the spool on disk and the queue in the database.
+
+    spool/ID.part     being received; its receiver holds an exclusive flock on it
+    spool/ID.tar      complete and durable; waits for a worker, removed once its ingest is final
+
+    received -> selecting -> encoding -> committed | failed | cancelled
+
+`202` is a promise, so it is sent after the file is synced, renamed, its folder synced and the row of table
+`ingests` committed. That row is the queue entry: a worker claims it by writing its name and an expiry time (a
+lease) into it, and every later write of that worker asks whether the lease is still its own. A worker that dies
+says nothing: its lease runs out and another one claims the row. Ingests of one buffer are worked off in order of
+arrival, one at a time.
+
+The flock lasts from the first byte to the commit of the row and dies with its process, so whoever finds a file
+unlocked and without a row knows that nobody will ever ask for it (see `collect`).
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import time
+from base64 import b64encode
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from secrets import token_hex
+from typing import Any, get_args
+
+from anyio.to_thread import run_sync
+from sqlalchemy import and_, exists, or_, select, update
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.orm import Session, aliased
+from sqlalchemy.sql.elements import ColumnElement
+
+from engram.errors import BadUpload, Conflict, EngramError, NotFound, TooLarge
+from engram.schemas import Ingest, IngestOptions, State
+
+from .database import Database
+from .settings import Settings
+from .storage import disk_errors, fsync_path
+from .tables import BufferRow, IngestRow
+
+ACTIVE: tuple[State, ...] = ("received", "selecting", "encoding")
+FINAL: tuple[State, ...] = tuple(state for state in get_args(State) if state not in ACTIVE)
+
+# One trip to the thread pool per block: large enough to outweigh the trip, small beside the process.
+BLOCK_BYTES = 1 << 20
+
+
+class LeaseLost(Exception):
+    """The ingest is no longer this worker's: it was cancelled, deleted with its buffer, or claimed by another."""
+
+
+@dataclass(frozen=True)
+class Claim:
+    """An ingest as its worker took it. `owner` is written into every row that the claim allows to change."""
+
+    id: str
+    buffer: str
+    task: int
+    options: IngestOptions
+    attempts: int
+    owner: str
+    spool: Path
+
+
+class Upload:
+    """One body on its way to disk. Methods block; `receive` calls them in the thread pool."""
+
+    def __init__(self, folder: Path) -> None:
+        self.id = f"{time.time_ns() // 1_000_000:012x}{token_hex(10)}"
+        self.path = folder / f"{self.id}.part"
+        self.bytes = 0
+        self._hash = hashlib.sha256()
+        self._file = _open_locked(self.path)
+
+    def write(self, block: bytes | bytearray) -> None:
+        """The block is written and hashed.
+
+        Raises:
+            StorageFull: the disk is full.
+        """
+        self._hash.update(block)
+        with disk_errors(self.path, len(block)):
+            rest = memoryview(block)
+            while rest:
+                rest = rest[os.write(self._file, rest) :]
+        self.bytes += len(block)
+
+    def seal(self, content_digest: bytes | None) -> None:
+        """The file has its final name and survives a power cut.
+
+        Args:
+            content_digest: what the sender says the SHA-256 of the body is.
+
+        Raises:
+            BadUpload: the body is empty or not what the sender announced.
+            StorageFull: the disk is full.
+        """
+        if self.bytes == 0:
+            raise BadUpload("the body is empty (0 bytes); send a tar of KEY.ppm|png|jpg|webp + KEY.cls pairs", images=0)
+        if content_digest is not None and content_digest != self._hash.digest():
+            raise BadUpload(
+                f"Content-Digest announces sha-256 {b64encode(content_digest).decode()}, the {self.bytes} bytes "
+                f"received have {b64encode(self._hash.digest()).decode()}; send them again"
+            )
+        with disk_errors(self.path, self.bytes):
+            os.fsync(self._file)
+            self.path = self.path.rename(spool_path(self.path.parent, self.id))
+            fsync_path(self.path.parent)
+
+    @property
+    def sha256(self) -> str:
+        """Digest of what was written so far."""
+        return self._hash.hexdigest()
+
+    def discard(self) -> None:
+        """The file is gone."""
+        self.path.unlink(missing_ok=True)
+        self.release()
+
+    def release(self) -> None:
+        """The file is left to the row that names it, or to the collector if none does."""
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
+
+
+def spool_path(folder: Path, ingest_id: str) -> Path:
+    """Where a complete upload waits."""
+    return folder / f"{ingest_id}.tar"
+
+
+async def receive(chunks: AsyncIterator[bytes], *, settings: Settings, content_digest: bytes | None = None) -> Upload:
+    """The body is on disk, durable, locked. Memory is bounded; a failure or a cut connection leaves nothing.
+
+    Raises:
+        TooLarge: the body exceeds `max_body_bytes`.
+        BadUpload: it is empty or does not match `content_digest`.
+        StorageFull: the disk is full.
+    """
+    upload = await run_sync(Upload, settings.spool_dir)
+    try:
+        block = bytearray()
+        async for chunk in chunks:
+            block += chunk
+            if upload.bytes + len(block) > settings.max_body_bytes:
+                raise body_too_large(upload.bytes + len(block), settings)
+            if len(block) >= BLOCK_BYTES:
+                await run_sync(upload.write, block)
+                block = bytearray()
+        await run_sync(upload.write, block)
+        await run_sync(upload.seal, content_digest)
+    except BaseException:
+        upload.discard()
+        raise
+    return upload
+
+
+def body_too_large(size: int, settings: Settings) -> TooLarge:
+    """The error for a body of at least `size` bytes."""
+    return TooLarge(
+        f"the body has {size} bytes or more, at most {settings.max_body_bytes} are accepted; split the upload",
+        max_body_bytes=settings.max_body_bytes,
+    )
+
+
+def enqueue(
+    database: Database, upload: Upload, *, buffer: str, task: int, options: IngestOptions, key: str | None
+) -> tuple[Ingest, bool]:
+    """The upload is queued, or removed because its idempotency key already names an ingest; True if it is new.
+
+    Raises:
+        NotFound: no such buffer.
+        Conflict: the key was used for another body, task or options.
+    """
+    try:
+        try:
+            answer, is_new = _insert(database, upload, buffer=buffer, task=task, options=options, key=key)
+        except IntegrityError:
+            # An identical upload won the race for the key, or the buffer was deleted: looking again tells which.
+            answer, is_new = _insert(database, upload, buffer=buffer, task=task, options=options, key=key)
+    except (NotFound, Conflict):
+        upload.discard()
+        raise
+    except BaseException:
+        # Whether the row was committed is unknown (the answer of the database was lost): the collector will see.
+        upload.release()
+        raise
+    if is_new:
+        upload.release()
+    else:
+        upload.discard()
+    return answer, is_new
+
+
+def _insert(
+    database: Database, upload: Upload, *, buffer: str, task: int, options: IngestOptions, key: str | None
+) -> tuple[Ingest, bool]:
+    with database.session() as session:
+        check_buffer(session, buffer)
+        stored_options = options.model_dump(mode="json")
+        if key is not None:
+            earlier = session.scalars(
+                select(IngestRow).where(IngestRow.buffer == buffer, IngestRow.idempotency_key == key)
+            ).one_or_none()
+            if earlier is not None:
+                if (earlier.task, earlier.body_sha256, earlier.options) != (task, upload.sha256, stored_options):
+                    raise Conflict(
+                        f"Idempotency-Key {key!r} names ingest {earlier.id} with task {earlier.task} and body "
+                        f"{earlier.body_sha256[:12]}; this request has task {task}, body {upload.sha256[:12]} or other "
+                        "options. Use a new key for a new upload",
+                        ingest=earlier.id,
+                    )
+                return to_model(earlier), False
+        # Order of arrival decides what is kept: a clock that was set back must not put an upload before an earlier one.
+        latest = session.scalars(
+            select(IngestRow.created_at)
+            .where(IngestRow.buffer == buffer)
+            .order_by(IngestRow.created_at.desc())
+            .limit(1)
+        ).one_or_none()
+        now = max(time.time(), (latest or 0.0) + 1e-6)
+        row = IngestRow(
+            id=upload.id,
+            buffer=buffer,
+            task=task,
+            idempotency_key=key,
+            state="received",
+            body_sha256=upload.sha256,
+            body_bytes=upload.bytes,
+            options=stored_options,
+            images_total=0,
+            images_done=0,
+            attempts=0,
+            created_at=now,
+            updated_at=now,
+        )
+        session.add(row)
+        session.flush()
+        return to_model(row), True
+
+
+def check_buffer(session: Session, buffer: str) -> None:
+    """Returns if the buffer exists.
+
+    Raises:
+        NotFound: no such buffer.
+    """
+    if session.get(BufferRow, buffer) is None:
+        raise NotFound(f"no buffer {buffer!r}; create it with POST /v1/buffers", buffer=buffer)
+
+
+def read(session: Session, ingest_id: str) -> Ingest:
+    """The ingest as it stands.
+
+    Raises:
+        NotFound: no such ingest.
+    """
+    return to_model(_row(session, ingest_id))
+
+
+def cancel(session: Session, ingest_id: str) -> Ingest:
+    """The ingest will never commit; cancelling one that failed or was cancelled before changes nothing.
+
+    Raises:
+        NotFound: no such ingest.
+        Conflict: it has committed.
+    """
+    session.execute(
+        update(IngestRow)
+        .where(IngestRow.id == ingest_id, IngestRow.state.in_(ACTIVE))
+        .values(state="cancelled", lease_owner=None, lease_expires_at=None, updated_at=time.time())
+    )
+    row = _row(session, ingest_id)
+    if row.state == "committed":
+        raise Conflict(
+            f"ingest {ingest_id} has committed as generation {row.generation} of buffer {row.buffer!r} and cannot be "
+            f"cancelled; delete task {row.task} to drop it",
+            generation=row.generation,
+        )
+    return to_model(row)
+
+
+def _row(session: Session, ingest_id: str) -> IngestRow:
+    row = session.get(IngestRow, ingest_id)
+    if row is None:
+        raise NotFound(f"no ingest {ingest_id!r}", ingest=ingest_id)
+    return row
+
+
+def to_model(row: IngestRow) -> Ingest:
+    """The row as the API shows it."""
+    return Ingest(
+        id=row.id,
+        buffer=row.buffer,
+        task=row.task,
+        state=row.state,
+        images_total=row.images_total,
+        images_done=row.images_done,
+        attempts=row.attempts,
+        body_bytes=row.body_bytes,
+        body_sha256=row.body_sha256,
+        options=IngestOptions.model_validate(row.options),
+        problem=row.problem,
+        generation=row.generation,
+        created_at=datetime.fromtimestamp(row.created_at, UTC),
+        updated_at=datetime.fromtimestamp(row.updated_at, UTC),
+    )
+
+
+def claim(database: Database, settings: Settings, *, owner: str) -> Claim | None:
+    """The oldest ingest that nobody works on, now leased to `owner`; None if there is none.
+
+    An ingest that was started `max_attempts` times without an end fails here: it may be what kills the workers.
+    """
+    while True:
+        with database.reading() as session:
+            if session.scalars(_claimable(time.time())).first() is None:
+                return None
+        with database.session() as session:
+            now = time.time()
+            row = session.scalars(_claimable(now).with_for_update(skip_locked=True)).first()
+            if row is None:
+                return None
+            row.updated_at = now
+            if row.attempts >= settings.max_attempts:
+                row.state, row.lease_owner, row.lease_expires_at = "failed", None, None
+                row.problem = EngramError(
+                    f"the upload was started {row.attempts} times and its worker died each time (too little memory?); "
+                    f"it is given up. The service's log tells more; a smaller upload may pass",
+                    attempts=row.attempts,
+                ).to_problem()
+                continue
+            row.attempts += 1
+            row.images_done = 0
+            row.state, row.lease_owner, row.lease_expires_at = "selecting", owner, now + settings.lease_s
+            return Claim(
+                id=row.id,
+                buffer=row.buffer,
+                task=row.task,
+                options=IngestOptions.model_validate(row.options),
+                attempts=row.attempts,
+                owner=owner,
+                spool=spool_path(settings.spool_dir, row.id),
+            )
+
+
+def _claimable(now: float) -> Any:
+    earlier = aliased(IngestRow)
+    return (
+        select(IngestRow)
+        .where(
+            IngestRow.state.in_(ACTIVE),
+            or_(IngestRow.lease_expires_at.is_(None), IngestRow.lease_expires_at <= now),
+            ~exists().where(
+                earlier.buffer == IngestRow.buffer,
+                earlier.state.in_(ACTIVE),
+                or_(
+                    earlier.created_at < IngestRow.created_at,
+                    and_(earlier.created_at == IngestRow.created_at, earlier.id < IngestRow.id),
+                ),
+            ),
+        )
+        .order_by(IngestRow.created_at, IngestRow.id)
+        .limit(1)
+    )
+
+
+def heartbeat(
+    database: Database, settings: Settings, held: Claim, *, state: State, images_done: int, images_total: int
+) -> None:
+    """The lease runs for `lease_s` from now and the progress is published.
+
+    Raises:
+        LeaseLost: the ingest is no longer this worker's.
+    """
+    now = time.time()
+    _change(
+        database,
+        held,
+        state=state,
+        images_done=images_done,
+        images_total=images_total,
+        lease_expires_at=now + settings.lease_s,
+        updated_at=now,
+    )
+
+
+def fail(database: Database, held: Claim, error: EngramError) -> None:
+    """The ingest has failed with this problem; the buffer is as it was.
+
+    Raises:
+        LeaseLost: the ingest is no longer this worker's.
+    """
+    problem = error.to_problem(instance=f"/v1/ingests/{held.id}")
+    _change(
+        database, held, state="failed", problem=problem, lease_owner=None, lease_expires_at=None, updated_at=time.time()
+    )
+
+
+def release(database: Database, held: Claim, *, after_s: float, counts: bool = True) -> None:
+    """Another attempt may start `after_s` from now; this one does not count if its worker was asked to stop.
+
+    Raises:
+        LeaseLost: the ingest is no longer this worker's.
+    """
+    now = time.time()
+    _change(
+        database,
+        held,
+        state="received",
+        images_done=0,
+        attempts=held.attempts if counts else held.attempts - 1,
+        lease_owner=None,
+        lease_expires_at=now + after_s if after_s > 0 else None,
+        updated_at=now,
+    )
+
+
+def holds(held: Claim) -> ColumnElement[bool]:
+    """The condition under which a row is still the claim's to change."""
+    return and_(IngestRow.id == held.id, IngestRow.lease_owner == held.owner, IngestRow.state.in_(ACTIVE))
+
+
+def _change(database: Database, held: Claim, **values: Any) -> None:
+    with database.session() as session:
+        changed = session.execute(update(IngestRow).where(holds(held)).values(**values))
+        if changed.rowcount != 1:  # type: ignore[attr-defined]
+            raise LeaseLost(held.id)
+
+
+def _open_locked(path: Path) -> int:
+    """A new file, locked before anybody else could lock it for removal."""
+    while True:
+        with disk_errors(path, 0):
+            file = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        fcntl.flock(file, fcntl.LOCK_EX)
+        if os.fstat(file).st_nlink > 0:
+            return file
+        os.close(file)  # a collector found it between creation and lock

@@ -1,0 +1,132 @@
+"""This file is the images of a spooled upload: checked once from end to end, then read by number in any order.
+
+The first pass decodes every image (a PPM or PGM only needs its header) and keeps 25 bytes about each: where it is,
+how long it is, its class id, whether its pixels lie in the file as they are. So an upload is refused before any
+work is done on it, and 100,000 images take 2.5 MB, whatever their size. Images are uint8 [N, H, W, C], C 1 or 3,
+all of one shape.
+"""
+
+from __future__ import annotations
+
+import os
+from array import array
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from engram import tar
+from engram.errors import BadUpload, EngramError, TooLarge
+
+from .settings import Settings
+
+UInt8Array = npt.NDArray[np.uint8]
+IntArray = npt.NDArray[np.int64]
+Shape = tuple[int, int, int]
+
+# How often the first pass reports: seldom enough to cost nothing, often enough to notice a cancellation.
+REPORT_EVERY = 256
+
+
+class SpooledImages:
+    """The images of one upload. Enter it to keep the file open."""
+
+    def __init__(self, path: Path, settings: Settings, report: Callable[[int], None]) -> None:
+        """Every image has been decoded once.
+
+        Args:
+            path: the tar stream.
+            settings: limits on images, classes, pixels and sides.
+            report: called now and then with the number of images found so far; what it raises ends the pass.
+
+        Raises:
+            BadUpload: the tar or an image is not what it should be, shapes differ, or there is no image.
+            TooLarge: beyond a limit.
+        """
+        self._settings = settings
+        self._path = path
+        self._file = -1
+        offsets, sizes, class_ids, raw = array("q"), array("q"), array("q"), bytearray()
+        distinct: set[int] = set()
+        shape: Shape | None = None
+        # Large reads: a header, a label and a small image each would be a system call of its own.
+        with path.open("rb", buffering=1 << 20) as stream:
+            for member in tar.read(stream):
+                if len(offsets) == settings.max_images:
+                    raise TooLarge(
+                        f"the upload has more than {settings.max_images} images; split it",
+                        max_images=settings.max_images,
+                    )
+                found = self._decode(member.image, member.name).shape
+                shape = shape or (found[0], found[1], found[2])
+                if found != shape:
+                    raise BadUpload(
+                        f"member {member.name!r} is {_text(found)} (height x width x channels), those before it are "
+                        f"{_text(shape)}; all images of a buffer have one shape, resize them first",
+                        member=member.name,
+                    )
+                distinct.add(member.class_id)
+                if len(distinct) > settings.max_classes:
+                    raise TooLarge(
+                        f"the upload has more than {settings.max_classes} classes; are these class ids?",
+                        max_classes=settings.max_classes,
+                    )
+                offsets.append(member.offset)
+                sizes.append(member.size)
+                class_ids.append(member.class_id)
+                raw.append(member.image[:2] in (b"P5", b"P6"))
+                if len(offsets) % REPORT_EVERY == 0:
+                    report(len(offsets))
+        if shape is None:
+            raise BadUpload(
+                "the upload has 0 images; it must hold KEY.ppm|pgm|png|jpg|jpeg|webp + KEY.cls pairs", images=0
+            )
+        report(len(offsets))
+        self.shape: Shape = shape
+        self.class_ids: IntArray = np.frombuffer(class_ids, np.int64)
+        self._offsets, self._sizes, self._raw = offsets, sizes, raw
+
+    def __len__(self) -> int:
+        return len(self._offsets)
+
+    def __enter__(self) -> SpooledImages:
+        self._file = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._file)
+        self._file = -1
+
+    def seen(self) -> dict[int, int]:
+        """How many images there are of each class, ascending."""
+        class_ids, counts = np.unique(self.class_ids, return_counts=True)
+        return dict(zip(class_ids.tolist(), counts.tolist(), strict=True))
+
+    def read(self, indices: npt.ArrayLike) -> UInt8Array:
+        """These images, uint8 [n, H, W, C], in this order.
+
+        Raises:
+            IndexError: there is no such image.
+        """
+        wanted = np.asarray(indices, dtype=np.int64).tolist()
+        images = np.empty((len(wanted), *self.shape), np.uint8)
+        image_bytes = images[0].nbytes if wanted else 0
+        for image, number in zip(images, wanted, strict=True):
+            offset, size = self._offsets[number], self._sizes[number]
+            if self._raw[number]:
+                if os.preadv(self._file, [image.data], offset + size - image_bytes) != image_bytes:
+                    raise EngramError(f"the spooled upload {self._path.name} became shorter while it was read")
+            else:
+                image[:] = self._decode(os.pread(self._file, size, offset), "")
+        return images
+
+    def _decode(self, data: bytes, name: str) -> UInt8Array:
+        try:
+            return tar.decode_image(data, max_pixels=self._settings.max_pixels, min_side=self._settings.min_side_pixels)
+        except (BadUpload, TooLarge) as error:
+            raise type(error)(f"member {name!r}: {error.message}", **error.details, member=name) from error
+
+
+def _text(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape))

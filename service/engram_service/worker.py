@@ -1,0 +1,337 @@
+"""This file is the worker: it claims ingests, selects and encodes their exemplars, commits them, and collects garbage.
+
+One worker does one ingest at a time. `engram-service serve` runs one as a child process (`Supervisor`), so that a
+large upload never slows a draw and a crash in a codec never takes the service along; `engram-service worker` runs
+another one anywhere that reaches the same database and data folder.
+
+Dying is part of the plan. The lease is renewed by a thread while the work goes on; a worker that is killed stops
+renewing and its ingest is claimed again. One that is asked to stop gives its ingest back at once. A child whose
+parent died reads the end of its standard input and does the same.
+
+What an upload did wrong (`EngramError`) ends its ingest with a problem for the user. A full disk or a silent
+database is tried again, and so is anything unexpected, `max_attempts` times in all.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from secrets import token_hex
+from types import TracebackType
+
+from engram.errors import EngramError, NotFound, StorageFull, Unavailable
+from engram.schemas import State
+
+from . import extractors, ingest
+from .collect import collect
+from .commit import Upload, check_fits, commit, read_content, shares_with
+from .database import Database
+from .ingest import Claim, LeaseLost
+from .selection.embedding import BuiltinEmbedder, Embedder, OnnxEmbedder
+from .selection.quality import select
+from .settings import Settings
+from .spooled import SpooledImages
+from .storage import PackStore
+
+logger = logging.getLogger(__name__)
+
+# Progress is what a person watches: once a second is enough, and one small transaction.
+HEARTBEAT_S = 1.0
+COLLECT_S = 60.0
+# What a stopping worker may take to notice: it looks after every batch of images.
+STOP_S = 10.0
+RESTART_S = 0.2
+RESTART_MOST_S = 10.0
+
+
+class Stopped(Exception):
+    """The worker was asked to stop in the middle of an ingest."""
+
+
+class Heartbeat:
+    """Keeps a claim alive from a thread, publishes its progress, and tells the work when to give up."""
+
+    def __init__(self, database: Database, settings: Settings, held: Claim, stop: threading.Event) -> None:
+        self.state: State = "selecting"
+        self.images_done = 0
+        self.images_total = 0
+        self._database, self._settings, self._held, self._stop = database, settings, held, stop
+        self._is_lost = False
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
+
+    def __enter__(self) -> Heartbeat:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._ended.set()
+        self._thread.join()
+
+    def found(self, images: int) -> None:
+        """So many images have been found in the upload.
+
+        Raises:
+            LeaseLost: the ingest is no longer ours.
+            Stopped: the worker is to stop.
+        """
+        self.images_total = images
+        self.check()
+
+    def advance(self, images: int) -> None:
+        """So many more images have been worked on.
+
+        Raises:
+            LeaseLost: the ingest is no longer ours.
+            Stopped: the worker is to stop.
+        """
+        self.images_done = min(self.images_done + images, self.images_total)
+        self.check()
+
+    def check(self) -> None:
+        """Returns if the work should go on.
+
+        Raises:
+            LeaseLost: the ingest is no longer ours.
+            Stopped: the worker is to stop.
+        """
+        if self._is_lost:
+            raise LeaseLost(self._held.id)
+        if self._stop.is_set():
+            raise Stopped(self._held.id)
+
+    def _beat(self) -> None:
+        interval_s = min(HEARTBEAT_S, self._settings.lease_s / 4)
+        while not self._ended.wait(interval_s):
+            try:
+                ingest.heartbeat(
+                    self._database,
+                    self._settings,
+                    self._held,
+                    state=self.state,
+                    images_done=self.images_done,
+                    images_total=self.images_total,
+                )
+            except LeaseLost:
+                self._is_lost = True
+                return
+            except EngramError as error:
+                logger.warning("ingest %s: its lease could not be renewed: %s", self._held.id, error)
+
+
+def run(settings: Settings, stop: threading.Event | None = None) -> None:
+    """Works off ingests until `stop` is set."""
+    stop = stop or threading.Event()
+    settings.make_folders()
+    database, store = Database(settings), PackStore(settings.packs_dir)
+    owner = f"{socket.gethostname()[:32]}:{os.getpid()}:{token_hex(4)}"
+    collect_every_s = min(COLLECT_S, max(1.0, settings.grace_s))
+    collect_at = time.monotonic()
+    try:
+        while not stop.is_set():
+            try:
+                if time.monotonic() >= collect_at:
+                    collect(database, store, settings)
+                    collect_at = time.monotonic() + collect_every_s
+                held = ingest.claim(database, settings, owner=owner)
+                if held is None:
+                    stop.wait(settings.worker_poll_s)
+                else:
+                    attempt(database, store, settings, held, stop)
+            except EngramError as error:
+                logger.warning("the worker cannot work: %s", error)
+                stop.wait(1.0)
+    finally:
+        database.close()
+
+
+def attempt(database: Database, store: PackStore, settings: Settings, held: Claim, stop: threading.Event) -> None:
+    """The claim has ended, one way or another: committed, failed, or given back to be tried again.
+
+    Raises:
+        Unavailable: the database does not answer; the lease will run out.
+    """
+    try:
+        generation = perform(database, store, settings, held, stop)
+        logger.info("ingest %s: committed as generation %d of buffer %s", held.id, generation, held.buffer)
+    except LeaseLost:
+        logger.info("ingest %s: cancelled, deleted or taken over", held.id)
+        return
+    except Stopped:
+        with suppress(LeaseLost):
+            ingest.release(database, held, after_s=0, counts=False)
+        return
+    except Exception as error:
+        if not _is_final(error) and held.attempts < settings.max_attempts:
+            logger.warning("ingest %s: attempt %d failed, another follows", held.id, held.attempts, exc_info=error)
+            with suppress(LeaseLost):
+                ingest.release(database, held, after_s=min(settings.lease_s, 0.25 * 2**held.attempts))
+            return
+        problem = error if isinstance(error, EngramError) else _defect(error, held)
+        logger.info("ingest %s: failed: %s", held.id, problem, exc_info=None if problem is error else error)
+        with suppress(LeaseLost):
+            ingest.fail(database, held, problem)
+    held.spool.unlink(missing_ok=True)
+
+
+def _is_final(error: Exception) -> bool:
+    """True if another attempt would end the same way."""
+    return isinstance(error, EngramError) and not isinstance(error, (StorageFull, Unavailable))
+
+
+def _defect(error: Exception, held: Claim) -> EngramError:
+    return EngramError(
+        f"{type(error).__name__} in the worker, {held.attempts} times; this is a defect of Engram, "
+        "its log has the details",
+        attempts=held.attempts,
+    )
+
+
+def perform(database: Database, store: PackStore, settings: Settings, held: Claim, stop: threading.Event) -> int:
+    """The upload is committed; returns the generation. Nothing has changed if it raises.
+
+    Raises:
+        BadUpload, TooLarge, Conflict, BudgetExceeded, BadExtractor, NotFound: what is wrong with the upload.
+        LeaseLost: the ingest is no longer this worker's.
+        Stopped: `stop` was set.
+        StorageFull, Unavailable: worth another attempt.
+    """
+    with Heartbeat(database, settings, held, stop) as beat:
+        with SpooledImages(held.spool, settings, beat.found) as images:
+            with database.reading() as session:
+                content = read_content(session, held.buffer)
+            check_fits(content, held.task, images.shape, held.options.quality)
+            before, seen = content.tasks.get(held.task), images.seen()
+            quality = held.options.quality if before is None else before.quality
+            with embedder(settings, held, images.shape) as chosen:
+                selection = select(
+                    images,
+                    shares=shares_with(content, held.task, list(seen)),
+                    options=held.options,
+                    subsampling=content.buffer.subsampling,
+                    embedder=chosen,
+                    quality=quality,
+                    advance=beat.advance,
+                )
+        beat.check()
+        beat.state = "encoding"
+        upload = Upload(
+            task=held.task,
+            exemplars=selection.exemplars,
+            seen=seen,
+            ranking=held.options.ranking,
+            decision=selection.decision,
+            ingest=held,
+        )
+        return commit(database, store, upload)
+
+
+@contextmanager
+def embedder(settings: Settings, held: Claim, shape: tuple[int, int, int]) -> Iterator[Embedder]:
+    """The embedding that the ingest asks for.
+
+    Raises:
+        NotFound: no extractor of that digest is registered.
+        BadExtractor: the model fails.
+    """
+    digest = held.options.extractor
+    if digest is None:
+        yield BuiltinEmbedder(shape)
+        return
+    path = extractors.path(settings, digest)
+    if not path.is_file():
+        raise NotFound(f"no extractor {digest}; register it with PUT /v1/extractors/{digest}", extractor=digest)
+    with OnnxEmbedder(path, digest, extractors.limits(settings)) as model:
+        yield model
+
+
+class Supervisor:
+    """A worker in a child process, started again whenever it ends, stopped with its parent."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._stopping = threading.Event()
+        self._child: subprocess.Popen[str] | None = None
+        self._lock = threading.Lock()
+        self._thread = threading.Thread(target=self._supervise, name="supervisor", daemon=True)
+
+    def start(self) -> None:
+        """The worker is being started."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """The worker has ended; an ingest it was at is given back."""
+        self._stopping.set()
+        with self._lock:
+            if self._child is not None and self._child.stdin is not None:
+                with suppress(BrokenPipeError):
+                    self._child.stdin.close()
+        self._thread.join(2 * STOP_S)
+
+    def _supervise(self) -> None:
+        pause_s = RESTART_S
+        while not self._stopping.is_set():
+            started_at = time.monotonic()
+            child = self._spawn()
+            if child is None:
+                return
+            code = child.wait()
+            if self._stopping.is_set():
+                return
+            pause_s = RESTART_S if time.monotonic() - started_at > RESTART_MOST_S else min(2 * pause_s, RESTART_MOST_S)
+            logger.error("the worker ended with %d; another one starts in %.1f s", code, pause_s)
+            self._stopping.wait(pause_s)
+
+    def _spawn(self) -> subprocess.Popen[str] | None:
+        with self._lock:
+            if self._stopping.is_set():
+                return None
+            child = subprocess.Popen(
+                [sys.executable, "-m", "engram_service.worker"], stdin=subprocess.PIPE, text=True, encoding="utf-8"
+            )
+            self._child = child
+            if child.stdin is not None:
+                # The token is the HTTP side's: the worker has no use for it.
+                with suppress(BrokenPipeError):
+                    child.stdin.write(self._settings.model_dump_json(exclude={"admin_token"}) + "\n")
+                    child.stdin.flush()
+            return child
+
+
+def main() -> None:
+    """A supervised worker: settings come as a line on standard input, its end means that the parent is gone."""
+    settings = Settings.model_validate_json(sys.stdin.readline())
+    logging.basicConfig(
+        level=settings.log_level.upper(), format="%(levelname)s: worker: %(message)s", stream=sys.stderr
+    )
+    stop = threading.Event()
+    # Ctrl-C reaches the whole foreground group; the parent decides what it means.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # From a thread: the handler may interrupt the main thread while it holds the lock inside the event.
+    signal.signal(signal.SIGTERM, lambda *_: threading.Thread(target=stop.set).start())
+
+    def wait_for_parent() -> None:
+        # Not sys.stdin.read(): a thread inside it would hold a lock that the interpreter needs to exit.
+        while os.read(0, 1024):
+            pass
+        stop.set()
+        # A worker that does not notice, deep in a codec, must not outlive its parent: the lease sees to the rest.
+        time.sleep(STOP_S)
+        os._exit(1)
+
+    threading.Thread(target=wait_for_parent, name="parent", daemon=True).start()
+    run(settings, stop)
+
+
+if __name__ == "__main__":
+    main()
