@@ -41,10 +41,10 @@ IntArray = npt.NDArray[np.int64]
 
 # More lanes are no faster: the state of 4,096 just fits a second-level cache.
 _MAX_LANES = 4096
-# Tokens take about 13 times the bytes that they are read from, and writing them 30 times: 1 MiB needs some 45 MiB.
-_CHUNK_BYTES = 2**20
+# Tokens take some 7 times the bytes that they are read from.
+_CHUNK_BYTES = 4 * 2**20
 # Up to this much entropy-coded data the tokens of the first pass are kept for the second, else they are read twice.
-_KEEP_BYTES = 4 * 2**20
+_KEEP_BYTES = 8 * 2**20
 # The lookup of one set of tables takes 1 MiB; chunks of many small parts are cut at this many.
 _MAX_SETS = 4
 # Steps in one block of tokens: its work arrays should stay in the cache, and yet outweigh the cost of the calls.
@@ -64,6 +64,8 @@ _MAX_DC_SYMBOL = 11
 _NO_TOKEN = 0xFF
 # Which table reads the DC symbol of each block of a unit; the table after it reads the AC symbols.
 _DC_TABLES = {(1, "4:4:4"): (0,), (3, "4:4:4"): (0, 2, 2), (3, "4:2:0"): (0, 0, 0, 0, 2, 2)}
+# How many raw bits follow a symbol is its low nibble, of DC and AC symbols alike.
+_RAW_MASKS = (1 << (np.arange(_SYMBOLS, dtype=np.uint32) & 15)) - 1
 # A lane notices that it has left its segment when its block is full: 64 tokens of 27 bits later, at most.
 _SLACK_BYTES = 64 * 27 // 8 + 16
 _HIGH_HALF = 1 if sys.byteorder == "little" else 0
@@ -226,11 +228,10 @@ def _chunks(parts: Sequence[Exemplars]) -> list[list[_Piece]]:
 
 
 class _Block(NamedTuple):
-    """Tokens of S consecutive steps: their lookup entries and the 32 bits that each one begins."""
+    """Tokens of S consecutive steps, each symbol index << 16 | raw bits."""
 
     lanes_L: IntArray
-    entries_SL: UInt32Array
-    bits_SL: UInt32Array
+    tokens_SL: UInt32Array
 
 
 @dataclass(frozen=True)
@@ -244,7 +245,7 @@ class _Tokens:
         """How often each symbol index occurs."""
         counts = np.zeros(_SYMBOLS, np.int64)
         for block in self.blocks:
-            counts += np.bincount((block.entries_SL >> _INDEX_SHIFT).ravel(), minlength=_SYMBOLS)
+            counts += np.bincount((block.tokens_SL >> _INDEX_SHIFT).ravel(), minlength=_SYMBOLS)
         counts[_NO_TOKEN] = 0
         return counts
 
@@ -371,7 +372,7 @@ def _advance(lanes: _Lanes, words: UInt64Array, lookup: UInt32Array, table_of_B:
         is_last = block == blocks
         wrong = ((reached > 64) & (reached < _END_OF_BLOCK)) | (left < 0) | (is_last & (left > 7))
         if wrong.any():
-            return _Block(lanes.lane_L, entries_SL[:step], bits_SL[:step]), at_dc[wrong]
+            return _Block(lanes.lane_L, entries_SL[:0]), at_dc[wrong]
         lanes.block_L[at_dc] = block
         table_L[at_dc] = lanes.set_L[at_dc] + table_of_B[block]
         coefficient_L[at_dc] = 0
@@ -379,7 +380,11 @@ def _advance(lanes: _Lanes, words: UInt64Array, lookup: UInt32Array, table_of_B:
             table_L[at_dc[is_last]] = len(lookup) - _WINDOW
             finished += int(np.count_nonzero(is_last))
             at_dc = at_dc[~is_last]
-    return _Block(lanes.lane_L, entries_SL[:step], bits_SL[:step]), at_dc[:0]
+    entries_SL = entries_SL[:step]
+    # The raw bits end where the token does.
+    tokens_SL = (bits_SL[:step] >> (32 - (entries_SL & 31))) & _RAW_MASKS[entries_SL >> _INDEX_SHIFT]
+    tokens_SL |= entries_SL & ~np.uint32(0xFFFF)
+    return _Block(lanes.lane_L, tokens_SL), at_dc[:0]
 
 
 def _unstuff(parts: Sequence[Exemplars], chunk: Sequence[_Piece]) -> tuple[UInt64Array, IntArray, IntArray]:
@@ -423,47 +428,49 @@ def _corrupt(parts: Sequence[Exemplars], chunk: Sequence[_Piece], lane: int, are
     return StripCorrupt(f"the {size} entropy-coded bytes of {where} are {are}", row=row, part=piece.part)
 
 
-def _coder(tables: Sequence[Table]) -> tuple[IntArray, UInt32Array, UInt32Array]:
-    """For each symbol index: bits of a token, its code with room for the raw bits, and the mask of those."""
-    bits = np.zeros(_SYMBOLS, np.int64)
-    codes, masks = np.zeros((2, _SYMBOLS), np.uint32)
+def _coder(tables: Sequence[Table]) -> tuple[IntArray, UInt64Array]:
+    """For each symbol index: the bits of its tokens, and its code with room for the raw bits."""
+    bits, codes = np.zeros(_SYMBOLS, np.int64), np.zeros(_SYMBOLS, np.uint64)
     for number, table in enumerate(tables):
         code = previous = 0
         for symbol, length in zip(table.symbols, table.lengths, strict=True):
             code <<= length - previous
             index, size = number << 8 | symbol, symbol & 15
-            bits[index], codes[index], masks[index] = length + size, code << size, (1 << size) - 1
+            bits[index], codes[index] = length + size, code << size
             code, previous = code + 1, length
-    return bits, codes, masks
+    return bits, codes
 
 
-def _write(tokens: _Tokens, tables: Sequence[Table]) -> tuple[bytes, IntArray]:
+def _write(chunk: _Tokens, tables: Sequence[Table]) -> tuple[bytes, IntArray]:
     """All segments of a chunk under these tables, stuffed, back to back, and their lengths."""
-    token_bits, codes, masks = _coder(tables)
-    bits_L = np.zeros(tokens.lanes, np.int64)
-    placed = []
-    for lanes_L, entries_SL, bits_SL in tokens.blocks:
-        index_SL = entries_SL >> _INDEX_SHIFT
-        value_SL = codes[index_SL] | (bits_SL >> (32 - (entries_SL & 31)) & masks[index_SL])
-        length_SL = token_bits[index_SL]
-        end_SL = np.cumsum(length_SL, axis=0) + bits_L[lanes_L]
-        bits_L[lanes_L] = end_SL[-1]
-        placed.append((lanes_L, value_SL, length_SL, end_SL))
-    pad_L = -bits_L % 8
-    placed.append((np.arange(tokens.lanes), (1 << pad_L) - 1, pad_L, bits_L + pad_L))
+    token_bits, codes = _coder(tables)
+    bits_L = np.zeros(chunk.lanes, np.int64)
+    for lanes_L, tokens_SL in chunk.blocks:
+        bits_L[lanes_L] += token_bits[tokens_SL >> _INDEX_SHIFT].sum(axis=0)
+    size_L = -(-bits_L // 8)
     # Each lane begins at a 32-bit word of its own. A token lies within the 64 bits from the word in which it begins,
     # and no bit is set twice, so adding is joining.
     word_L = np.concatenate([[0], np.cumsum(-(-bits_L // 32))])
     sums = np.zeros(int(word_L[-1]) + 1, np.uint64)
-    for lanes_L, value_SL, length_SL, end_SL in placed:
-        begin_SL = end_SL - length_SL
-        shift_SL = (64 - (begin_SL & 31) - length_SL).astype(np.uint64)
-        begin_SL >>= 5
-        begin_SL += word_L[lanes_L]
-        np.add.at(sums, begin_SL.ravel(), (value_SL.astype(np.uint64) << shift_SL).ravel())
+    at_L = 32 * word_L[:-1]
+    for lanes_L, tokens_SL in chunk.blocks:
+        index_SL = tokens_SL >> _INDEX_SHIFT
+        length_SL = token_bits[index_SL]
+        end_SL = np.cumsum(length_SL, axis=0) + at_L[lanes_L]
+        at_L[lanes_L] = end_SL[-1]
+        _add_bits(sums, end_SL, length_SL, codes[index_SL] | (tokens_SL & 0xFFFF))
+    pad_L = 8 * size_L - bits_L
+    _add_bits(sums, at_L + pad_L, pad_L, ((1 << pad_L) - 1).astype(np.uint64))
     words = (sums >> np.uint64(32)).astype(np.uint32)
     words[1:] |= sums[:-1].astype(np.uint32)
-    return _stuff(words.astype(">u4").view(np.uint8), 4 * word_L[:-1], (bits_L + pad_L) // 8)
+    return _stuff(words.astype(">u4").view(np.uint8), 4 * word_L[:-1], size_L)
+
+
+def _add_bits(sums: UInt64Array, end: IntArray, length: IntArray, value: UInt64Array) -> None:
+    """Add each value, `length` bits that end at bit `end`, to the 64 bits from the 32-bit word in which it begins."""
+    begin = end - length
+    shift = (64 - (begin & 31) - length).astype(np.uint64)
+    np.add.at(sums, (begin >> 5).ravel(), (value << shift).ravel())
 
 
 def _stuff(data: UInt8Array, starts_L: IntArray, lengths_L: IntArray) -> tuple[bytes, IntArray]:
