@@ -92,14 +92,10 @@ class Upload:
     task: int
     exemplars: Exemplars
     seen: dict[int, int]
+    quality: int
     ranking: Ranking
-    decision: Decision
+    decision: Decision | None
     ingest: Claim
-
-    @property
-    def quality(self) -> int:
-        """At which the exemplars are encoded."""
-        return self.decision.quality
 
 
 @dataclass(frozen=True)
@@ -411,13 +407,14 @@ def _task_row(content: Content, upload: Upload) -> TaskRow:
     """The task afterwards. Its first ingest decides; later ones only add to what it has seen."""
     before = content.tasks.get(upload.task)
     seen = Counter({str(class_id): count for class_id, count in upload.seen.items()})
+    decision = None if upload.decision is None else upload.decision.model_dump(mode="json")
     return TaskRow(
         buffer=upload.ingest.buffer,
         task=upload.task,
         quality=upload.quality,
         ranking=upload.ranking,
         seen=dict(seen if before is None else seen + Counter(before.seen)),
-        decision=upload.decision.model_dump(mode="json") if before is None else before.decision,
+        decision=decision if before is None else before.decision,
     )
 
 
@@ -430,9 +427,9 @@ def _budget_exceeded(upload: Upload, merged: Exemplars, share: dict[int, int], b
     smallest = heads.select([int(np.argmin(heads.sizes))])
     needed_bytes, share_bytes = len(pack.to_bytes(smallest)), sum(share[int(class_id)] for class_id in heads.class_ids)
     return BudgetExceeded(
-        f"the uploaded classes of task {upload.task} get {share_bytes} bytes of buffer {buffer.name!r}, and the smallest "
-        f"exemplar at the head of a class needs {needed_bytes} at quality {upload.quality}; raise the budget or lower "
-        "the quality",
+        f"the uploaded classes of task {upload.task} get {share_bytes} bytes of buffer {buffer.name!r}, and the "
+        f"smallest exemplar at the head of a class needs {needed_bytes} at quality {upload.quality}; raise "
+        "the budget or lower the quality",
         budget_bytes=share_bytes,
         needed_bytes=needed_bytes,
     )

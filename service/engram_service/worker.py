@@ -229,6 +229,7 @@ def perform(database: Database, store: PackStore, settings: Settings, held: Clai
             task=held.task,
             exemplars=selection.exemplars,
             seen=seen,
+            quality=selection.decision.quality,
             ranking=held.options.ranking,
             decision=selection.decision,
             ingest=held,
