@@ -1,0 +1,211 @@
+"""This file is: how much does GEM forget with a compressed memory, beside plain training and A-GEM?
+
+The paper's setup, scaled down: 20 permuted or rotated Fashion-MNIST tasks of 1,000 images, one pass in minibatches of
+10, an MLP of two hidden layers of 100, 256 random exemplars of each task. Every class is in every task and the task is
+not given at test time. ACC, BWT and FWT by the paper's formulas with 1/(T-1); b for FWT is the accuracy at random weights.
+
+Learning rates come from `--tune`, which scores a grid on held-out training images of a stream that no other run uses.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean, pstdev
+
+import numpy as np
+import torch
+from report import Cell, finish, parse_args, print_table
+
+from engram.client import Client
+from engram.schemas import IngestOptions
+from engram_trainer import datasets, methods, stream
+from engram_trainer.evaluation import Metrics, accuracy, metrics
+from engram_trainer.local_memory import LocalConfig, LocalMemory
+from engram_trainer.local_service import local_service
+from engram_trainer.memory import Memory, NoMemory, ServiceMemory
+from engram_trainer.stream import Scenario, Stream, StreamConfig
+
+DEBIAN = Path("/usr/share/datasets/fashion-mnist")
+EXEMPLARS = 256
+QUALITY = 50
+# No budget binds here: the number of exemplars is the paper's, and the table says what they cost.
+AMPLE_BYTES = 2**30
+SCENARIOS: tuple[Scenario, ...] = ("permuted", "rotated")
+GRID = (0.01, 0.03, 0.1)
+TUNING_SEED = 1000
+
+METHODS: dict[str, tuple[str, dict[str, object]]] = {
+    "plain": ("finetune", {"epochs": 1, "batch_size": 10, "momentum": 0.0, "weight_decay": 0.0}),
+    "agem": ("gem", {"average": True}),
+    "gem_gamma_0": ("gem", {"gamma": 0.0}),
+    "gem": ("gem", {}),
+}
+LEARNING_RATES: dict[tuple[str, str], float] = {}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One run."""
+
+    metrics: Metrics
+    bytes_per_task: float
+    corrected_ratio: float
+    seconds: float
+
+
+def learn(tasks: Stream, method: str, memory: Memory, *, learning_rate: float, seed: int) -> Outcome:
+    """One pass over all tasks."""
+    name, options = METHODS[method]
+    learner = methods.build(name, stream=tasks, network="mlp", seed=seed, options={**options, "lr": learning_rate})
+    started = time.perf_counter()
+    at_random = [accuracy(learner.scores, tasks, task, learned=-1) for task in tasks.tasks]
+    matrix = []
+    for task in tasks.tasks:
+        learner.learn(task, memory, _silent)
+        rows = np.sort(np.random.default_rng([seed, task.index]).permutation(len(task.train_images))[:EXEMPLARS])
+        memory.add(
+            task.index, task.train_images[rows], task.train_class_ids[rows], extractor=None, embed=None, seed=seed
+        )
+        matrix.append(
+            [accuracy(learner.scores, tasks, each, learned=task.index) for each in tasks.tasks[: task.index + 2]]
+        )
+    steps = sum(-(-len(task.train_images) // 10) for task in tasks.tasks)
+    return Outcome(
+        metrics(matrix, test_counts=[len(task.test_images) for task in tasks.tasks], at_random=at_random),
+        memory.used_bytes / len(tasks.tasks),
+        getattr(learner, "corrected_steps", 0) / steps,
+        time.perf_counter() - started,
+    )
+
+
+def _silent(done: int, total: int, *, loss: float) -> None:
+    """No bar."""
+
+
+def local(kind: str) -> Memory:
+    """A memory in this process that keeps whatever it is given."""
+    if kind == "none":
+        return NoMemory()
+    return LocalMemory(
+        LocalConfig(
+            kind="raw" if kind == "raw" else "strips",
+            budget_bytes=AMPLE_BYTES,
+            share_by="task",
+            ranking="random",
+            quality=QUALITY,
+        )
+    )
+
+
+def through_service(url: str, folder: Path, name: str) -> ServiceMemory:
+    """The same exemplars in a service, ranked at random and encoded at the same quality."""
+    client = Client(url)
+    client.create_buffer(name, budget_bytes=AMPLE_BYTES, share_by="task")
+    options = IngestOptions(quality=QUALITY, ranking="random")
+    return ServiceMemory(client, name, options=options, run=name, folder=folder / name)
+
+
+def tune(data: datasets.Dataset, config: StreamConfig) -> None:
+    """Print ACC on held-out training images for every learning rate."""
+    rows: list[list[Cell]] = []
+    for scenario in SCENARIOS:
+        held_out = StreamConfig(
+            scenario=scenario,
+            tasks=config.tasks,
+            seed=TUNING_SEED,
+            train_per_task=config.train_per_task,
+            test_per_class=100,
+            validation_ratio=0.1,
+        )
+        tasks = stream.build(data, held_out)
+        for method in METHODS:
+            found = [
+                learn(tasks, method, local("strips"), learning_rate=rate, seed=TUNING_SEED).metrics.acc for rate in GRID
+            ]
+            rows.append([scenario, method, *found, GRID[int(np.argmax(found))]])
+    print_table("ACC on held-out training images", ["scenario", "method", *map(str, GRID), "best"], rows)
+
+
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--seeds", type=int, default=3, help="runs of each kind (default 3; --quick makes 1)")
+    parser.add_argument("--tune", action="store_true", help="only print the grid of learning rates, on held-out images")
+    parser.add_argument("--data", default=str(DEBIAN) if DEBIAN.is_dir() else "sample", help="see engram-train --data")
+
+
+def main() -> None:
+    args = parse_args("how much does GEM forget with a compressed memory?", _add_arguments)
+    torch.set_num_threads(1)
+    data = datasets.load("sample" if args.quick else args.data)
+    seeds = 1 if args.quick else args.seeds
+    size = (
+        StreamConfig(tasks=8, train_per_task=500, test_per_class=50)
+        if args.quick
+        else StreamConfig(tasks=20, train_per_task=1000, test_per_class=None)
+    )
+    if args.tune:
+        tune(data, size)
+        return
+    flat: dict[str, Cell] = {"tasks": size.tasks, "train_per_task": size.train_per_task, "seeds": seeds}
+    with tempfile.TemporaryDirectory() as folder, local_service(Path(folder) / "service") as url:
+        for scenario in SCENARIOS:
+            rows = [
+                _row(kind, data, scenario, size, seeds=seeds, url=url, folder=Path(folder), flat=flat)
+                for kind in ("plain none", "agem strips", "gem_gamma_0 strips", "gem strips", "gem raw", "gem service")
+            ]
+            print_table(
+                f"{scenario}, {size.tasks} tasks, {seeds} seeds",
+                ["method", "memory", "ACC", "+-", "BWT", "FWT", "corrected steps", "bytes per task", "seconds"],
+                rows,
+            )
+    flat["gem_gain_over_plain_points"] = 100 * fmean(
+        float(flat[f"{scenario}_gem_strips_acc"] or 0) - float(flat[f"{scenario}_plain_none_acc"] or 0)
+        for scenario in SCENARIOS
+    )
+    finish(args, flat)
+
+
+def _row(
+    kind: str,
+    data: datasets.Dataset,
+    scenario: Scenario,
+    size: StreamConfig,
+    *,
+    seeds: int,
+    url: str,
+    folder: Path,
+    flat: dict[str, Cell],
+) -> list[Cell]:
+    """One line of the table, averaged over seeds; its numbers go into `flat`, too."""
+    method, where = kind.split()
+    outcomes = []
+    for seed in range(1 if where == "service" else seeds):
+        config = StreamConfig(
+            scenario=scenario,
+            tasks=size.tasks,
+            seed=seed,
+            train_per_task=size.train_per_task,
+            test_per_class=size.test_per_class,
+        )
+        memory = through_service(url, folder, f"gem-{scenario}-{seed}") if where == "service" else local(where)
+        rate = LEARNING_RATES[scenario, method]
+        outcomes.append(learn(stream.build(data, config), method, memory, learning_rate=rate, seed=seed))
+    accs = [outcome.metrics.acc for outcome in outcomes]
+    numbers: dict[str, Cell] = {
+        "acc": fmean(accs),
+        "acc_std": pstdev(accs),
+        "bwt": fmean(outcome.metrics.bwt or 0.0 for outcome in outcomes),
+        "fwt": fmean(outcome.metrics.fwt or 0.0 for outcome in outcomes),
+        "corrected_ratio": fmean(outcome.corrected_ratio for outcome in outcomes),
+        "bytes_per_task": fmean(outcome.bytes_per_task for outcome in outcomes),
+        "seconds": fmean(outcome.seconds for outcome in outcomes),
+    }
+    flat.update({f"{scenario}_{method}_{where}_{name}": value for name, value in numbers.items()})
+    return [method, where, *numbers.values()]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,286 @@
+"""This file is GEM by its theorem: after the projection no constraint is broken, and nothing else has moved."""
+
+from __future__ import annotations
+
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+import pytest
+import quadprog
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from engram_trainer import datasets, methods, stream
+from engram_trainer.evaluation import accuracy
+from engram_trainer.local_memory import LocalConfig, LocalMemory
+from engram_trainer.memory import by_task
+from engram_trainer.methods import Learner
+from engram_trainer.methods.gem import RIDGE, Config, Gem, assign, frozen_statistics, project, project_on_one
+from engram_trainer.stream import Stream, StreamConfig, Task
+
+Problem = tuple[torch.Tensor, torch.Tensor]
+
+
+def gradients(seed: int, tasks: int, parameters: int, *, alike: float = 0.0) -> Problem:
+    """A gradient and references in float64; `alike` mixes a common direction into the references."""
+    generator = torch.Generator().manual_seed(seed)
+    common = torch.randn(parameters, generator=generator, dtype=torch.float64)
+    references = torch.randn(tasks, parameters, generator=generator, dtype=torch.float64) + alike * common
+    lengths = 10 ** (4 * torch.rand(tasks, 1, generator=generator, dtype=torch.float64) - 2)
+    return torch.randn(parameters, generator=generator, dtype=torch.float64) - alike * common / 2, references * lengths
+
+
+problems = st.builds(
+    gradients,
+    st.integers(0, 2**31),
+    st.integers(1, 12),
+    st.integers(12, 60),
+    alike=st.sampled_from([0.0, 0.3, 1.0, 3.0]),
+)
+
+
+@settings(deadline=None)  # the clock of a busy machine is not the subject
+@given(problems, st.sampled_from([0.0, 0.1, 1.0]))
+def test_the_projection_meets_every_condition_of_the_optimum(problem: Problem, gamma: float) -> None:
+    gradient, references = problem
+    projected = project(gradient, references, gamma=gamma)
+    if projected is gradient:
+        assert bool((references @ gradient >= 0).all())
+        return
+    # Multipliers v of z = g + A'v, recovered from z alone.
+    multipliers = torch.linalg.lstsq(references.T, (projected - gradient)[:, None]).solution[:, 0]
+    scale = float(gradient.norm() + gamma * references.norm())
+    lengths = references.norm(dim=1)
+    slack = references @ projected / lengths
+    assert bool((references.T @ multipliers - (projected - gradient)).norm() <= 1e-6 * scale)
+    assert float(((multipliers - gamma) * lengths).min()) >= -1e-6 * scale
+    assert float(slack.min()) >= -2 * np.sqrt(RIDGE) * scale
+    complementary = ((multipliers - gamma) * lengths) * slack
+    assert float(complementary.abs().max()) <= 2e-3 * scale**2
+
+
+@settings(deadline=None)
+@given(problems, st.sampled_from([0.0, 0.1, 1.0]))
+def test_the_projection_agrees_with_a_general_quadratic_programming_solver(problem: Problem, gamma: float) -> None:
+    gradient, references = problem
+    projected = project(gradient, references, gamma=gamma)
+    if projected is gradient:
+        return
+    lengths = references.norm(dim=1, keepdim=True)
+    rows = (references / lengths).numpy()
+    hessian = rows @ rows.T + RIDGE * np.eye(len(rows))
+    least = gamma * lengths[:, 0].numpy()
+    # quadprog minimises 1/2 v'Pv - q'v under C'v >= b.
+    weights = quadprog.solve_qp(hessian, -(rows @ gradient.numpy()), np.eye(len(rows)), least)[0]
+    expected = gradient.numpy() + weights @ rows
+    # The same strictly convex problem; float64 and a condition number of at most k / RIDGE set the tolerance.
+    np.testing.assert_allclose(projected.numpy(), expected, atol=1e-6 * (1 + np.abs(expected).max()))
+
+
+@settings(deadline=None)
+@given(problems, st.floats(-4, 4), st.floats(-4, 4))
+def test_the_projection_does_not_depend_on_the_scale_of_the_gradients(
+    problem: Problem, decades: float, reference_decades: float
+) -> None:
+    gradient, references = problem
+    projected = project(gradient, references)
+    everything = project(gradient * 10**decades, references * 10**decades)
+    torch.testing.assert_close(
+        everything, projected * 10**decades, rtol=1e-6, atol=1e-6 * float(gradient.norm()) * 10**decades
+    )
+    # The cone is the same however long its rows are.
+    only_references = project(gradient, references * 10**reference_decades)
+    torch.testing.assert_close(only_references, projected, rtol=1e-6, atol=1e-6 * float(gradient.norm()))
+
+
+@pytest.mark.parametrize("scale", [1e-4, 1e-2, 1.0, 1e4])
+def test_small_float32_gradients_are_constrained_as_well_as_large_ones(scale: float) -> None:
+    gradient, references = (tensor.float() * scale for tensor in gradients(3, 8, 5000, alike=0.5))
+    projected = project(gradient, references)
+    cosines = references @ projected / references.norm(dim=1) / gradient.norm()
+    assert float((references @ gradient).min()) < 0
+    assert float(cosines.min()) > -1e-3
+
+
+@settings(deadline=None)
+@given(problems)
+def test_an_unbroken_gradient_comes_back_as_the_same_object(problem: Problem) -> None:
+    gradient, references = problem
+    agreeing = references * torch.sign(references @ gradient)[:, None]
+    before = gradient.clone()
+    assert project(gradient, agreeing, gamma=0.5) is gradient
+    assert torch.equal(gradient, before)
+
+
+def test_the_sign_of_the_published_text_breaks_the_constraints() -> None:
+    """The paper writes G = -(g_1, ..., g_k) and z = G'v + g; taken at its word, earlier tasks are turned uphill."""
+    gradient, references = gradients(7, 5, 40, alike=1.0)
+    rows = -references
+    hessian = (rows @ rows.T).numpy() + 1e-9 * np.eye(5)
+    weights = quadprog.solve_qp(hessian, (rows @ gradient).numpy(), np.eye(5), np.zeros(5))[0]
+    literal = gradient + rows.T @ torch.from_numpy(weights)
+    right = project(gradient, references)
+    assert float((references @ literal).min()) < -0.01 * float(gradient.norm())
+    assert float((references @ right / references.norm(dim=1)).min()) > -1e-3 * float(gradient.norm())
+
+
+@settings(deadline=None)
+@given(st.integers(0, 2**31), st.integers(2, 60), st.sampled_from([1e-4, 1.0, 1e4]))
+def test_with_one_earlier_task_gem_is_the_closed_form_of_a_gem(seed: int, parameters: int, scale: float) -> None:
+    gradient, references = gradients(seed, 1, parameters, alike=1.0)
+    gradient, references = gradient * scale, references * scale
+    torch.testing.assert_close(
+        project(gradient, references),
+        project_on_one(gradient, references[0]),
+        rtol=0,
+        atol=1e-5 * float(gradient.norm()),
+    )
+
+
+def test_a_gradient_straight_against_its_reference_becomes_zero() -> None:
+    gradient = torch.tensor([3.0, -4.0], dtype=torch.float64)
+    assert float(project(gradient, -gradient[None]).norm()) <= 1e-5 * 5
+    assert torch.equal(project_on_one(gradient, -gradient), torch.zeros(2, dtype=torch.float64))
+
+
+def test_a_case_by_hand() -> None:
+    """Going right hurts the first task, which wants (-1, 1); the nearest harmless step is half of (1, 1)."""
+    gradient = torch.tensor([1.0, 0.0], dtype=torch.float64)
+    references = torch.tensor([[-1.0, 1.0], [0.0, 1.0]], dtype=torch.float64)
+    torch.testing.assert_close(project(gradient, references), torch.tensor([0.5, 0.5]).double(), rtol=0, atol=1e-5)
+
+
+def test_rows_of_zeros_are_dropped() -> None:
+    gradient, references = gradients(1, 3, 10, alike=1.0)
+    with_zero = torch.cat([references, torch.zeros(1, 10, dtype=torch.float64)])
+    assert torch.equal(project(gradient, with_zero), project(gradient, references))
+    assert project(gradient, torch.zeros(2, 10, dtype=torch.float64)) is gradient
+
+
+def test_equal_and_opposite_references_leave_only_what_is_orthogonal_to_them() -> None:
+    row = torch.tensor([1.0, 0.0, 0.0], dtype=torch.float64)
+    projected = project(torch.tensor([2.0, 1.0, 0.0], dtype=torch.float64), torch.stack([row, row, -row]))
+    torch.testing.assert_close(projected, torch.tensor([0.0, 1.0, 0.0]).double(), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_gradients_that_are_not_finite_are_refused(value: float) -> None:
+    gradient, references = gradients(1, 3, 10)
+    broken = references.clone()
+    broken[1, 2] = value
+    for bad_gradient, bad_references in ((gradient, broken), (broken[1], references)):
+        with pytest.raises(FloatingPointError, match="not finite"):
+            project(bad_gradient, bad_references)
+    with pytest.raises(FloatingPointError, match="not finite"):
+        project_on_one(broken[1], references[0])
+
+
+def test_a_negative_margin_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"-0\.1"):
+        project(torch.ones(2), torch.ones(1, 2), gamma=-0.1)
+
+
+def test_replay_passes_leave_the_statistics_of_batch_normalisation_alone() -> None:
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten())
+    model.train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    images = torch.rand(5, 1, 6, 6) + 3
+    with frozen_statistics(model):
+        replayed = model(images)
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    torch.testing.assert_close(replayed, model(images))  # normalised by the batch, as in training
+    assert not torch.equal(before["1.running_mean"], model.state_dict()["1.running_mean"])
+
+
+@pytest.fixture(scope="module")
+def tasks() -> Stream:
+    dataset = datasets.load("digits").first(train=20, test=10)
+    return stream.build(dataset, StreamConfig(scenario="permuted", tasks=3, seed=1))
+
+
+def learned(tasks: Stream, **options: Any) -> Gem:
+    learner = Gem(tasks, Config(**options), network="mlp", seed=5)
+    memory = LocalMemory(LocalConfig(kind="strips", budget_bytes=10**6, ranking="random", quality=90))
+    for task in tasks.tasks:
+        learner.learn(task, memory, lambda done, total, *, loss: None)
+        memory.add(task.index, task.train_images, task.train_class_ids, extractor=None, embed=None, seed=task.index)
+    return learner
+
+
+def weights(learner: Gem) -> torch.Tensor:
+    return torch.cat([parameter.detach().reshape(-1) for parameter in learner.model.parameters()])
+
+
+@pytest.mark.parametrize("options", [{}, {"average": True}, {"replay_batch": 16}], ids=["gem", "a-gem", "drawn"])
+def test_two_runs_with_one_seed_are_bit_identical(tasks: Stream, options: dict[str, Any]) -> None:
+    first, second = learned(tasks, **options), learned(tasks, **options)
+    assert torch.equal(weights(first), weights(second))
+    assert first.corrected_steps == second.corrected_steps > 0
+
+
+def test_the_first_task_has_no_constraints(tasks: Stream) -> None:
+    learner = Gem(tasks, Config(), network="mlp", seed=5)
+    memory = LocalMemory(LocalConfig(kind="raw", budget_bytes=10**6))
+    learner.learn(tasks.tasks[0], memory, lambda done, total, *, loss: None)
+    assert learner.corrected_steps == 0
+
+
+def test_exemplars_of_the_current_task_are_not_a_constraint(tasks: Stream) -> None:
+    """A task that is learned again after a crash, or visited twice, must not constrain itself."""
+    memory = LocalMemory(LocalConfig(kind="raw", budget_bytes=10**6))
+    task = tasks.tasks[0]
+    memory.add(0, task.train_images, task.train_class_ids, extractor=None, embed=None, seed=0)
+    alone = Gem(tasks, Config(), network="mlp", seed=5)
+    alone.learn(task, memory, lambda done, total, *, loss: None)
+    assert alone.corrected_steps == 0
+    assert by_task(memory.everything(exclude_tasks=(0,))) == {}
+
+
+def test_one_step_along_the_corrected_gradient_raises_no_earlier_loss(tasks: Stream) -> None:
+    learner = learned(tasks, lr=0.05)
+    task, parameters = tasks.tasks[2], list(learner.model.parameters())
+    earlier = {0: tasks.tasks[0], 1: tasks.tasks[1]}
+
+    def loss(each: Task) -> torch.Tensor:
+        return learner.loss(
+            methods.pixels(each.train_images), learner.targets(each.train_class_ids), learner.competing(each.index)
+        )
+
+    def gradient_of(each: Task) -> torch.Tensor:
+        return torch.cat([part.reshape(-1) for part in torch.autograd.grad(loss(each), parameters)])
+
+    references = torch.stack([gradient_of(each) for each in earlier.values()])
+    against = gradient_of(task) - references.sum(dim=0)  # surely breaks the constraints
+    corrected = project(against, references)
+    assert corrected is not against
+    before = [loss(each).item() for each in earlier.values()]
+    # First order only, so a small step; float32 losses near 1 are exact to about 1e-6.
+    step = 1e-3 / float(against.norm())
+    with torch.no_grad():
+        assign(parameters, corrected)
+        for parameter in parameters:
+            parameter.sub_(parameter.grad, alpha=step)
+    for each, was in zip(earlier.values(), before, strict=True):
+        assert loss(each).item() <= was + 2e-6
+
+
+def test_gem_forgets_less_than_plain_training(tasks: Stream) -> None:
+    plain = methods.build(
+        "finetune",
+        stream=tasks,
+        network="mlp",
+        seed=5,
+        options={"epochs": 1, "batch_size": 10, "lr": 0.1, "momentum": 0.0},
+    )
+    memory = LocalMemory(LocalConfig(kind="raw", budget_bytes=10**6))
+    for task in tasks.tasks:
+        plain.learn(task, memory, lambda done, total, *, loss: None)
+    gem = learned(tasks)
+
+    def mean(learner: Learner) -> float:
+        return fmean([accuracy(learner.scores, tasks, task, learned=2) or 0.0 for task in tasks.tasks])
+
+    assert mean(gem) > mean(plain)
