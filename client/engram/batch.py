@@ -93,12 +93,13 @@ def decode(body: Bytes, *, limits: Limits | None = None) -> Batch:
     if not strips:
         raise StripCorrupt("the draw has no strip in it")
     form = strips[0][1].exemplars.form
-    if any(strip.exemplars.form.shape != form.shape for _, strip in strips):
-        raise StripCorrupt("the strips of the draw hold images of different sizes")
-    # 4:2:0 and 4:4:4 pad to different heights; a buffer has one subsampling, a batch of several would be a mix of two
-    # buffers.
-    if any(strip.exemplars.form.padded_height != form.padded_height for _, strip in strips):
-        raise StripCorrupt("the strips of the draw differ in subsampling")
+    for other in {strip.exemplars.form for _, strip in strips}:
+        if other.shape != form.shape:
+            raise StripCorrupt("the strips of the draw hold images of different sizes")
+        # 4:2:0 and 4:4:4 pad to different heights; a buffer has one subsampling, a batch of several would be a mix of
+        # two buffers.
+        if other.padded_height != form.padded_height:
+            raise StripCorrupt("the strips of the draw differ in subsampling")
     count = sum(len(strip.exemplars) for _, strip in strips)
     image_bytes = form.padded_height * form.width * form.channels
     flat = pixel_buffer(count * image_bytes)
@@ -111,6 +112,6 @@ def decode(body: Bytes, *, limits: Limits | None = None) -> Batch:
     return Batch(
         as_images(flat, form, count),
         np.concatenate([strip.exemplars.class_ids for _, strip in strips]),
-        np.concatenate([np.full(len(s.exemplars), -1 if s.task is None else s.task) for _, s in strips]),
+        np.repeat([-1 if s.task is None else s.task for _, s in strips], [len(s.exemplars) for _, s in strips]),
         np.concatenate([np.arange(len(s.exemplars)) if s.rows is None else s.rows for _, s in strips]),
     )

@@ -50,6 +50,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from itertools import cycle, islice, pairwise
+from operator import eq
 from typing import Literal, NamedTuple
 from zlib import crc32
 
@@ -77,10 +78,13 @@ MAX_STRIP_PIXELS = 2**26
 CHUNK_PIXELS = 2**23
 
 _APP15_ROOM = 65_533 - len(SIGNATURE)
+# From the SOI: SOI, APP15's marker, length and signature, then version, flags, image height and count.
+_CRC_AT = 2 + 4 + len(SIGNATURE) + 8
 # A strip of 8-row images holds 8,188 of them at most, and each takes at most 14 bytes of header.
 _MAX_APP15 = 2
 _FIXED = struct.Struct(">BBHII")
 _RST = [bytes([0xFF, 0xD0 + i]) for i in range(8)]
+_RST_CODES = bytes(range(0xD0, 0xD8)) * 8192
 _EOI = b"\xff\xd9"
 _HAS_TASK, _HAS_ROWS = 1, 2
 _maxblock_lock = threading.Lock()
@@ -158,6 +162,16 @@ class Form:
         sof = struct.pack(">HBHHB", 8 + len(sampling), 8, rows, self.width, self.channels) + sampling
         sos = struct.pack(">HB", 6 + len(coding), self.channels) + coding + b"\x00\x3f\x00"
         return b"\xff\xc0" + sof + b"\xff\xda" + sos
+
+    @cached_property
+    def _around_rows(self) -> tuple[bytes, bytes]:
+        frame = self.frame(0)
+        return self.tables + frame[:5], frame[7:]
+
+    def head(self, count: int) -> bytes:
+        """Everything between APP15 and the segments of a strip of `count` images: tables and frame."""
+        before, after = self._around_rows
+        return before + ((count - 1) * self.padded_height + self.height).to_bytes(2, "big") + after
 
 
 @dataclass(frozen=True, eq=False)
@@ -246,7 +260,7 @@ class Exemplars:
         """
         form = self.form
         jfif = b"\xff\xe0\x00\x10JFIF\x00\x01\x01\x00\x00\x01\x00\x01\x00\x00"
-        return b"\xff\xd8" + jfif + form.tables + form.frame(form.height) + self.segment(row) + _EOI
+        return b"\xff\xd8" + jfif + form.head(1) + self.segment(row) + _EOI
 
 
 class Strip(NamedTuple):
@@ -387,11 +401,9 @@ class Markers:
         """
         first = int(np.searchsorted(self._at, start))
         at, code = self._at[first : first + count], self._code[first : first + count]
-        expected = np.arange(0xD0, 0xD0 + count, dtype=np.int64)
-        expected = 0xD0 + (expected & 7)
-        expected[-1:] = 0xD9
-        if len(at) != count or not np.array_equal(code, expected):
-            wrong = len(at) if len(at) < count and np.array_equal(code, expected[: len(at)]) else None
+        expected = _RST_CODES[: count - 1] + b"\xd9"
+        if code.tobytes() != expected:
+            wrong = len(at) if len(at) < count and code.tobytes() == expected[: len(at)] else None
             where = f"after {wrong} of {count} segments the data ends" if wrong is not None else "markers out of order"
             raise StripCorrupt(f"strip with {count} exemplars: {where}", count=count)
         starts = np.empty(count, np.int64)
@@ -443,35 +455,29 @@ def runs_of(class_ids: IntArray) -> list[tuple[int, int]]:
     """Run-length encoding of class ids, in order."""
     if len(class_ids) == 0:
         return []
-    edges = np.flatnonzero(np.diff(class_ids)) + 1
-    bounds = [0, *edges.tolist(), len(class_ids)]
-    return [(int(class_ids[a]), b - a) for a, b in pairwise(bounds)]
+    firsts = [0, *((class_ids[1:] != class_ids[:-1]).nonzero()[0] + 1).tolist()]
+    lengths = [b - a for a, b in pairwise([*firsts, len(class_ids)])]
+    return list(zip(class_ids[firsts].tolist(), lengths, strict=True))
 
 
 def _assemble(exemplars: Exemplars, task: int | None, rows: IntArray | None) -> bytes:
     form, n = exemplars.form, len(exemplars)
-    flags = (_HAS_TASK if task is not None else 0) | (_HAS_ROWS if rows is not None else 0)
-    labels = b"".join(_varint(c) + _varint(length) for c, length in runs_of(exemplars.class_ids))
-    payload = b"".join(
-        (
-            _FIXED.pack(VERSION, flags, form.height, n, 0),
-            b"" if task is None else struct.pack(">I", task),
-            labels,
-            exemplars.checksums.astype(">u4").tobytes(),
-            b"" if rows is None else rows.astype(">u4").tobytes(),
-        )
-    )
-    rest = form.tables + form.frame((n - 1) * form.padded_height + form.height)
-    checksum = crc32(rest, crc32(_app15(payload), crc32(b"\xff\xd8")))
-    payload = payload[:8] + struct.pack(">I", checksum) + payload[12:]
-    return b"".join((b"\xff\xd8", _app15(payload), rest, *_scan(exemplars)))
+    payload = [
+        _FIXED.pack(VERSION, (task is not None) * _HAS_TASK | (rows is not None) * _HAS_ROWS, form.height, n, 0),
+        b"" if task is None else task.to_bytes(4, "big"),
+        *(_varint(class_id) + _varint(length) for class_id, length in runs_of(exemplars.class_ids)),
+        exemplars.checksums.astype(">u4").tobytes(),
+        b"" if rows is None else rows.astype(">u4").tobytes(),
+    ]
+    marks = b"\xff\xd8" + _app15(b"".join(payload))
+    head = form.head(n)
+    checksum = crc32(head, crc32(marks)).to_bytes(4, "big")
+    return b"".join((marks[:_CRC_AT], checksum, marks[_CRC_AT + 4 :], head, *_scan(exemplars)))
 
 
 def _picture(exemplars: Exemplars) -> bytes:
     """A strip without its APP15 segment: all that a decoder looks at."""
-    form = exemplars.form
-    frame = form.frame((len(exemplars) - 1) * form.padded_height + form.height)
-    return b"".join((b"\xff\xd8", form.tables, frame, *_scan(exemplars)))
+    return b"".join((b"\xff\xd8", exemplars.form.head(len(exemplars)), *_scan(exemplars)))
 
 
 def _scan(exemplars: Exemplars) -> list[Bytes]:
@@ -510,12 +516,13 @@ def _parse_header(data: Bytes, offset: int, limits: Limits) -> _Header:
     version, flags, height, count, checksum = _FIXED.unpack_from(payload)
     if version != VERSION or flags & ~(_HAS_TASK | _HAS_ROWS):
         raise StripCorrupt(f"strip version {version} with flags {flags:#x}: this library reads version {VERSION}")
-    form_end = _tables_end(data, at)
-    head = bytes(data[at:form_end])
-    signed = payload[:8] + b"\0\0\0\0" + payload[12:]
-    if crc32(head, crc32(_app15(signed), crc32(b"\xff\xd8"))) != checksum:
+    frame, form_end = _tables_end(data, at)
+    crc_at = offset + _CRC_AT
+    actual = crc32(data[crc_at + 4 : form_end], crc32(b"\0\0\0\0", crc32(data[offset:crc_at])))
+    if actual != checksum:
         raise StripCorrupt(f"the header of the strip at byte {offset} does not match its checksum")
-    form, rows_px = _form(head, height)
+    rows_px = int.from_bytes(data[frame + 5 : frame + 7], "big")
+    form = _form(bytes(data[at : frame + 5]), bytes(data[frame + 7 : form_end]), height)
     if form.height * form.width > limits.max_pixels:
         raise TooLarge(
             f"the strip declares images of {form.height}x{form.width}, at most {limits.max_pixels} pixels are accepted",
@@ -528,12 +535,10 @@ def _parse_header(data: Bytes, offset: int, limits: Limits) -> _Header:
     task = None
     if flags & _HAS_TASK:
         task, at = int.from_bytes(payload[at : at + 4], "big"), at + 4
-    class_ids, at = _read_runs(payload, at, count)
-    expected = at + 4 * count * (2 if flags & _HAS_ROWS else 1)
-    if len(payload) != expected:
-        raise StripCorrupt(
-            f"the strip's header holds {len(payload)} bytes, {expected} are needed for {count} exemplars"
-        )
+    labels_end = len(payload) - 4 * count * (2 if flags & _HAS_ROWS else 1)
+    if labels_end < at:
+        raise StripCorrupt(f"the strip's header holds {len(payload)} bytes, too few for {count} exemplars")
+    class_ids, at = _read_runs(payload[at:labels_end], count), labels_end
     checksums = np.frombuffer(payload, ">u4", count, at).astype(np.uint32)
     rows = np.frombuffer(payload, ">u4", count, at + 4 * count).astype(np.int64) if flags & _HAS_ROWS else None
     return _Header(form, count, task, class_ids, checksums, rows, form_end)
@@ -560,23 +565,27 @@ def _read_app15(data: Bytes, offset: int) -> tuple[bytes, int]:
     return b"".join(pieces), at
 
 
-def _tables_end(data: Bytes, at: int) -> int:
-    """The offset after SOS, walking DQT, DHT, [DRI], SOF0, SOS by their lengths."""
-    start = at
+def _tables_end(data: Bytes, at: int) -> tuple[int, int]:
+    """The offsets of SOF0 and after SOS, walking DQT, DHT, [DRI], SOF0, SOS by their lengths."""
+    start = frame = at
     for _ in range(5):
-        marker, length = bytes(data[at : at + 2]), int.from_bytes(data[at + 2 : at + 4], "big")
+        marker, length = data[at : at + 2], int.from_bytes(data[at + 2 : at + 4], "big")
         end = at + 2 + length
         if length < 2 or end > len(data):
             break
-        at = end
         if marker == b"\xff\xda":
-            return at
+            return frame, end
+        frame, at = at, end
     raise StripCorrupt(f"the tables from byte {start} do not end with a start of scan")
 
 
 @lru_cache(maxsize=1024)
-def _form(head: bytes, height: int) -> tuple[Form, int]:
-    """The form whose tables and frame are exactly the bytes `head`, and the rows of its picture."""
+def _form(before_rows: bytes, after_rows: bytes, height: int) -> Form:
+    """The form whose tables and frame are exactly these bytes, around the two that say how many rows the picture has.
+
+    Those of a pack are alike in every draw from it, so they are checked once.
+    """
+    head = before_rows + b"\0\0" + after_rows
     try:
         quantisation = head[4 : 2 + int.from_bytes(head[2:4], "big")]
         at = 4 + len(quantisation)
@@ -584,7 +593,7 @@ def _form(head: bytes, height: int) -> tuple[Form, int]:
         at += 4 + len(huffman)
         if head[at : at + 2] == b"\xff\xdd":
             at += 6
-        rows, width, channels = struct.unpack_from(">HHB", head, at + 5)
+        width, channels = struct.unpack_from(">HB", head, at + 7)
         subsampling: Subsampling = "4:2:0" if head[at + 11] == 0x22 else "4:4:4"
     except (IndexError, struct.error) as error:
         raise StripCorrupt(f"the tables of the strip are cut off: {error}") from error
@@ -592,9 +601,9 @@ def _form(head: bytes, height: int) -> tuple[Form, int]:
         raise StripCorrupt(f"the strip declares {height}x{width} images of {channels} components")
     _check_tables(quantisation, huffman, channels)
     form = Form(height, width, channels, subsampling, quantisation, huffman)
-    if form.tables + form.frame(rows) != head:
+    if form.tables + form.frame(0) != head:
         raise StripCorrupt("the tables of the strip are not in the order of the format")
-    return form, rows
+    return form
 
 
 def _check_tables(quantisation: bytes, huffman: bytes, channels: int) -> None:
@@ -606,27 +615,35 @@ def _check_tables(quantisation: bytes, huffman: bytes, channels: int) -> None:
     parse_tables(huffman, 2 * tables)
 
 
-def _read_runs(payload: bytes, at: int, count: int) -> tuple[IntArray, int]:
-    class_ids: list[int] = []
-    lengths: list[int] = []
-    left = count
-    while left > 0:
-        class_id, at = _read_varint(payload, at)
-        length, at = _read_varint(payload, at)
-        if not 1 <= length <= left or class_id > MAX_CLASS_ID or class_ids[-1:] == [class_id]:
-            raise StripCorrupt(f"a run of {length} exemplars of class {class_id} where {left} are left")
-        class_ids.append(class_id)
-        lengths.append(length)
-        left -= length
-    return np.repeat(np.array(class_ids, np.int64), lengths), at
+def _read_runs(labels: bytes, count: int) -> IntArray:
+    """The class id of each of `count` images, from all (class id, run length) pairs of a header."""
+    # Below 128 a varint is its one byte: the usual case, and nothing to loop over.
+    values = labels if labels.isascii() else _read_varints(labels)
+    class_ids, lengths = values[0::2], values[1::2]
+    if len(class_ids) != len(lengths) or sum(lengths) != count or 0 in lengths:
+        raise StripCorrupt(
+            f"the runs of class ids have lengths that sum to {sum(lengths)}, the strip has {count} images"
+        )
+    if max(class_ids) > MAX_CLASS_ID or any(map(eq, class_ids, class_ids[1:])):
+        raise StripCorrupt(f"the runs of class ids have neighbours alike, or an id above {MAX_CLASS_ID}")
+    return np.repeat(np.array(list(class_ids), np.int64), list(lengths))
 
 
-def _read_varint(payload: bytes, at: int) -> tuple[int, int]:
+def _read_varints(labels: bytes) -> list[int]:
+    values: list[int] = []
+    at = 0
+    while at < len(labels):
+        value, at = _read_varint(labels, at)
+        values.append(value)
+    return values
+
+
+def _read_varint(labels: bytes, at: int) -> tuple[int, int]:
     value = 0
     for shift in range(0, 35, 7):
-        if at >= len(payload):
+        if at >= len(labels):
             break
-        octet = payload[at]
+        octet = labels[at]
         at += 1
         value |= (octet & 0x7F) << shift
         if octet < 0x80 and (octet or not shift):
