@@ -163,10 +163,12 @@ class Memory:
         self._thread.join()
 
     def now_mb(self) -> float:
+        """Resident memory at this moment."""
         return self.of(self._process)
 
     @staticmethod
     def of(process: psutil.Process) -> float:
+        """Resident memory of a process and its children, in MB."""
         total = 0
         with suppress(psutil.NoSuchProcess):
             for one in [process, *process.children(recursive=True)]:

@@ -371,16 +371,17 @@ def _write(
             session.execute(delete(TaskRow).where(TaskRow.buffer == buffer.name, TaskRow.task == without_task))
         if upload is not None:
             session.merge(_task_row(content, upload))
-            committed = update(IngestRow).where(holds(upload.ingest))
-            done = {
-                "state": "committed",
-                "generation": generation,
-                "images_done": IngestRow.images_total,
-                "updated_at": now,
-            }
-            if _changed(session, committed.values(lease_owner=None, lease_expires_at=None, **done)) != 1:
-                raise LeaseLost(upload.ingest.id)
+            _end(session, upload, generation, now)
     return generation
+
+
+def _end(session: Session, upload: Upload, generation: int, now: float) -> None:
+    """The ingest is committed, if it is still the worker's to commit."""
+    images = sum(upload.seen.values())
+    committed = update(IngestRow).where(holds(upload.ingest))
+    committed = committed.values(state="committed", generation=generation, images_done=images, images_total=images)
+    if _changed(session, committed.values(lease_owner=None, lease_expires_at=None, updated_at=now)) != 1:
+        raise LeaseLost(upload.ingest.id)
 
 
 def _changed(session: Session, statement: Any) -> int:

@@ -110,18 +110,33 @@ class Heartbeat:
         if self._stop.is_set():
             raise Stopped(self._held.id)
 
+    def enter(self, state: State) -> None:
+        """The ingest is in this state now, for everybody to see.
+
+        Raises:
+            LeaseLost: the ingest is no longer ours.
+            Stopped: the worker is to stop.
+            StorageFull, Unavailable: the database does not take it.
+        """
+        self.state = state
+        self._publish()
+        self.check()
+
+    def _publish(self) -> None:
+        ingest.heartbeat(
+            self._database,
+            self._settings,
+            self._held,
+            state=self.state,
+            images_done=self.images_done,
+            images_total=self.images_total,
+        )
+
     def _beat(self) -> None:
         interval_s = min(HEARTBEAT_S, self._settings.lease_s / 4)
         while not self._ended.wait(interval_s):
             try:
-                ingest.heartbeat(
-                    self._database,
-                    self._settings,
-                    self._held,
-                    state=self.state,
-                    images_done=self.images_done,
-                    images_total=self.images_total,
-                )
+                self._publish()
             except LeaseLost:
                 self._is_lost = True
                 return
@@ -208,6 +223,7 @@ def perform(database: Database, store: PackStore, settings: Settings, held: Clai
     """
     with Heartbeat(database, settings, held, stop) as beat:
         with SpooledImages(held.spool, settings, beat.found) as images:
+            beat.enter("selecting")
             with database.reading() as session:
                 content = read_content(session, held.buffer)
             check_fits(content, held.task, images.shape, held.options.quality)
@@ -223,8 +239,7 @@ def perform(database: Database, store: PackStore, settings: Settings, held: Clai
                     quality=quality,
                     advance=beat.advance,
                 )
-        beat.check()
-        beat.state = "encoding"
+        beat.enter("encoding")
         upload = Upload(
             task=held.task,
             exemplars=selection.exemplars,
