@@ -262,6 +262,7 @@ def test_one_step_along_the_corrected_gradient_raises_no_earlier_loss(tasks: Str
     with torch.no_grad():
         assign(parameters, corrected)
         for parameter in parameters:
+            assert parameter.grad is not None
             parameter.sub_(parameter.grad, alpha=step)
     for each, was in zip(earlier.values(), before, strict=True):
         assert loss(each).item() <= was + 2e-6
