@@ -24,6 +24,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from secrets import token_hex
 from types import TracebackType
 
@@ -48,8 +49,8 @@ HEARTBEAT_S = 1.0
 COLLECT_S = 60.0
 # What a stopping worker may take to notice: it looks after every batch of images.
 STOP_S = 10.0
-RESTART_S = 0.2
-RESTART_MOST_S = 10.0
+# Starting takes about a second anyway: a worker that cannot start costs a fraction of one core, and says so.
+RESTART_S = 0.5
 
 
 class Stopped(Exception):
@@ -289,39 +290,48 @@ class Supervisor:
         """The worker has ended; an ingest it was at is given back."""
         self._stopping.set()
         with self._lock:
-            if self._child is not None and self._child.stdin is not None:
-                with suppress(BrokenPipeError):
-                    self._child.stdin.close()
+            if self._child is not None:
+                self._let_go(self._child)
         self._thread.join(2 * STOP_S)
 
     def _supervise(self) -> None:
-        pause_s = RESTART_S
         while not self._stopping.is_set():
-            started_at = time.monotonic()
             child = self._spawn()
             if child is None:
                 return
             code = child.wait()
-            if self._stopping.is_set():
-                return
-            pause_s = RESTART_S if time.monotonic() - started_at > RESTART_MOST_S else min(2 * pause_s, RESTART_MOST_S)
-            logger.error("the worker ended with %d; another one starts in %.1f s", code, pause_s)
-            self._stopping.wait(pause_s)
+            self._let_go(child)
+            if not self._stopping.is_set():
+                logger.error("the worker ended with %d; another one starts", code)
+                self._stopping.wait(RESTART_S)
 
     def _spawn(self) -> subprocess.Popen[str] | None:
+        # It finds the modules that its parent found, and none of its parent's secrets: the token is the HTTP side's.
+        environment = {name: value for name, value in os.environ.items() if name != "ENGRAM_ADMIN_TOKEN"}
+        environment["PYTHONPATH"] = os.pathsep.join(str(Path(part).absolute()) for part in sys.path if part)
         with self._lock:
             if self._stopping.is_set():
                 return None
             child = subprocess.Popen(
-                [sys.executable, "-m", "engram_service.worker"], stdin=subprocess.PIPE, text=True, encoding="utf-8"
+                [sys.executable, "-m", "engram_service.worker"],
+                stdin=subprocess.PIPE,
+                env=environment,
+                text=True,
+                encoding="utf-8",
             )
             self._child = child
             if child.stdin is not None:
-                # The token is the HTTP side's: the worker has no use for it.
                 with suppress(BrokenPipeError):
                     child.stdin.write(self._settings.model_dump_json(exclude={"admin_token"}) + "\n")
                     child.stdin.flush()
             return child
+
+    @staticmethod
+    def _let_go(child: subprocess.Popen[str]) -> None:
+        """The child reads the end of its standard input."""
+        if child.stdin is not None:
+            with suppress(BrokenPipeError):
+                child.stdin.close()
 
 
 def main() -> None:

@@ -1,0 +1,319 @@
+"""This file tests the worker: what it makes of an upload, and how it ends when it is disturbed."""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import threading
+import time
+from collections.abc import Callable
+
+import numpy as np
+import psutil
+import pytest
+from sqlalchemy import select, update
+from tests.contents import create, pictures
+from tests.servers import ServiceProcess, http
+from tests.uploads import encoded, final, pairs, queue, tar_of, tar_of_arrays, work_off
+
+from engram import pack
+from engram.errors import EngramError, NotFound, from_problem
+from engram.schemas import IngestOptions, Ranking
+from engram_service import buffers, ingest, worker
+from engram_service.commit import read_content
+from engram_service.database import Database
+from engram_service.ingest import LeaseLost
+from engram_service.settings import Settings
+from engram_service.spooled import SpooledImages
+from engram_service.storage import PackStore
+from engram_service.tables import IngestRow
+from engram_service.worker import Heartbeat, Stopped, Supervisor
+
+PICTURES = pictures(1, 12)
+CLASS_IDS = np.arange(12) % 3
+
+
+def eventually(condition: Callable[[], bool]) -> bool:
+    deadline = time.monotonic() + 30
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.02)
+    return True
+
+
+def generation(database: Database) -> int:
+    with database.reading() as session:
+        return buffers.read(session, "b").generation
+
+
+def test_an_upload_becomes_a_pack_with_a_decision(database: Database, store: PackStore, settings: Settings) -> None:
+    create(database)
+    queued = queue(database, settings, tar_of_arrays(PICTURES, CLASS_IDS), task=4)
+    work_off(database, store, settings)
+    ended = final(database, queued)
+    assert (ended.state, ended.generation, ended.attempts, ended.problem) == ("committed", 1, 1, None)
+    assert ended.images_done == ended.images_total == 12
+    assert not ingest.spool_path(settings.spool_dir, queued.id).exists()
+    with database.reading() as session:
+        task = buffers.task(session, "b", 4)
+        manifest = buffers.manifest(session, "b")
+    assert [(c.class_id, c.seen, c.exemplars) for c in task.classes] == [(0, 4, 4), (1, 4, 4), (2, 4, 4)]
+    assert task.decision is not None
+    assert [candidate.quality for candidate in task.decision.candidates] == [10, 25, 50, 75, 90]
+    assert task.decision.quality == task.quality
+    assert manifest.image_shape == (16, 16, 3)
+    stored = pack.parse(store.get(manifest.packs[0].digest)).decode()
+    distances = np.abs(stored[:, None].astype(int) - PICTURES[None]).mean(axis=(2, 3, 4))
+    assert sorted(distances.argmin(axis=1)) == list(range(12))
+    assert CLASS_IDS[distances.argmin(axis=1)].tolist() == [0] * 4 + [1] * 4 + [2] * 4
+    assert distances.min(axis=1).max() < 12
+
+
+@pytest.mark.parametrize("ranking", ["herding", "greedy_dpp", "reservoir", "ring", "random"])
+def test_every_ranking_commits(ranking: Ranking, database: Database, store: PackStore, settings: Settings) -> None:
+    create(database, budget_bytes=3000)
+    for number in range(2):
+        images = pictures(number, 60)
+        options = IngestOptions(ranking=ranking, candidates=(10, 50))
+        queued = queue(database, settings, tar_of_arrays(images, np.arange(60) % 2), options=options)
+        work_off(database, store, settings)
+        assert final(database, queued).state == "committed", final(database, queued).problem
+    with database.reading() as session:
+        found = buffers.read(session, "b")
+        assert [c.seen for c in buffers.task(session, "b", 0).classes] == [60, 60]
+    assert 2000 < found.used_bytes <= 3000
+
+
+def test_images_of_every_format_are_read_back_as_they_were(settings: Settings) -> None:
+    lossless = [("png", encoded(image), 3) for image in PICTURES[:4]]
+    lossless += [("PPM", encoded(image, "PPM"), 1) for image in PICTURES[4:8]]
+    lossy = [("jpg", encoded(PICTURES[8], "JPEG"), 2), ("webp", encoded(PICTURES[9], "WEBP"), 0)]
+    path = settings.spool_dir / "x.tar"
+    path.write_bytes(tar_of(pairs([*lossless, *lossy])))
+    found: list[int] = []
+    with SpooledImages(path, settings, found.append) as images:
+        assert len(images) == 10
+        assert images.shape == (16, 16, 3)
+        assert images.class_ids.tolist() == [3] * 4 + [1] * 4 + [2, 0]
+        assert images.seen() == {0: 1, 1: 4, 2: 1, 3: 4}
+        order = [7, 0, 5, 0, 3]
+        np.testing.assert_array_equal(images.read(order), PICTURES[order])
+        assert images.read([8, 9]).shape == (2, 16, 16, 3)
+        assert images.read([]).shape == (0, 16, 16, 3)
+        with pytest.raises(IndexError):
+            images.read([10])
+    assert found == [10]
+
+
+def test_grey_images_stay_grey(database: Database, store: PackStore, settings: Settings) -> None:
+    create(database)
+    queue(database, settings, tar_of_arrays(pictures(1, 6, (28, 28, 1)), [1] * 6))
+    work_off(database, store, settings)
+    with database.reading() as session:
+        assert buffers.read(session, "b").image_shape == (28, 28, 1)
+
+
+def test_a_later_upload_keeps_the_quality_of_its_task(database: Database, store: PackStore, settings: Settings) -> None:
+    create(database)
+    options = IngestOptions(quality=33), IngestOptions(), IngestOptions(quality=33)
+    for number, option in enumerate(options):
+        queue(database, settings, tar_of_arrays(pictures(number, 6), [1] * 6), options=option)
+    work_off(database, store, settings)
+    with database.reading() as session:
+        task = buffers.task(session, "b", 0)
+    assert (task.quality, task.exemplars, task.classes[0].seen) == (33, 18, 18)
+
+
+def test_an_unregistered_extractor_is_not_found(database: Database, store: PackStore, settings: Settings) -> None:
+    create(database)
+    queued = queue(database, settings, tar_of_arrays(PICTURES, CLASS_IDS), options=IngestOptions(extractor="0" * 64))
+    work_off(database, store, settings)
+    problem = final(database, queued).problem
+    assert problem is not None
+    assert type(from_problem(problem)) is NotFound
+
+
+def lapse(database: Database) -> None:
+    """Time has passed: what waits for another attempt may have it now."""
+    with database.session() as session:
+        session.execute(update(IngestRow).where(IngestRow.lease_expires_at.is_not(None)).values(lease_expires_at=1.0))
+
+
+def test_an_unexpected_failure_is_tried_again_and_then_told(
+    database: Database, store: PackStore, settings: Settings
+) -> None:
+    create(database)
+    queued = queue(database, settings, tar_of_arrays(PICTURES, CLASS_IDS))
+    ingest.spool_path(settings.spool_dir, queued.id).unlink()
+    for attempt in range(1, settings.max_attempts + 1):
+        work_off(database, store, settings)
+        now = final(database, queued)
+        assert (now.attempts, now.state) == (attempt, "received" if attempt < settings.max_attempts else "failed")
+        lapse(database)
+    problem = final(database, queued).problem
+    assert problem is not None
+    assert type(from_problem(problem)) is EngramError
+    assert "FileNotFoundError" in problem["detail"]
+
+
+def test_a_full_disk_is_tried_again_until_there_is_room(
+    database: Database, store: PackStore, settings: Settings
+) -> None:
+    create(database, budget_bytes=10**7)
+    noise = np.random.default_rng(0).integers(0, 256, (60, 128, 128, 3), np.uint8)
+    queued = queue(database, settings, tar_of_arrays(noise, [0] * 60), options=IngestOptions(quality=95))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (400_000, limits[1]))
+    try:
+        work_off(database, store, settings)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    now = final(database, queued)
+    assert (now.state, now.attempts, now.problem) == ("received", 1, None)
+    assert generation(database) == 0
+    assert [path for path in settings.packs_dir.rglob("*") if path.is_file()] == []
+    lapse(database)
+    work_off(database, store, settings)
+    assert final(database, queued).state == "committed"
+
+
+def held_heartbeat(database: Database, settings: Settings, stop: threading.Event) -> tuple[ingest.Claim, Heartbeat]:
+    create(database)
+    queue(database, settings, tar_of_arrays(PICTURES, CLASS_IDS))
+    held = ingest.claim(database, settings, owner="test")
+    assert held is not None
+    return held, Heartbeat(database, settings, held, stop)
+
+
+def test_the_work_on_a_cancelled_ingest_ends(database: Database, settings: Settings) -> None:
+    quick = settings.model_copy(update={"lease_s": 0.04})
+    held, beat = held_heartbeat(database, quick, threading.Event())
+    with beat:
+        beat.advance(1)
+        with database.session() as session:
+            ingest.cancel(session, held.id)
+
+        def is_told() -> bool:
+            try:
+                beat.advance(1)
+            except LeaseLost:
+                return True
+            return False
+
+        assert eventually(is_told)
+
+
+def test_the_heartbeat_outruns_the_lease(database: Database, settings: Settings) -> None:
+    quick = settings.model_copy(update={"lease_s": 1.0})
+    _, beat = held_heartbeat(database, quick, threading.Event())
+    first = lease(database)
+    with beat:
+        assert eventually(lambda: lease(database) > first + 1.0)
+        assert ingest.claim(database, quick, owner="other") is None
+
+
+def lease(database: Database) -> float:
+    with database.reading() as session:
+        return session.scalars(select(IngestRow.lease_expires_at)).one() or 0.0
+
+
+def test_a_worker_that_is_to_stop_gives_its_ingest_back(
+    database: Database, store: PackStore, settings: Settings
+) -> None:
+    stop = threading.Event()
+    held, beat = held_heartbeat(database, settings, stop)
+    stop.set()
+    with beat, pytest.raises(Stopped):
+        beat.advance(1)
+    worker.attempt(database, store, settings, held, stop)
+    assert final_state(database, held) == ("received", 0)
+    assert held.spool.exists()
+    again = ingest.claim(database, settings, owner="next")
+    assert again is not None
+    worker.attempt(database, store, settings, again, threading.Event())
+    assert final_state(database, held) == ("committed", 1)
+
+
+def final_state(database: Database, held: ingest.Claim) -> tuple[str, int]:
+    with database.reading() as session:
+        found = ingest.read(session, held.id)
+    return found.state, found.attempts
+
+
+def test_a_worker_whose_lease_was_taken_over_commits_nothing(
+    database: Database, store: PackStore, settings: Settings
+) -> None:
+    create(database)
+    queued = queue(database, settings, tar_of_arrays(PICTURES, CLASS_IDS))
+    first = ingest.claim(database, settings, owner="first")
+    assert first is not None
+    lapse(database)
+    second = ingest.claim(database, settings, owner="second")
+    assert second is not None
+    worker.attempt(database, store, settings, first, threading.Event())
+    assert generation(database) == 0
+    assert second.spool.exists()
+    worker.attempt(database, store, settings, second, threading.Event())
+    assert generation(database) == 1
+    worker.attempt(database, store, settings, first, threading.Event())
+    assert generation(database) == 1
+    assert final(database, queued).state == "committed"
+
+
+def test_the_work_on_a_deleted_buffer_ends(database: Database, store: PackStore, settings: Settings) -> None:
+    create(database)
+    queue(database, settings, tar_of_arrays(PICTURES, CLASS_IDS))
+    held = ingest.claim(database, settings, owner="test")
+    assert held is not None
+    with database.session() as session:
+        buffers.delete(session, "b")
+    worker.attempt(database, store, settings, held, threading.Event())
+    with database.reading() as session, pytest.raises(NotFound):
+        read_content(session, "b")
+
+
+def test_a_running_worker_takes_what_comes_and_stops_when_asked(
+    database: Database, store: PackStore, settings: Settings
+) -> None:
+    create(database)
+    stop = threading.Event()
+    running = threading.Thread(target=worker.run, args=(settings, stop))
+    running.start()
+    queued = queue(database, settings, tar_of_arrays(PICTURES, CLASS_IDS))
+    assert eventually(lambda: final(database, queued).state == "committed")
+    stop.set()
+    running.join(30)
+    assert not running.is_alive()
+
+
+def children() -> list[psutil.Process]:
+    return [child for child in psutil.Process().children() if "engram_service.worker" in " ".join(child.cmdline())]
+
+
+def test_a_killed_worker_is_started_again_and_stops_with_its_supervisor(database: Database, settings: Settings) -> None:
+    create(database)
+    supervisor = Supervisor(settings)
+    supervisor.start()
+    try:
+        assert eventually(lambda: len(children()) == 1)
+        first = children()[0].pid
+        os.kill(first, signal.SIGKILL)
+        assert eventually(lambda: [child.pid for child in children()] not in ([], [first]))
+        queued = queue(database, settings, tar_of_arrays(PICTURES, CLASS_IDS))
+        assert eventually(lambda: final(database, queued).state == "committed")
+    finally:
+        supervisor.stop()
+    assert children() == []
+
+
+def test_a_worker_ends_when_its_service_is_killed(make_service: Callable[..., ServiceProcess]) -> None:
+    service = make_service()
+    with http(service) as web:
+        web.get("/healthz").raise_for_status()
+    found = psutil.Process(service.process.pid)
+    assert eventually(lambda: len(found.children()) == 1)
+    child = found.children()[0]
+    service.kill()
+    assert eventually(lambda: not child.is_running() or child.status() == psutil.STATUS_ZOMBIE)
