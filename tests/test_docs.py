@@ -10,12 +10,12 @@ import tomllib
 from pathlib import Path
 
 import pytest
-from docs import tables
 from PIL import Image
+
+from docs import tables
+from engram_service.settings import Settings
 from tests.contents import pictures
 from tests.servers import ServiceProcess, environment
-
-from engram_service.settings import Settings
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
