@@ -1,4 +1,4 @@
-"""This file is real services for tests: as processes, as a user starts them, and as threads, which start in a moment."""
+"""This file is real services for tests: as processes, as a user starts them; as threads, which start in a moment."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ class ServiceThread:
         listener = listen("127.0.0.1", 0)
         self.url = f"http://127.0.0.1:{listener.getsockname()[1]}"
         self._server = Server(uvicorn_config(self.app, settings))
-        self._thread = threading.Thread(target=self._server.run, kwargs={"sockets": [listener]})
+        self._thread = threading.Thread(target=self._server.run, kwargs={"sockets": [listener]}, daemon=True)
         self._thread.start()
         deadline = time.monotonic() + START_S
         while not self._server.started:

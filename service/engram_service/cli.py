@@ -30,7 +30,7 @@ DataDir = Annotated[Path | None, typer.Option(help="Folder of packs, uploads and
 LogLevel = Annotated[str | None, typer.Option(help="debug, info, warning or error.")]
 
 KEEP_ALIVE_S = 75
-"""How long an idle connection stays open: most pauses of a trainer are shorter, and a reconnect costs more than a draw."""
+"""How long an idle connection stays open: most pauses of a trainer are shorter."""
 
 SHUTDOWN_S = 10
 """How long requests in progress may go on after a signal."""
@@ -143,6 +143,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def uvicorn_config(application: Any, settings: Settings) -> uvicorn.Config:
+    """How the application is served; loop and parser are uvloop and httptools where they are installed."""
     return uvicorn.Config(
         application,
         log_config=None,

@@ -1,8 +1,8 @@
 """This file is replay: draws, exports and single exemplars of a generation, out of cached packs.
 
 A generation never changes, so everything that is derived from it is computed once and kept: its manifest, the layout
-that draws are planned on, the parsed packs. A draw of a known generation from packs in memory touches neither database
-nor disk; `View.is_ready` tells, and the route then answers on the event loop instead of hiring a thread.
+that draws are planned on, the parsed packs. `peek` and `draw(may_load=False)` answer from these alone, so the route can
+call them on the event loop instead of hiring a thread.
 
 The database is asked again for a kept generation once a second: the buffer may have been deleted, or made anew under
 the same name, or the generation collected. Exemplars whose bytes are damaged are left out and counted.
@@ -87,7 +87,9 @@ class Replay:
         self._lock = threading.Lock()
 
     def peek(self, buffer: str, generation: int | None) -> View | None:
-        """The generation if it is known and fresh; touches neither database nor disk."""
+        """The generation if it is known and fresh; never waits for database or disk."""
+        if generation is None:
+            generation = self.database.glance("SELECT generation FROM buffers WHERE name = ?", buffer)
         if generation is None:
             return None
         view = self._views.get((buffer, generation))
@@ -112,6 +114,12 @@ class Replay:
             while len(self._views) > MAX_VIEWS:
                 self._views.popitem(last=False)
         return known
+
+    def forget(self, buffer: str) -> None:
+        """Nothing is kept of the buffer: it was deleted, and its name may soon mean another one."""
+        with self._lock:
+            for key in [key for key in self._views if key[0] == buffer]:
+                del self._views[key]
 
     def draw(self, view: View, request: Request, *, may_load: bool = True) -> Drawn | None:
         """The strips that the request asks for; None if packs must be loaded and `may_load` is false.

@@ -216,8 +216,8 @@ class PackCache:
     def __init__(self, store: PackStore, max_bytes: int) -> None:
         self.store = store
         self.max_bytes = max_bytes
+        self.bytes = 0
         self._packs: OrderedDict[str, LoadedPack] = OrderedDict()
-        self._bytes = 0
         self._lock = threading.Lock()
         self._loading: dict[str, threading.Lock] = {}
         self._damaged: set[str] = set()
@@ -278,8 +278,8 @@ class PackCache:
         with self._lock:
             self._drop(loaded.digest)
             self._packs[loaded.digest] = loaded
-            self._bytes += loaded.bytes
-            while self._bytes > self.max_bytes and len(self._packs) > 1:
+            self.bytes += loaded.bytes
+            while self.bytes > self.max_bytes and len(self._packs) > 1:
                 self._drop(next(iter(self._packs)))
             (self._damaged.add if loaded.is_damaged else self._damaged.discard)(loaded.digest)
         return loaded
@@ -287,4 +287,4 @@ class PackCache:
     def _drop(self, digest: str) -> None:
         dropped = self._packs.pop(digest, None)
         if dropped is not None:
-            self._bytes -= dropped.bytes
+            self.bytes -= dropped.bytes

@@ -9,7 +9,7 @@ from fastapi import APIRouter, Header, Response
 from engram.schemas import Buffer, BufferChange, BufferCreate, BufferList, Manifest
 
 from .. import buffers, commit
-from .parts import BufferPath, DatabasePart, ExpectedGeneration, Generation, StorePart, etag, matches
+from .parts import BufferPath, DatabasePart, ExpectedGeneration, Generation, ReplayPart, StorePart, etag, matches
 
 router = APIRouter(prefix="/v1/buffers", tags=["buffers"])
 
@@ -55,10 +55,11 @@ def change_buffer(
 
 
 @router.delete("/{buffer}", status_code=204)
-def delete_buffer(buffer: BufferPath, database: DatabasePart) -> None:
+def delete_buffer(buffer: BufferPath, database: DatabasePart, replay: ReplayPart) -> None:
     """Delete a buffer and everything in it."""
     with database.session() as session:
         buffers.delete(session, buffer)
+    replay.forget(buffer)
 
 
 @router.get("/{buffer}/manifest", responses={304: {"description": "The generation is the one in If-None-Match."}})
