@@ -72,5 +72,7 @@ class Bars:
                 kept += f", quality {memory['qualities'][str(len(report.matrix) - 1)]} for this task"
         seconds = sum(report.seconds[-1].values())
         self._console.print(
-            f"{self._name}: accuracy so far [bold]{metrics.last:.1%}[/bold] ({seconds:.1f} s){kept}", highlight=False
+            f"{self._name}: accuracy so far [bold]{metrics.last:.1%}[/bold] ({seconds:.1f} s){kept}",
+            highlight=False,
+            soft_wrap=True,
         )
