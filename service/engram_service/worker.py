@@ -50,7 +50,7 @@ COLLECT_S = 60.0
 # What a stopping worker may take to notice: it looks after every batch of images.
 STOP_S = 10.0
 # Starting takes about a second anyway: a worker that cannot start costs a fraction of one core, and says so.
-RESTART_S = 0.5
+RESTART_S = 0.2
 
 
 class Stopped(Exception):
