@@ -45,6 +45,7 @@ from engram.errors import (
     Conflict,
     EngramError,
     Forbidden,
+    InvalidRequest,
     NotFound,
     RateLimited,
     StripCorrupt,
@@ -188,17 +189,18 @@ class Client:
                 name=name, budget_bytes=budget_bytes, per=per, share_by=share_by, subsampling=subsampling
             )
         except pydantic.ValidationError as error:
-            raise ValueError(str(error)) from error
+            first = error.errors()[0]
+            raise InvalidRequest(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from error
         try:
             return Buffer.model_validate_json(self._send("POST", "/v1/buffers", body=_json(wanted)))
         except Conflict:
             if not exist_ok:
                 raise
             found = self.buffer(name)
-            fields = ("budget_bytes", "per", "share_by", "subsampling")
-            differing = [f"{f} {getattr(found, f)} (asked: {getattr(wanted, f)})" for f in fields]
             differing = [
-                text for f, text in zip(fields, differing, strict=True) if getattr(found, f) != getattr(wanted, f)
+                f"{field} {getattr(found, field)} (asked: {getattr(wanted, field)})"
+                for field in ("budget_bytes", "per", "share_by", "subsampling")
+                if getattr(found, field) != getattr(wanted, field)
             ]
             if differing:
                 raise Conflict(f"buffer {name!r} exists with another definition: {', '.join(differing)}") from None
