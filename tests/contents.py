@@ -24,7 +24,8 @@ def pictures(seed: int, count: int, shape: tuple[int, int, int] = (16, 16, 3)) -
     generator = np.random.default_rng(seed)
     coarse = generator.integers(0, 256, (count, 4, 4, channels))
     grown = coarse.repeat(-(-height // 4), axis=1).repeat(-(-width // 4), axis=2)[:, :height, :width]
-    return np.clip(grown + generator.integers(-16, 16, grown.shape), 0, 255).astype(np.uint8)
+    images: UInt8Array = np.clip(grown + generator.integers(-16, 16, grown.shape), 0, 255).astype(np.uint8)
+    return images
 
 
 def create(database: Database, name: str = "b", *, budget_bytes: int = 10**6) -> None:

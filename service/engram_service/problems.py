@@ -65,6 +65,8 @@ def install(app: FastAPI) -> None:
         path = request.url.path
         if error.status_code == 404:
             return problem_response(NotFound(f"there is nothing at {path}; /docs lists what is where"), path)
+        if error.status_code == 400:
+            return problem_response(InvalidRequest(str(error.detail)), path)
         title = HTTPStatus(error.status_code).phrase
         detail = f"{request.method} is not possible here" if error.status_code == 405 else str(error.detail)
         problem = {"type": "about:blank", "title": title, "status": error.status_code, "detail": detail}
