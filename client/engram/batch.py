@@ -46,6 +46,12 @@ class Batch:
         return len(self.class_ids)
 
 
+def empty() -> Batch:
+    """What a rank gets whose slice of an epoch's last step is empty: no images, of no size."""
+    none = np.empty(0, np.int64)
+    return Batch(np.empty((0, 0, 0, 0), np.uint8), none, none, none)
+
+
 def assemble(parts: Sequence[tuple[int, Exemplars, npt.ArrayLike]]) -> bytes:
     """The body of a draw: for each (task, exemplars of its pack, rows) the strips of those rows."""
     return b"".join(

@@ -36,9 +36,9 @@ import numpy as np
 import numpy.typing as npt
 import pydantic
 
+from engram import batch, tar
 from engram import folder as folders
-from engram import tar
-from engram.batch import Batch, decode
+from engram.batch import Batch
 from engram.errors import (
     BadUpload,
     Cancelled,
@@ -448,6 +448,8 @@ class Client:
     ) -> Batch:
         """A replay minibatch: a pure function of its arguments and the generation (None: the newest).
 
+        It may be smaller than `size`, even empty, only at the last step of an `epoch`.
+
         Raises:
             NotFound: no such buffer, task or generation.
             Conflict: the buffer is empty, or has nothing but the excluded tasks.
@@ -464,7 +466,8 @@ class Client:
             query += f"&exclude_tasks={','.join(map(str, exclude_tasks))}"
         if generation is not None:
             query += f"&generation={generation:d}"
-        return decode(self._send("GET", f"{_buffer_path(buffer)}/draw?{query}"))
+        body = self._send("GET", f"{_buffer_path(buffer)}/draw?{query}")
+        return batch.decode(body) if body else batch.empty()
 
     def manifest(self, buffer: str, *, generation: int | None = None) -> Manifest:
         """The packs of a generation (None: the newest).

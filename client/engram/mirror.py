@@ -59,13 +59,14 @@ class Snapshot:
         return [(entries[index].task, self.packs[index], rows) for index, rows in plan(self.layout, request)]
 
     def draw(self, request: Request) -> batch.Batch:
-        """The replay minibatch of this request.
+        """The replay minibatch of this request; an empty one for a rank without a part of an epoch's last step.
 
         Raises:
             NotFound: a task named in `tasks` holds no exemplar.
             Conflict: nothing to draw from.
         """
-        return batch.from_parts(self.parts(request))
+        parts = self.parts(request)
+        return batch.from_parts(parts) if parts else batch.empty()
 
 
 class Mirror:
@@ -117,7 +118,8 @@ class Mirror:
         Raises:
             NotFound: the buffer is gone.
             Unavailable: the service does not answer; the mirror is as it was.
-            StripCorrupt: a pack arrived damaged; the mirror is as it was.
+            StripCorrupt: a pack is damaged, on the way or on the service's disk; the mirror is as it was. Draws from
+                the service go on and leave out what is damaged.
         """
         with self._refreshing:
             created_at = self._client.buffer(self.buffer).created_at

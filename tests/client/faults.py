@@ -20,7 +20,7 @@ class FaultyProxy:
     closes the connection before the service hears of it, `lose the answer` after; `cut the answer` breaks off half-way.
     """
 
-    def __init__(self, target: str, *faults: Fault, retry_after: str = "0") -> None:
+    def __init__(self, target: str, *faults: Fault | None, retry_after: str = "0") -> None:
         self.faults = list(faults)
         self.retry_after = retry_after
         self.requests = 0
@@ -98,7 +98,7 @@ class FaultyProxy:
 
 
 @contextmanager
-def faulty(target: str, *faults: Fault, retry_after: str = "0") -> Iterator[FaultyProxy]:
+def faulty(target: str, *faults: Fault | None, retry_after: str = "0") -> Iterator[FaultyProxy]:
     proxy = FaultyProxy(target, *faults, retry_after=retry_after)
     try:
         yield proxy
