@@ -160,8 +160,8 @@ def test_a_budget_below_one_exemplar_names_both_numbers_and_keeps_what_was_there
     memory = filled(LocalConfig(kind=kind, budget_bytes=1_500, quality=90), [[0]])
     before = memory.everything()
     images, class_ids = task_of([1, 2, 3, 4, 5, 6, 7, 8, 9], count=3)
-    big = np.random.default_rng(0).integers(0, 256, (len(images), 40, 40, 1), dtype=np.uint8)
-    with pytest.raises(BudgetExceeded, match=r"150 bytes of a budget of 1500"):
+    big = np.random.default_rng(0).integers(0, 256, (len(images), 60, 60, 1), dtype=np.uint8)
+    with pytest.raises(BudgetExceeded, match="its 9 classes have 1350 bytes of a budget of 1500"):
         memory.add(1, big, class_ids, extractor=None, embed=None, seed=0)
     np.testing.assert_array_equal(memory.everything().images, before.images)
 

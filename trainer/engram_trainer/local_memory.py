@@ -294,8 +294,8 @@ class LocalMemory:
         kept = self._encode(images_NHWC[ranked], class_ids[ranked]).fit(share_of)
         if len(kept.class_ids) == 0:
             raise BudgetExceeded(
-                f"not one exemplar of task {task} fits: its largest share is {max(share_of.values())} bytes of a "
-                f"budget of {self.config.budget_bytes}; give the memory more bytes"
+                f"not one exemplar of task {task} fits: its {len(share_of)} classes have {sum(share_of.values())} "
+                f"bytes of a budget of {self.config.budget_bytes}; give the memory more bytes"
             )
         self._kept = {place: old.fit(_shares_of(leaves, place)) for place, old in self._kept.items()} | {task: kept}
         self._layout = None

@@ -1,0 +1,270 @@
+"""This file is runs of the loop: what they leave behind, and that a killed one goes on as if nothing had happened."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from engram.client import Client
+from engram.errors import Conflict, Unavailable
+from engram_trainer import loop
+from engram_trainer.configuration import MemoryConfig, RunConfig
+from engram_trainer.report import Report
+from engram_trainer.stream import StreamConfig
+from tests.servers import ServiceProcess
+
+ROOT = Path(__file__).parents[2]
+SMALL = RunConfig(
+    data="digits",
+    stream=StreamConfig(tasks=5, train_per_class=20, test_per_class=10),
+    method="lucir",
+    options={"epochs": 4, "balance_epochs": 2, "padding": 1, "flip": False},
+    network="mlp",
+    memory=MemoryConfig(kind="raw", budget_bytes=6_000),
+)
+
+
+def results(report: Report | dict[str, Any]) -> dict[str, Any]:
+    """A report without what differs between two equal runs: its id, its buffer's name and its seconds."""
+    found = json.loads(json.dumps(report.to_json() if isinstance(report, Report) else report))
+    for memory in found["memory"]:
+        memory.pop("buffer", None)
+        for decision in memory.get("decisions", {}).values():
+            decision.pop("seconds")
+    return {name: value for name, value in found.items() if name not in ("run", "seconds", "environment")}
+
+
+def test_a_run_leaves_its_configuration_its_results_and_two_pictures(tmp_path: Path) -> None:
+    report = loop.run(SMALL, tmp_path / "run")
+    saved = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert saved == json.loads(json.dumps(report.to_json()))
+    assert saved["config"]["stream"]["tasks"] == 5
+    assert saved["config"]["seed"] == 0
+    assert saved["environment"]["versions"]["torch"] == torch.__version__
+    assert {"python", "platform", "git_commit", "threads"} <= set(saved["environment"])
+    assert [len(row) for row in saved["matrix"]] == [2, 3, 4, 5, 5]
+    assert saved["metrics"]["last"] == report.metrics.last  # type: ignore[union-attr]
+    assert saved["memory"][-1]["used_bytes"] <= 6_000
+    assert all("learn" in seconds for seconds in saved["seconds"])
+    for name in ("accuracy.png", "matrix.png"):
+        with Image.open(tmp_path / "run" / name) as picture:
+            assert picture.width > 300
+
+
+def test_replay_beats_chance_and_no_replay(tmp_path: Path) -> None:
+    longer = replace(SMALL, options={**SMALL.options, "epochs": 25, "eta": 8.0, "batch_size": 16})
+    with_replay = loop.run(longer, tmp_path / "replay")
+    without = loop.run(replace(longer, memory=MemoryConfig(kind="none")), tmp_path / "none")
+    assert with_replay.metrics is not None
+    assert without.metrics is not None
+    assert with_replay.metrics.last > max(0.3, without.metrics.last)
+
+
+@pytest.mark.parametrize("method", ["finetune", "joint", "gem", "lucir"])
+@pytest.mark.parametrize("scenario", ["class-incremental", "task-incremental"])
+def test_every_method_runs_and_two_runs_with_one_seed_are_equal(tmp_path: Path, method: str, scenario: Any) -> None:
+    config = replace(
+        SMALL,
+        method=method,
+        options={"epochs": 2},
+        stream=replace(SMALL.stream, scenario=scenario, tasks=2),
+        network="conv" if method in ("lucir", "finetune") else "mlp",
+    )
+    first, second = (loop.run(config, tmp_path / name) for name in ("first", "second"))
+    assert results(first) == results(second)
+    weights = [
+        torch.load(tmp_path / name / "checkpoint.pt", weights_only=True)["learner"] for name in ("first", "second")
+    ]
+    assert identical(*weights)
+    assert results(loop.run(replace(config, seed=1), tmp_path / "third")) != results(first)
+
+
+def identical(first: Any, second: Any) -> bool:
+    """Whether two nested states are equal bit for bit."""
+    if isinstance(first, torch.Tensor):
+        return torch.equal(first, second)
+    if isinstance(first, dict):
+        return first.keys() == second.keys() and all(identical(first[key], second[key]) for key in first)
+    return bool(first == second)
+
+
+@pytest.mark.parametrize("scenario", ["permuted", "rotated", "task-incremental"])
+def test_forward_transfer_is_measured_where_the_next_task_can_be_scored(tmp_path: Path, scenario: Any) -> None:
+    stream = replace(SMALL.stream, scenario=scenario, tasks=2)
+    report = loop.run(replace(SMALL, method="gem", options={}, stream=stream), tmp_path / "run")
+    assert report.metrics is not None
+    assert report.metrics.fwt is not None
+    assert len(report.at_random) == 2
+
+
+class Stopped(BaseException):
+    """What a test raises out of the middle of a run; a BaseException, as a kill would not be caught either."""
+
+
+class StopAt(loop.Silent):
+    """Raises when a phase of a task begins."""
+
+    def __init__(self, task: int, phase: str) -> None:
+        self.target, self.current = (task, phase), -1
+
+    def task(self, task: Any, stream: Any) -> None:
+        self.current = task.index
+
+    def phase(self, name: str, done: int, total: int, *, note: str = "") -> None:
+        if (self.current, name) == self.target:
+            raise Stopped
+
+
+def with_kind(kind: Any) -> RunConfig:
+    return replace(SMALL, memory=MemoryConfig(kind=kind, budget_bytes=6_000, quality=60))
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The folder of an uninterrupted run with each kind of memory, made when first asked for."""
+    folder = tmp_path_factory.mktemp("whole")
+
+    def of(kind: str) -> Path:
+        if not (folder / kind).exists():
+            loop.run(with_kind(kind), folder / kind)
+        return folder / kind
+
+    return of
+
+
+@pytest.mark.parametrize(
+    ("kind", "task", "phase"),
+    [
+        ("raw", 0, "learn"),
+        ("raw", 1, "learn"),
+        ("raw", 2, "evaluate"),
+        ("raw", 4, "evaluate"),
+        ("files", 1, "balance"),
+        ("strips", 1, "balance"),
+    ],
+)
+def test_a_run_that_is_stopped_anywhere_ends_as_if_it_had_not_been(
+    tmp_path: Path, whole: Callable[[str], Path], kind: str, task: int, phase: str
+) -> None:
+    folder = tmp_path / "stopped"
+    with pytest.raises(Stopped):
+        loop.run(with_kind(kind), folder, watch=StopAt(task, phase))
+    resumed = loop.run(with_kind(kind), folder, resume=True)
+    assert results(resumed) == results(loop.read_report(whole(kind)))
+    states = [torch.load(path / "checkpoint.pt", weights_only=True) for path in (whole(kind), folder)]
+    assert identical(states[0]["learner"], states[1]["learner"])
+    assert identical(states[0]["memory"], states[1]["memory"])
+
+
+def start(url: str, folder: Path) -> subprocess.Popen[bytes]:
+    """The command line that makes the configuration `remote`."""
+    options = "--data digits --tasks 5 --train-per-class 30 --network mlp --epochs 6 --budget 5000 --quality 60"
+    command = [sys.executable, "-m", "engram_trainer", *options.split(), "--threads", "1"]
+    command += ["--url", url, "--out", str(folder), "--resume"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (ROOT / "client", ROOT / "trainer")))}
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+def remote(url: str) -> RunConfig:
+    return RunConfig(
+        data="digits",
+        stream=StreamConfig(tasks=5, train_per_class=30),
+        options={"epochs": 6},
+        network="mlp",
+        memory=MemoryConfig(budget_bytes=5_000, quality=60, url=url),
+    )
+
+
+def test_a_process_killed_with_the_service_as_its_memory_goes_on_as_if_it_had_not_been(
+    service: ServiceProcess, tmp_path: Path
+) -> None:
+    """kill -9 in the middle of the first tasks and again later; the report equals that of a run left in peace."""
+    config, killed = remote(service.url), tmp_path / "killed"
+    checkpoint = killed / "checkpoint.pt"
+    for pause_s in (0.02, 0.15):
+        process = start(service.url, killed)
+        before = checkpoint.stat().st_mtime_ns if checkpoint.exists() else 0
+        # Wait until it has got further than the last time, so that the kill falls into the work and not the imports.
+        while process.poll() is None and not (checkpoint.exists() and checkpoint.stat().st_mtime_ns > before):
+            time.sleep(0.005)
+        time.sleep(pause_s)
+        process.send_signal(signal.SIGKILL)
+        output, _ = process.communicate()
+        assert process.returncode == -signal.SIGKILL, output.decode()
+    assert not (killed / "matrix.png").exists()
+    resumed, whole = (results(loop.run(config, folder, resume=True)) for folder in (killed, tmp_path / "whole"))
+    assert resumed == whole
+    assert all(memory["used_bytes"] <= 5000 for memory in resumed["memory"])
+    # One generation for each task, however often it was uploaded.
+    assert resumed["memory"][-1]["generation"] == 5
+
+
+def test_the_service_chooses_by_the_trainers_own_extractor(service: ServiceProcess, tmp_path: Path) -> None:
+    config = replace(
+        SMALL,
+        data="sample",
+        network="conv",
+        stream=StreamConfig(tasks=5, train_per_class=40, test_per_class=10),
+        options={"epochs": 1},
+        memory=MemoryConfig(kind="service", budget_bytes=30_000, url=service.url, block=8),
+    )
+    tasks = replace(config.stream, tasks=2)
+    report = loop.run(replace(config, stream=tasks), tmp_path / "run")
+    decisions = report.memory[-1]["decisions"]
+    assert set(decisions) == {"0", "1"}
+    with Client(service.url) as client:
+        digests = {client.extractor(decision["embedder"]).sha256 for decision in decisions.values()}
+    assert len(digests) == 2  # another extractor for every task
+    for decision in decisions.values():
+        assert [candidate["quality"] for candidate in decision["candidates"]] == [10, 25, 50, 75, 90]
+
+
+def test_a_new_run_refuses_the_folder_of_another_and_a_resumed_one_another_configuration(tmp_path: Path) -> None:
+    short = replace(SMALL, stream=replace(SMALL.stream, tasks=2), options={"epochs": 1})
+    loop.run(short, tmp_path / "run")
+    with pytest.raises(Conflict, match="already holds run"):
+        loop.run(short, tmp_path / "run")
+    with pytest.raises(Conflict, match=r"options\.epochs: 1 before, 2 now"):
+        loop.run(replace(short, options={"epochs": 2}), tmp_path / "run", resume=True)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("precious")
+    with pytest.raises(Conflict, match="other files"):
+        loop.run(short, tmp_path / "mine")
+
+
+def test_a_finished_run_can_be_resumed_and_stays_as_it_is(tmp_path: Path) -> None:
+    short = replace(SMALL, stream=replace(SMALL.stream, tasks=2), options={"epochs": 1})
+    first = loop.run(short, tmp_path / "run")
+    again = loop.run(short, tmp_path / "run", resume=True)
+    assert again.to_json() == first.to_json()
+
+
+def test_a_new_run_refuses_a_buffer_that_holds_another_ones_exemplars(service: ServiceProcess, tmp_path: Path) -> None:
+    memory = MemoryConfig(kind="service", url=service.url, buffer="taken", quality=50, budget_bytes=20_000)
+    short = replace(SMALL, stream=replace(SMALL.stream, tasks=1), options={"epochs": 1}, memory=memory)
+    loop.run(short, tmp_path / "first")
+    with pytest.raises(Conflict, match="already holds 1 tasks"):
+        loop.run(short, tmp_path / "second")
+
+
+def test_without_a_service_the_run_says_so_before_it_trains(tmp_path: Path) -> None:
+    memory = MemoryConfig(kind="service", url="http://127.0.0.1:9")
+    with pytest.raises(Unavailable):
+        loop.run(replace(SMALL, memory=memory), tmp_path / "run")
+
+
+def test_a_device_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="device 'warp:0' cannot be used"):
+        loop.run(replace(SMALL, device="warp:0"), tmp_path / "run")
