@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -83,22 +84,17 @@ def _free_folder(wanted: Path) -> Path:
 
 
 def _table(reports: dict[str, Report]) -> Table:
-    table = Table()
-    table.add_column("memory")
-    for heading in (
-        "exemplars",
-        "bytes",
-        "qualities",
-        "average accuracy",
-        "accuracy at the end",
-        "first task at the end",
-    ):
-        table.add_column(heading, justify="right")
+    # Narrow enough for a terminal of 80 columns.
+    table = Table(box=box.SIMPLE_HEAD, padding=0, show_edge=False)
+    table.add_column("\nmemory", no_wrap=True)
+    headings = ("\nexemplars", "\nbytes", "\nqualities", "accuracy:\naverage", "\nat the end", "\nfirst task")
+    for heading in headings:
+        table.add_column(heading, justify="right", no_wrap=True)
     for name, report in reports.items():
         metrics, memory = report.metrics, report.memory[-1]
         if metrics is None:
             continue
-        qualities = ", ".join(str(quality) for quality in memory.get("qualities", {}).values())
+        qualities = " ".join(str(quality) for quality in memory.get("qualities", {}).values())
         table.add_row(
             name,
             f"{memory['exemplars']:,}",
