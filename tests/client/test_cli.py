@@ -1,0 +1,142 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from typer.testing import CliRunner, Result
+
+from engram import Client, IngestOptions, tar
+from engram.cli import app
+from tests.client.conftest import Filled, Make
+from tests.contents import pictures
+from tests.servers import ServiceThread
+
+
+def run(url: str, *arguments: object) -> Result:
+    # Wide enough that no table is folded.
+    return CliRunner().invoke(app, [str(part) for part in arguments], env={"ENGRAM_URL": url, "COLUMNS": "200"})
+
+
+@pytest.fixture
+def url(engram_client: Client) -> str:
+    return engram_client.url
+
+
+def words(text: str) -> list[list[str]]:
+    return [line.split() for line in text.splitlines() if line.strip()]
+
+
+def test_a_buffer_is_created_listed_shown_and_deleted(url: str, name: str) -> None:
+    made = run(url, "create", name, "--budget", "1.5kB", "--per", "class", "--share-by", "task")
+    assert made.exit_code == 0, made.stderr
+    assert made.stdout == f"buffer {name}: 1,500 bytes for each class, shared by task\n"
+    assert name in run(url, "buffers").stdout
+    assert "budget 1,500 bytes for each class, shared by task, 4:2:0" in run(url, "show", name).stdout
+    assert run(url, "create", name, "--budget", "1500").exit_code == 1
+    again = run(url, "create", name, "--budget", "1500", "--per", "class", "--share-by", "task", "--exist-ok")
+    assert again.exit_code == 0
+    assert CliRunner().invoke(app, ["delete", name], input="n\n", env={"ENGRAM_URL": url}).exit_code == 1
+    assert run(url, "delete", name, "--yes").stdout == f"buffer {name} is deleted\n"
+    assert name not in run(url, "buffers").stdout
+
+
+@pytest.mark.parametrize(
+    ("text", "number"), [("12", 12), ("2k", 2000), ("2 KiB", 2048), ("0.5MB", 500_000), ("1gib", 2**30)]
+)
+def test_amounts_of_bytes_have_units(url: str, name: str, text: str, number: int) -> None:
+    assert f"{number:,} bytes" in run(url, "create", name, "--budget", text).stdout
+    run(url, "delete", name, "--yes")
+
+
+def test_a_folder_is_uploaded_and_its_decision_shown(url: str, name: str, tmp_path: Path) -> None:
+    for number, picture in enumerate(pictures(0, 12)):
+        path = tmp_path / ("cat" if number % 2 else "dog") / f"{number}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(picture).save(path)
+    run(url, "create", name, "--budget", "100KB")
+    done = run(url, "upload", name, 4, tmp_path)
+    assert done.exit_code == 0, done.stderr
+    assert "committed as generation 1" in done.stdout
+    shown = run(url, "task", name, 4).stdout
+    assert shown in done.stdout
+    assert ["0", "6", "6"] in [line[:3] for line in words(shown)]
+    rows = [line for line in words(shown) if line[0] in ("10", "25", "50", "75", "90") and line[1] == "12"]
+    assert len(rows) == 5
+    assert sum(line[-1] == "chosen" for line in rows) == 1
+
+
+def test_a_tar_is_uploaded_without_waiting_and_then_waited_for(url: str, name: str, tmp_path: Path) -> None:
+    (tmp_path / "shard.tar").write_bytes(b"".join(tar.write(pictures(0, 6), [0, 1, 2] * 2)))
+    run(url, "create", name, "--budget", "100KB")
+    sent = run(url, "upload", name, 0, tmp_path / "shard.tar", "--quality", 60, "--no-wait")
+    assert sent.exit_code == 0, sent.stderr
+    ingest = sent.stdout.split()[1].rstrip(":")
+    assert "committed" in run(url, "ingest", ingest, "--wait").stdout
+    assert "committed, 6 of 6 images, attempt 1" in run(url, "ingest", ingest).stdout
+    assert "quality 60" in run(url, "task", name, 0).stdout
+    assert run(url, "delete", name, "--task", 0, "--yes").exit_code == 0
+    assert run(url, "task", name, 0).exit_code == 1
+
+
+def test_a_folder_is_resized_on_the_way(url: str, name: str, tmp_path: Path) -> None:
+    (tmp_path / "only").mkdir()
+    Image.fromarray(pictures(0, 1)[0]).save(tmp_path / "only" / "a.png")
+    run(url, "create", name, "--budget", "100KB")
+    assert run(url, "upload", name, 0, tmp_path, "--resize", "8x24", "--quality", 60).exit_code == 0
+    assert "images 8x24x3" in run(url, "show", name).stdout
+    assert "'8' is not HEIGHTxWIDTH" in run(url, "upload", name, 0, tmp_path, "--resize", "8").stderr
+
+
+def test_a_draw_is_written_as_pictures(filled: Filled, tmp_path: Path) -> None:
+    done = run(filled.client.url, "draw", filled.name, "--out", tmp_path / "out", "--size", 6, "--seed", 3)
+    assert done.exit_code == 0, done.stderr
+    batch = filled.client.draw(filled.name, 6, seed=3)
+    files = sorted((tmp_path / "out").iterdir())
+    assert len(files) == 6
+    names = [f"{t:03d}-{c:04d}-{r:06d}.png" for t, c, r in zip(batch.tasks, batch.class_ids, batch.rows, strict=True)]
+    assert [path.name for path in files] == sorted(names)
+    with Image.open(tmp_path / "out" / names[0]) as picture:
+        assert np.array_equal(np.asarray(picture), batch.images[0])
+
+
+def test_an_export_is_written(filled: Filled, tmp_path: Path) -> None:
+    assert run(filled.client.url, "export", filled.name, tmp_path / "all.tar").exit_code == 0
+    with (tmp_path / "all.tar").open("rb") as stream:
+        assert sum(1 for _ in tar.read(stream)) == 72
+
+
+def test_an_ingest_is_cancelled(served: ServiceThread, connect: Make) -> None:
+    client = connect(served.url)
+    client.create_buffer("b", budget_bytes=1000)
+    ingest = client.upload("b", 0, pictures(0, 2), [0, 1], options=IngestOptions(quality=50))
+    assert run(served.url, "cancel", ingest.id).stdout == f"ingest {ingest.id}: cancelled\n"
+    waited = run(served.url, "ingest", ingest.id, "--wait")
+    assert (waited.exit_code, waited.stderr) == (1, f"error: ingest {ingest.id} was cancelled\n")
+
+
+def test_health_is_told(url: str) -> None:
+    assert run(url, "health").stdout.startswith("ok, engram ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["show", "no-such-buffer"], "no-such-buffer"),
+        (["create", "Upper", "--budget", "1"], "name"),
+        (["create", "x", "--budget", "much"], "'much' is not an amount of bytes"),
+        (["upload", "no-such-buffer", "0", ".", "--epsilon", "0"], "epsilon"),
+    ],
+)
+def test_an_error_is_one_line_and_exit_code_1(url: str, arguments: list[str], message: str) -> None:
+    failed = run(url, *arguments)
+    assert failed.exit_code == 1
+    assert failed.stderr.startswith("error: ")
+    assert failed.stderr.count("\n") == 1
+    assert message in failed.stderr
+
+
+def test_a_service_that_is_not_there_is_one_line_too() -> None:
+    failed = run("http://127.0.0.1:1", "buffers")
+    assert failed.exit_code == 1
+    assert "is it running?" in failed.stderr
+    assert failed.stderr.count("\n") == 1
