@@ -74,9 +74,13 @@ def open_database(settings: Settings) -> Database:
     """
     settings.make_folders()
     database = Database(settings)
-    if settings.is_embedded and database.schema_state() == "empty":
-        database.migrate()
-    database.ping()
+    try:
+        if settings.is_embedded and database.schema_state() == "empty":
+            database.migrate()
+        database.ping()
+    except BaseException:
+        database.close()
+        raise
     return database
 
 

@@ -2,7 +2,8 @@
 
 It is middleware around the whole application and denies by default: a route that is added tomorrow is closed until it
 is named in `OPEN_PATHS`. Without a token the service listens on loopback only, and then checks that the request names a
-loopback host: otherwise any web page could reach it through its visitor's browser (DNS rebinding).
+loopback host and comes from no foreign page: otherwise any web site could reach it through its visitor's browser, by
+DNS rebinding or by a form that posts here.
 """
 
 from __future__ import annotations
@@ -40,6 +41,9 @@ class Gate:
     def _refusal(self, scope: Scope) -> EngramError | None:
         expected = self._expected
         if expected is None:
+            origin = _header(scope, b"origin")
+            if origin and not _is_loopback(origin.partition(b"://")[2] or origin):
+                return Forbidden(f"this service has no token, so it answers no web page of another machine: {origin!r}")
             host = _header(scope, b"host")
             return (
                 None

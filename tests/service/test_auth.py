@@ -83,6 +83,13 @@ def test_without_a_token_only_requests_for_this_machine_are_answered(served: Ser
         assert (answer.status_code, answer.json()["type"].rpartition("/")[2]) == (403, "forbidden")
 
 
+def test_without_a_token_no_page_of_another_site_gets_in(served: ServiceThread) -> None:
+    for origin in ("http://localhost:3000", "http://127.0.0.1:8077", "https://[::1]"):
+        assert httpx.get(f"{served.url}/v1/buffers", headers={"Origin": origin}).status_code == 200
+    for origin in ("https://evil.example", "null", "http://127.0.0.1.evil.example", "file://"):
+        assert httpx.post(f"{served.url}/v1/buffers", headers={"Origin": origin}).status_code == 403
+
+
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.7", "example.com", "127.0.0.1.example.com"])
 def test_beyond_loopback_there_is_no_service_without_a_token(settings: Settings, host: str) -> None:
     with pytest.raises(Forbidden, match="ENGRAM_ADMIN_TOKEN"):

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,11 +16,13 @@ from alembic.runtime.migration import MigrationContext
 from sqlalchemy import inspect, text
 
 from engram.errors import StorageFull, Unavailable
+from engram.schemas import BufferCreate
+from engram_service import buffers
 from engram_service.app import create_app, open_database
 from engram_service.database import Database
 from engram_service.settings import Settings
 from engram_service.tables import Base, BufferRow
-from tests.contents import create
+from tests.contents import create, fill
 from tests.servers import environment
 
 
@@ -94,10 +99,7 @@ def test_processes_that_start_at_once_migrate_once(bare: Settings) -> None:
 def test_a_transaction_that_raises_changes_nothing(database: Database) -> None:
     def fail() -> None:
         with database.session() as session:
-            session.add(
-                BufferRow(name="b", budget_bytes=1, per="buffer", share_by="class", subsampling="4:2:0", created_at=0)
-            )
-            session.flush()
+            buffers.create(session, BufferCreate(name="b", budget_bytes=1))
             raise KeyError
 
     with pytest.raises(KeyError):
@@ -168,4 +170,47 @@ def test_a_database_that_cannot_be_reached_is_unavailable() -> None:
     database = Database(settings)
     with pytest.raises(Unavailable, match="does not answer"):
         database.ping()
+    database.close()
+
+
+@pytest.fixture(scope="module")
+def postgres_url() -> Iterator[str]:
+    """A PostgreSQL server of our own, reached through a socket in its folder."""
+    found = sorted(Path("/usr/lib/postgresql").glob("*/bin/postgres"))
+    if not found:
+        pytest.skip("install Debian's postgresql package to run this")
+    programs = found[-1].parent
+    # PostgreSQL refuses to run as root, and its user cannot enter root's temporary folders.
+    as_user = ["runuser", "-u", "postgres", "--"] if os.geteuid() == 0 else []
+    made = subprocess.run([*as_user, "mktemp", "-d"], capture_output=True, text=True, check=True, cwd="/")
+    folder = made.stdout.strip()
+    control = [*as_user, str(programs / "pg_ctl"), "-D", f"{folder}/data", "-w"]
+    subprocess.run([*control, "init", "-o", "-U engram -A trust"], check=True, capture_output=True, cwd="/")
+    options = f"-c listen_addresses='' -c unix_socket_directories={folder} -c fsync=off"
+    subprocess.run([*control, "start", "-o", options, "-l", f"{folder}/log"], check=True, capture_output=True, cwd="/")
+    yield f"postgresql+psycopg://engram@/postgres?host={folder}"
+    subprocess.run([*control, "stop", "-m", "immediate"], check=True, capture_output=True, cwd="/")
+    shutil.rmtree(folder)
+
+
+@pytest.mark.services
+def test_postgresql_has_the_same_schema_and_keeps_a_buffer(postgres_url: str, tmp_path: Path) -> None:
+    settings = Settings(data_dir=tmp_path / "data", database_url=postgres_url)
+    with pytest.raises(Unavailable, match="schema is empty; run `engram-service migrate`"):
+        open_database(settings)
+    database = Database(settings)
+    starters = [threading.Thread(target=database.migrate) for _ in range(3)]
+    for starter in starters:
+        starter.start()
+    for starter in starters:
+        starter.join()
+    assert database.schema_state() == "current"
+    with database.engine.connect() as connection:
+        context = MigrationContext.configure(connection, opts={"compare_type": True})
+        assert compare_metadata(context, Base.metadata) == []
+    create(database)
+    pixels = fill(database, settings, 0, {0: 5})
+    with database.reading() as session:
+        assert buffers.read(session, "b").exemplars == len(pixels) == 5
+        assert session.scalar(text("SHOW transaction_isolation")) == "repeatable read"
     database.close()

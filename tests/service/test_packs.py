@@ -52,9 +52,7 @@ def test_a_broken_download_goes_on_where_it_stopped(
     assert answer.headers["Content-Range"].endswith(f"/{entry.bytes}")
 
 
-@pytest.mark.parametrize(
-    "asked", ["bytes=5-2", "bytes=-", "bytes", "lines=1-2", "bytes=0-1,4-5", "bytes=" + "9" * 5000]
-)
+@pytest.mark.parametrize("asked", ["bytes=5-2", "bytes=-", "bytes", "lines=1-2", "bytes=0-1,4-5", "bytes=" + "9" * 999])
 def test_what_is_no_single_range_is_ignored(client: httpx.Client, entry: PackEntry, asked: str) -> None:
     answer = client.get(f"/v1/packs/{entry.digest}", headers={"Range": asked})
     assert (answer.status_code, len(answer.content)) == (200, entry.bytes)
