@@ -87,7 +87,7 @@ def _table(reports: dict[str, Report]) -> Table:
     # Narrow enough for a terminal of 80 columns.
     table = Table(box=box.SIMPLE_HEAD, padding=0, show_edge=False)
     table.add_column("\nmemory", no_wrap=True)
-    headings = ("\nexemplars", "\nbytes", "\nqualities", "accuracy:\naverage", "\nat the end", "\nfirst task")
+    headings = ("\nexemplars", "\nbytes", "\nqualities", "accuracy:\naverage", "\nat end", "\ntask 1")
     for heading in headings:
         table.add_column(heading, justify="right", no_wrap=True)
     for name, report in reports.items():
