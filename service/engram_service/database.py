@@ -17,12 +17,8 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from alembic import command
-from alembic.config import Config
-from alembic.runtime.migration import MigrationContext
-from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, Engine, create_engine, event, inspect, text
 from sqlalchemy.exc import DBAPIError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
@@ -37,6 +33,9 @@ BUSY_TIMEOUT_MS = 30_000
 
 POSTGRES_MIGRATION_LOCK = 0x656E6772616D
 """Key of the advisory lock that keeps two starting replicas from migrating at once ("engram" in ASCII)."""
+
+if TYPE_CHECKING:
+    from alembic.config import Config
 
 SchemaState = Literal["empty", "current", "outdated", "unknown"]
 
@@ -118,6 +117,10 @@ class Database:
 
     def schema_state(self) -> SchemaState:
         """How the database's schema compares with this version: empty, current, outdated or unknown (newer)."""
+        # Imported here and below: workers never ask, and start a fifth sooner without it.
+        from alembic.runtime.migration import MigrationContext
+        from alembic.script import ScriptDirectory
+
         scripts = ScriptDirectory.from_config(_alembic())
         with translated(), self.engine.connect() as connection:
             revision = MigrationContext.configure(connection).get_current_revision()
@@ -129,6 +132,8 @@ class Database:
 
     def migrate(self, revision: str = "head") -> None:
         """The schema is at `revision` afterwards, or unchanged: one transaction, one process at a time."""
+        from alembic import command
+
         with translated(), self._writer.begin() as connection:
             if not self.is_sqlite:
                 connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": POSTGRES_MIGRATION_LOCK})
@@ -177,6 +182,8 @@ def migrations_folder() -> Path:
 
 
 def _alembic() -> Config:
+    from alembic.config import Config
+
     config = Config()
     config.set_main_option("script_location", str(migrations_folder()).replace("%", "%%"))
     return config

@@ -14,8 +14,6 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from tests.contents import create, fill, pictures
-from tests.uploads import UInt8Array, encoded, final, pairs, queue, tar_of, tar_of_arrays, work_off
 
 from engram.errors import (
     BadUpload,
@@ -31,6 +29,8 @@ from engram_service import buffers, ingest
 from engram_service.database import Database
 from engram_service.settings import Settings
 from engram_service.storage import PackStore
+from tests.contents import create, fill, pictures
+from tests.uploads import UInt8Array, encoded, final, pairs, queue, tar_of, tar_of_arrays, work_off
 
 PICTURES = pictures(1, 8)
 PNG = encoded(PICTURES[0])

@@ -18,7 +18,6 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, precondition, rule
 from sqlalchemy import select
-from tests.contents import pictures
 
 from engram import huffman, pack, shares, strip
 from engram.errors import BudgetExceeded, Conflict, EngramError, NotFound
@@ -31,6 +30,7 @@ from engram_service.ingest import Claim, LeaseLost
 from engram_service.settings import Settings
 from engram_service.storage import PackStore
 from engram_service.tables import BufferRow, PackRow, TaskRow
+from tests.contents import pictures
 
 SHAPE = (16, 16, 3)
 

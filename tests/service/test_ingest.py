@@ -18,9 +18,6 @@ from contextlib import contextmanager
 import httpx
 import pytest
 from sqlalchemy import select, update
-from tests.contents import create, pictures
-from tests.servers import ServiceThread, http
-from tests.uploads import final, queue, tar_of_arrays
 
 from engram.errors import (
     BadUpload,
@@ -40,6 +37,9 @@ from engram_service.ingest import LeaseLost
 from engram_service.settings import Settings
 from engram_service.storage import PackStore
 from engram_service.tables import IngestRow
+from tests.contents import create, pictures
+from tests.servers import ServiceThread, http
+from tests.uploads import final, queue, tar_of_arrays
 
 PATH = "/v1/buffers/b/tasks/3/ingests"
 BODY = tar_of_arrays(pictures(1, 4), [0, 1, 0, 1])

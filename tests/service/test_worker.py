@@ -13,9 +13,6 @@ import numpy as np
 import psutil
 import pytest
 from sqlalchemy import select, update
-from tests.contents import create, pictures
-from tests.servers import ServiceProcess, http
-from tests.uploads import encoded, final, pairs, queue, tar_of, tar_of_arrays, work_off
 
 from engram import pack
 from engram.errors import EngramError, NotFound, from_problem
@@ -29,6 +26,9 @@ from engram_service.spooled import SpooledImages
 from engram_service.storage import PackStore
 from engram_service.tables import IngestRow
 from engram_service.worker import Heartbeat, Stopped, Supervisor
+from tests.contents import create, pictures
+from tests.servers import ServiceProcess, http
+from tests.uploads import encoded, final, pairs, queue, tar_of, tar_of_arrays, work_off
 
 PICTURES = pictures(1, 12)
 CLASS_IDS = np.arange(12) % 3
