@@ -90,6 +90,13 @@ def test_tests_and_scripts_that_are_named_exist(page: Path) -> None:
     assert not missing
 
 
+def test_every_promise_of_the_readme_names_a_test_that_exists() -> None:
+    promises = re.findall(r"\[`(test_\w+)`\]\(([^)]+)\)", README.read_text(encoding="utf-8"))
+    assert len(promises) > 10
+    missing = [name for name, path in promises if f"def {name}(" not in (ROOT / path).read_text(encoding="utf-8")]
+    assert not missing
+
+
 def test_decisions_are_numbered_without_gaps_and_have_all_parts() -> None:
     assert [int(path.name[:4]) for path in DECISIONS] == list(range(1, len(DECISIONS) + 1))
     for path in DECISIONS:
