@@ -18,11 +18,14 @@ from engram import draw
 from engram.errors import InvalidRequest
 from engram.schemas import MAX_TASK, STRIPS_MEDIA_TYPE, TAR_MEDIA_TYPE
 
-from ..replay import Drawn, Replay
+from ..replay import Drawn, Replay, View
 
 router = APIRouter(prefix="/v1/buffers/{buffer}/draw", tags=["replay"])
 
 _INTEGER = re.compile(r"-?[0-9]{1,19}")
+
+MAX_ON_LOOP = 2048
+"""Exemplars of a global batch that is drawn on the event loop; a larger one would keep other requests waiting."""
 
 MAX_PARAMETERS = 16
 """More cannot be meant: there are nine."""
@@ -76,7 +79,9 @@ async def draw_exemplars(request: Request, buffer: str) -> Response:
     if TAR_MEDIA_TYPE in request.headers.get("accept", ""):
         return _answer(await run_sync(_load_and_draw, replay, buffer, generation, wanted, True), TAR_MEDIA_TYPE)
     view = replay.peek(buffer, generation)
-    drawn = None if view is None else replay.draw(view, wanted, may_load=False)
+    drawn = None
+    if view is not None and _exemplars(view, wanted) <= MAX_ON_LOOP:
+        drawn = replay.draw(view, wanted, may_load=False)
     if drawn is None:
         drawn = await run_sync(_load_and_draw, replay, buffer, generation, wanted, False)
     return _answer(drawn, STRIPS_MEDIA_TYPE)
@@ -127,6 +132,11 @@ def _tasks(name: str, text: str) -> tuple[int, ...]:
     if min(tasks) < 0 or max(tasks) > MAX_TASK:
         raise InvalidRequest(f"{name} must hold numbers in 0..{MAX_TASK}, got {text[:40]!r}")
     return tasks
+
+
+def _exemplars(view: View, wanted: draw.Request) -> int:
+    groups = len(view.layout.tasks) if wanted.strategy == "per_task" else 1
+    return wanted.size * wanted.world_size * groups
 
 
 def _load_and_draw(replay: Replay, buffer: str, generation: int | None, wanted: draw.Request, as_tar: bool) -> Drawn:
