@@ -51,8 +51,11 @@ class Filler:
         while True:
             new = {class_id: np.arange(done[class_id], wanted[class_id]) for class_id in wanted}
             parts += self._encode(new, quality, ranks)
-            pool = parts[0] if len(parts) == 1 else concat(huffman.retable(parts))
-            pool = pool.select(np.lexsort((np.concatenate(ranks), pool.class_ids)))
+            if len(parts) > 1:
+                # Rebound step by step, so that at most two copies of the encoded images exist.
+                parts = huffman.retable(parts)
+                parts = [concat(parts)]
+            pool = parts[0].select(np.lexsort((np.concatenate(ranks), parts[0].class_ids)))
             kept = pack.fit(pool, self._shares)
             counts = dict(runs_of(kept.class_ids))
             short = [c for c in wanted if counts.get(c, 0) == wanted[c] < len(self._order[c])]

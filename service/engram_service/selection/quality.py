@@ -83,21 +83,24 @@ def select(
     progress = Progress(len(images.class_ids), advance)
     order = _rank(images, shares, options, embedder, progress)
     filler = Filler(images, order, shares, subsampling, progress)
-    comparison = Comparison(images, order, options.block, embedder, progress) if fixed is None else None
-    trials: list[Trial] = []
-    for turn, candidate in enumerate(candidates):
-        exemplars = filler.fill(candidate)
-        volumes = comparison.volumes(exemplars) if comparison is not None else {}
-        trials.append(_trial(candidate, exemplars, volumes, options, comparison))
-        progress.reach(_RANKING_PART + (1 - _RANKING_PART) * (turn + 1) / (len(candidates) + 1))
-    if not any(trial.classes for trial in trials):
-        raise filler.shortage(candidates[0])
-    chosen, reason = choose([trial for trial in trials if trial.classes], options=options)
-    if fixed is not None:
-        reason = f"quality {fixed} was {'asked for' if quality is None else 'set by the first upload to this task'}"
-    if chosen.quality != candidates[-1]:
+    block = options.block
+    if fixed is None:
+        comparison = Comparison(images, order, block, embedder, progress)
+        block = comparison.block
+        trials = [
+            _try(candidate, filler, comparison, options, progress, part=(turn + 1) / (len(candidates) + 1))
+            for turn, candidate in enumerate(candidates)
+        ]
+        chosen, reason = choose(trials, options=options)
         # Filling again costs a fraction of the comparison; keeping every candidate would cost its memory.
         exemplars = filler.fill(chosen.quality)
+    else:
+        exemplars = filler.fill(fixed)
+        trials = [_trial(fixed, exemplars, {}, options, block)]
+        chosen = trials[0].candidate
+        reason = f"quality {fixed} was {'asked for' if quality is None else 'set by the first upload to this task'}"
+    if not len(exemplars):
+        raise filler.shortage(candidates[0])
     progress.reach(1)
     decision = Decision(
         quality=chosen.quality,
@@ -105,7 +108,7 @@ def select(
         definition=options.definition,
         rule=options.rule,
         epsilon=options.epsilon,
-        block=options.block if comparison is None else comparison.block,
+        block=block,
         delta=DELTA,
         ranking=options.ranking,
         embedder=embedder.name,
@@ -125,7 +128,7 @@ class Trial:
 
 
 def choose(trials: Sequence[Trial], *, options: IngestOptions) -> tuple[Candidate, str]:
-    """The candidate to keep and a sentence that says why; trials ascend in quality and each keeps something."""
+    """The candidate to keep and a sentence that says why; trials ascend in quality."""
     most = max(trial.classes for trial in trials)
     able = [trial.candidate for trial in trials if trial.classes == most]
     passing = []
@@ -150,22 +153,29 @@ def choose(trials: Sequence[Trial], *, options: IngestOptions) -> tuple[Candidat
     return chosen, f"{reason}; at {below[-1].quality} {_ratio(below[-1], options)} is not"
 
 
-def _trial(
-    quality: int,
-    exemplars: Exemplars,
-    volumes: Mapping[int, Volumes],
-    options: IngestOptions,
-    comparison: Comparison | None,
+def _try(
+    quality: int, filler: Filler, comparison: Comparison, options: IngestOptions, progress: Progress, *, part: float
 ) -> Trial:
+    """The measured candidate; its exemplars are gone again. `part` is how much of the comparison is then done."""
+    exemplars = filler.fill(quality)
+    trial = _trial(quality, exemplars, comparison.volumes(exemplars), options, comparison.block)
+    progress.reach(_RANKING_PART + (1 - _RANKING_PART) * part)
+    return trial
+
+
+def _trial(
+    quality: int, exemplars: Exemplars, volumes: Mapping[int, Volumes], options: IngestOptions, block: int
+) -> Trial:
+    """The record of a candidate; one that was not compared has no R."""
     runs = runs_of(exemplars.class_ids)
-    ratio = ratios(list(volumes.values()), comparison.block if comparison is not None else options.block)
+    ratio = ratios(list(volumes.values()), block)
     value = ratio[options.definition]
     candidate = Candidate(
         quality=quality,
         exemplars=len(exemplars),
         bytes=pack.size(exemplars.form, runs, exemplars.sizes) if runs else 0,
         ratio=ratio,
-        passes=comparison is None or (value is not None and abs(value - 1) < options.epsilon),
+        passes=value is not None and abs(value - 1) < options.epsilon,
         gaps={class_id: each.gap for class_id, each in volumes.items()},
         singular_classes=[class_id for class_id, each in volumes.items() if each.is_singular],
     )

@@ -1,0 +1,271 @@
+"""This file is: what does quality selection cost, against training and a grid search, and does it agree with one?
+
+**Cost.** The whole selection (ranking, encoding at five candidates, embedding, choosing, encoding the winner) of one
+task of two classes, with shares of 16,000 bytes per class, by images per class and ranking; with the built-in
+embedding and with the network's own features through the extractor process. Beside it one epoch of training of a small
+convolutional network on the same images, in the same run. A grid search is one complete training per candidate.
+
+**Agreement.** Pairs of tasks of two classes. A network learns the first; selection chooses a quality with its
+features. Then, for each candidate, a copy of the network learns the second task while it replays the first one's
+strips at that candidate, in the same bytes; its accuracy on both tasks' test images is what a grid search would have
+seen. The choice agrees if its accuracy is at most a point, or two standard errors of the difference over seeds where
+that is more, below that of the best candidate. Plain replay, one head for all four classes. Fashion-MNIST from
+Debian's package dataset-fashion-mnist, else the sample that ships with the trainer.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean, median, stdev
+from typing import get_args
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from report import Cell, finish, parse_args, print_table
+from torch import nn
+
+from engram.schemas import CANDIDATE_QUALITIES, IngestOptions, Ranking
+from engram_service.selection.embedding import BuiltinEmbedder, Embedder, OnnxEmbedder
+from engram_service.selection.quality import Selection, select
+from engram_trainer import datasets, networks
+from engram_trainer.datasets import Dataset
+from engram_trainer.extractor import to_onnx
+
+FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
+SHARE_BYTES = 16_000
+IMAGES_PER_CLASS = (250, 1_000, 4_000, 16_000)
+BATCH_SIZE = 64
+GRID_EPOCHS = 8
+"""Passes over a task that a grid search's trainings take."""
+
+UInt8Array = npt.NDArray[np.uint8]
+IntArray = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, eq=False)
+class Upload:
+    """Images in memory, as selection reads them."""
+
+    images: UInt8Array
+    class_ids: IntArray
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(H, W, C) of every image."""
+        height, width, channels = self.images.shape[1:]
+        return height, width, channels
+
+    def read(self, indices: IntArray) -> UInt8Array:
+        """These images."""
+        return self.images[indices]
+
+
+def main() -> None:
+    args = parse_args("what does quality selection cost, and does it agree with a grid search?")
+    torch.set_num_threads(1)
+    data = datasets.load(str(FASHION_MNIST) if FASHION_MNIST.is_dir() else "sample")
+    flat = cost(data, IMAGES_PER_CLASS[:3] if args.quick else IMAGES_PER_CLASS, repeats=1 if args.quick else 3)
+    if args.quick:
+        flat |= agreement(data, pairs=2, seeds=2, per_class=400, epochs=4, shares=(4_000,))
+    else:
+        flat |= agreement(data, pairs=5, seeds=5, per_class=1_500, epochs=GRID_EPOCHS, shares=(4_000, 16_000))
+    finish(args, flat)
+
+
+def cost(data: Dataset, sizes: Sequence[int], repeats: int) -> dict[str, Cell]:
+    """Seconds of selection by images and ranking, and against training."""
+    rows: list[tuple[Cell, ...]] = []
+    seconds: dict[tuple[str, str, int], float] = {}
+    epochs: dict[int, float] = {}
+    for size in sizes:
+        upload = two_classes(data, size)
+        network = networks.build("conv", upload.shape, seed=0)
+        epochs[size] = median(epoch_seconds(network, upload) for _ in range(repeats))
+        with running(network, upload.shape) as extractor:
+            arms: list[tuple[str, Ranking, Embedder]] = [
+                ("built-in", ranking, BuiltinEmbedder(upload.shape)) for ranking in get_args(Ranking)
+            ]
+            arms.append(("extractor", "herding", extractor))
+            for name, ranking, embedder in arms:
+                took = [choose(upload, embedder, SHARE_BYTES, ranking).decision.seconds for _ in range(repeats)]
+                seconds[name, ranking, size] = median(took)
+        rows.append((size, *(seconds[name, ranking, size] for name, ranking, _ in arms), epochs[size]))
+    columns = ("images per class", *(f"{name}, {ranking}" for name, ranking, _ in arms), "one epoch")
+    print_table("Seconds of one selection, two classes, and of one epoch of training on the same images", columns, rows)
+    shares = [
+        (
+            size,
+            seconds["built-in", "herding", size] / epochs[size],
+            seconds["extractor", "herding", size] / epochs[size],
+        )
+        for size in sizes
+    ]
+    grid = len(CANDIDATE_QUALITIES) * GRID_EPOCHS
+    print_table(
+        f"Selection as a share of one epoch, and of a grid search of {len(CANDIDATE_QUALITIES)} trainings of "
+        f"{GRID_EPOCHS} epochs",
+        ("images per class", "built-in / epoch", "extractor / epoch", "built-in / grid", "extractor / grid"),
+        [(size, builtin, extractor, builtin / grid, extractor / grid) for size, builtin, extractor in shares],
+    )
+    largest = sizes[-1]
+    return {
+        "seconds_per_1000_images": 1000 * seconds["built-in", "herding", largest] / (2 * largest),
+        "share_of_one_epoch": seconds["extractor", "herding", largest] / epochs[largest],
+        "share_of_grid_search": seconds["extractor", "herding", largest] / epochs[largest] / grid,
+    }
+
+
+def two_classes(data: Dataset, size: int) -> Upload:
+    """`size` images of the even classes as class 0, of the odd ones as class 1; shifted copies if there are fewer."""
+    parts = []
+    for parity in (0, 1):
+        pool = data.train_images[data.train_class_ids % 2 == parity]
+        copies = -(-size // len(pool))
+        parts.append(np.concatenate([np.roll(pool, shift, axis=2) for shift in range(copies)])[:size])
+    return Upload(np.concatenate(parts), np.repeat(np.arange(2), size))
+
+
+def choose(
+    upload: Upload, embedder: Embedder, share: int, ranking: Ranking = "herding", quality: int | None = None
+) -> Selection:
+    """What the service would keep of this upload."""
+    return select(
+        upload,
+        shares=dict.fromkeys(np.unique(upload.class_ids).tolist(), share),
+        options=IngestOptions(ranking=ranking, quality=quality),
+        subsampling="4:2:0",
+        embedder=embedder,
+    )
+
+
+@contextmanager
+def running(network: nn.Module, shape: tuple[int, int, int]) -> Iterator[OnnxEmbedder]:
+    """The network's features, as the trainer exports them and the service runs them."""
+    model = to_onnx(network, shape)
+    with tempfile.NamedTemporaryFile(suffix=".onnx") as file:
+        file.write(model)
+        file.flush()
+        with OnnxEmbedder(Path(file.name), hashlib.sha256(model).hexdigest()) as embedder:
+            yield embedder
+
+
+def agreement(
+    data: Dataset, *, pairs: int, seeds: int, per_class: int, epochs: int, shares: Sequence[int]
+) -> dict[str, Cell]:
+    """How often, and by how much, the selected quality falls behind the best of a grid search."""
+    small = data.first(train=per_class)
+    rows: list[tuple[Cell, ...]] = []
+    agrees: list[bool] = []
+    gaps: list[float] = []
+    for pair in range(pairs):
+        classes = np.random.default_rng(pair).permutation(np.array(data.classes))[:4]
+        tasks = [of_classes(small, classes[:2]), of_classes(small, classes[2:])]
+        seen = data.test_class_ids[np.isin(data.test_class_ids, classes)]
+        tests = Upload(data.test_images[np.isin(data.test_class_ids, classes)], seen)
+        for share in shares:
+            scores: dict[int, list[float]] = {quality: [] for quality in CANDIDATE_QUALITIES}
+            picks: list[int] = []
+            for seed in range(seeds):
+                first = Learner(tasks[0].shape, classes, seed)
+                first.learn(tasks[0], None, epochs)
+                with running(first.network, tasks[0].shape) as extractor:
+                    picks.append(choose(tasks[0], extractor, share).decision.quality)
+                    for quality in CANDIDATE_QUALITIES:
+                        kept = choose(tasks[0], extractor, share, quality=quality).exemplars
+                        second = copy.deepcopy(first)
+                        second.learn(tasks[1], Upload(kept.decode(), kept.class_ids), epochs)
+                        scores[quality].append(second.accuracy(tests))
+            gap, noise = behind(scores, picks)
+            agrees.append(gap <= max(1.0, noise))
+            gaps.append(gap)
+            rows.append((pair, share, *(fmean(each) for each in scores.values()), str(picks), gap, noise, agrees[-1]))
+    columns = ("pair", "bytes per class", *(f"at {quality}" for quality in CANDIDATE_QUALITIES))
+    print_table(
+        f"Accuracy on both tasks after the second, {seeds} seeds, by the quality of the first one's strips",
+        (*columns, "selected", "behind the best, points", "2 standard errors", "agrees"),
+        rows,
+    )
+    return {"agrees_with_grid": fmean(agrees), "behind_grid_points": fmean(gaps)}
+
+
+def behind(scores: dict[int, list[float]], picks: Sequence[int]) -> tuple[float, float]:
+    """Points by which the selected qualities fall behind the best single one, and two standard errors of that."""
+    best = max(scores.values(), key=fmean)
+    differences = [best[seed] - scores[pick][seed] for seed, pick in enumerate(picks)]
+    return fmean(differences), 2 * stdev(differences) / len(differences) ** 0.5
+
+
+def of_classes(data: Dataset, classes: IntArray) -> Upload:
+    """The training images of these classes."""
+    rows = np.isin(data.train_class_ids, classes)
+    return Upload(data.train_images[rows], data.train_class_ids[rows])
+
+
+class Learner:
+    """A small convolutional network with one linear head, trained by plain replay."""
+
+    def __init__(self, shape: tuple[int, int, int], classes: IntArray, seed: int) -> None:
+        self.classes = classes
+        self.network = networks.build("conv", shape, seed=seed)
+        self.head = networks.linear_head(self.network.dimensions, len(classes), seed=seed)
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def learn(self, task: Upload, memory: Upload | None, epochs: int) -> None:
+        """Half of every batch is replayed once there is something to replay."""
+        images, labels = self.tensors(task)
+        part = BATCH_SIZE if memory is None else BATCH_SIZE // 2
+        steps = epochs * len(images) // part
+        parameters = [*self.network.parameters(), *self.head.parameters()]
+        optimizer = torch.optim.SGD(parameters, lr=0.05, momentum=0.9, weight_decay=5e-4)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+        self.network.train()
+        for _ in range(steps):
+            batch, targets = self.draw(images, labels, part)
+            if memory is not None:
+                replayed, their_targets = self.draw(*self.tensors(memory), BATCH_SIZE - part)
+                batch, targets = torch.cat([batch, replayed]), torch.cat([targets, their_targets])
+            loss = nn.functional.cross_entropy(self.head(self.network(batch)), targets)
+            optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            schedule.step()
+        self.network.eval()
+
+    def draw(self, images: torch.Tensor, labels: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """`count` images at random, in 0..1."""
+        rows = torch.randint(len(images), (count,), generator=self.generator)
+        return images[rows].float() / 255, labels[rows]
+
+    def tensors(self, upload: Upload) -> tuple[torch.Tensor, torch.Tensor]:
+        """Images [N, C, H, W] and the places of their classes."""
+        images = torch.from_numpy(np.ascontiguousarray(upload.images.transpose(0, 3, 1, 2)))
+        return images, torch.from_numpy((upload.class_ids[:, None] == self.classes[None, :]).argmax(axis=1))
+
+    @torch.no_grad()
+    def accuracy(self, tests: Upload) -> float:
+        """Percent of the test images that are classified rightly."""
+        images, labels = self.tensors(tests)
+        parts = torch.split(images, 512)
+        scores = torch.cat([self.head(self.network(part.float() / 255)) for part in parts])
+        return 100 * (scores.argmax(dim=1) == labels).float().mean().item()
+
+
+def epoch_seconds(network: nn.Module, upload: Upload) -> float:
+    """One pass of SGD over the images, in batches of 64."""
+    learner = Learner(upload.shape, np.arange(2), seed=0)
+    learner.network = copy.deepcopy(network)  # type: ignore[assignment]
+    start = time.perf_counter()
+    learner.learn(upload, None, epochs=1)
+    return time.perf_counter() - start
+
+
+if __name__ == "__main__":
+    main()
