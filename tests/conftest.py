@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from secrets import token_hex
 
 import httpx
 import pytest
+from sqlalchemy import create_engine, text
 
 from engram_service.database import Database
 from engram_service.settings import Settings
@@ -105,3 +108,34 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServiceProcess
     running = ServiceProcess(tmp_path_factory.mktemp("service"))
     yield running
     running.stop()
+
+
+@pytest.fixture(scope="session")
+def postgres_server() -> Iterator[str]:
+    """The URL of a PostgreSQL server of our own, reached through a socket in its folder."""
+    found = sorted(Path("/usr/lib/postgresql").glob("*/bin/postgres"))
+    if not found:
+        pytest.skip("install Debian's postgresql package to run this")
+    programs = found[-1].parent
+    # PostgreSQL refuses to run as root, and its user cannot enter root's temporary folders.
+    as_user = ["runuser", "-u", "postgres", "--"] if os.geteuid() == 0 else []
+    made = subprocess.run([*as_user, "mktemp", "-d"], capture_output=True, text=True, check=True, cwd="/")
+    folder = made.stdout.strip()
+    control = [*as_user, str(programs / "pg_ctl"), "-D", f"{folder}/data", "-w"]
+    subprocess.run([*control, "init", "-o", "-U engram -A trust"], check=True, capture_output=True, cwd="/")
+    options = f"-c listen_addresses='' -c unix_socket_directories={folder} -c fsync=off"
+    subprocess.run([*control, "start", "-o", options, "-l", f"{folder}/log"], check=True, capture_output=True, cwd="/")
+    yield f"postgresql+psycopg://engram@/postgres?host={folder}"
+    subprocess.run([*control, "stop", "-m", "immediate"], check=True, capture_output=True, cwd="/")
+    shutil.rmtree(folder)
+
+
+@pytest.fixture
+def postgres_url(postgres_server: str) -> str:
+    """An empty database on that server."""
+    name = f"test_{token_hex(4)}"
+    engine = create_engine(postgres_server, isolation_level="AUTOCOMMIT")
+    with engine.connect() as connection:
+        connection.execute(text(f"CREATE DATABASE {name}"))
+    engine.dispose()
+    return postgres_server.replace("/postgres?", f"/{name}?")

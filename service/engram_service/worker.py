@@ -191,7 +191,7 @@ def attempt(database: Database, store: PackStore, settings: Settings, held: Clai
         if not _is_final(error) and held.attempts < settings.max_attempts:
             logger.warning("ingest %s: attempt %d failed, another follows", held.id, held.attempts, exc_info=error)
             with suppress(LeaseLost):
-                ingest.release(database, held, after_s=min(settings.lease_s, 0.25 * 2**held.attempts))
+                ingest.release(database, held, after_s=_pause_s(error, held, settings))
             return
         problem = error if isinstance(error, EngramError) else _defect(error, held)
         logger.info("ingest %s: failed: %s", held.id, problem, exc_info=None if problem is error else error)
@@ -203,6 +203,11 @@ def attempt(database: Database, store: PackStore, settings: Settings, held: Clai
 def _is_final(error: Exception) -> bool:
     """True if another attempt would end the same way."""
     return isinstance(error, EngramError) and not isinstance(error, (StorageFull, Unavailable))
+
+
+def _pause_s(error: Exception, held: Claim, settings: Settings) -> float:
+    """How long until the next attempt: a full disk needs somebody to come, other failures often are gone at once."""
+    return settings.lease_s if isinstance(error, EngramError) else min(settings.lease_s, 0.25 * 2**held.attempts)
 
 
 def _defect(error: Exception, held: Claim) -> EngramError:

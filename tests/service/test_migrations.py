@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -171,26 +168,6 @@ def test_a_database_that_cannot_be_reached_is_unavailable() -> None:
     with pytest.raises(Unavailable, match="does not answer"):
         database.ping()
     database.close()
-
-
-@pytest.fixture(scope="module")
-def postgres_url() -> Iterator[str]:
-    """A PostgreSQL server of our own, reached through a socket in its folder."""
-    found = sorted(Path("/usr/lib/postgresql").glob("*/bin/postgres"))
-    if not found:
-        pytest.skip("install Debian's postgresql package to run this")
-    programs = found[-1].parent
-    # PostgreSQL refuses to run as root, and its user cannot enter root's temporary folders.
-    as_user = ["runuser", "-u", "postgres", "--"] if os.geteuid() == 0 else []
-    made = subprocess.run([*as_user, "mktemp", "-d"], capture_output=True, text=True, check=True, cwd="/")
-    folder = made.stdout.strip()
-    control = [*as_user, str(programs / "pg_ctl"), "-D", f"{folder}/data", "-w"]
-    subprocess.run([*control, "init", "-o", "-U engram -A trust"], check=True, capture_output=True, cwd="/")
-    options = f"-c listen_addresses='' -c unix_socket_directories={folder} -c fsync=off"
-    subprocess.run([*control, "start", "-o", options, "-l", f"{folder}/log"], check=True, capture_output=True, cwd="/")
-    yield f"postgresql+psycopg://engram@/postgres?host={folder}"
-    subprocess.run([*control, "stop", "-m", "immediate"], check=True, capture_output=True, cwd="/")
-    shutil.rmtree(folder)
 
 
 @pytest.mark.services

@@ -8,6 +8,8 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import psutil
@@ -16,15 +18,16 @@ from sqlalchemy import select, update
 
 from engram import pack
 from engram.errors import EngramError, NotFound, from_problem
-from engram.schemas import IngestOptions, Ranking
+from engram.schemas import Ingest, IngestOptions, Ranking
 from engram_service import buffers, ingest, worker
+from engram_service.collect import collect
 from engram_service.commit import read_content
 from engram_service.database import Database
 from engram_service.ingest import LeaseLost
 from engram_service.settings import Settings
 from engram_service.spooled import SpooledImages
 from engram_service.storage import PackStore
-from engram_service.tables import IngestRow
+from engram_service.tables import IngestRow, PackRow
 from engram_service.worker import Heartbeat, Stopped, Supervisor
 from tests.contents import create, pictures
 from tests.servers import ServiceProcess, http
@@ -317,3 +320,42 @@ def test_a_worker_ends_when_its_service_is_killed(make_service: Callable[..., Se
     child = found.children()[0]
     service.kill()
     assert eventually(lambda: not child.is_running() or child.status() == psutil.STATUS_ZOMBIE)
+
+
+@pytest.mark.services
+def test_workers_share_a_queue_in_postgresql(postgres_url: str, tmp_path: Path) -> None:
+    settings = Settings(data_dir=tmp_path / "data", database_url=postgres_url, worker_poll_s=0.01, grace_s=0)
+    settings.make_folders()
+    database, stop = Database(settings), threading.Event()
+    database.migrate()
+    for number in range(4):
+        create(database, f"b{number}", budget_bytes=4000)
+    workers = [threading.Thread(target=worker.run, args=(settings, stop)) for _ in range(3)]
+    for one in workers:
+        one.start()
+
+    def send(number: int) -> Ingest:
+        """Each upload twice at once, under one key."""
+        images, class_ids = pictures(number // 2, 20), np.arange(20) % 2 + number // 8
+        body = tar_of_arrays(images, class_ids)
+        key, options = f"k{number // 2}", IngestOptions(candidates=(25, 75))
+        return queue(database, settings, body, buffer=f"b{number // 2 % 4}", task=number // 8, options=options, key=key)
+
+    with ThreadPoolExecutor(8) as pool:
+        queued = list(pool.map(send, range(40)))
+    assert len({one.id for one in queued}) == 20
+    assert eventually(lambda: all(final(database, one).state == "committed" for one in queued))
+    stop.set()
+    for one in workers:
+        one.join(30)
+    store = PackStore(settings.packs_dir)
+    collect(database, store, settings)
+    with database.reading() as session:
+        for number in range(4):
+            found = buffers.read(session, f"b{number}")
+            assert (found.generation, found.tasks) == (5, [0, 1, 2, 3, 4])
+            assert 0 < found.used_bytes <= 4000
+        named = set(session.scalars(select(PackRow.digest).where(PackRow.until.is_(None))))
+    assert {digest for digest, _ in store.digests()} == named
+    assert list(settings.spool_dir.iterdir()) == []
+    database.close()
