@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import resource
 import signal
@@ -19,7 +20,7 @@ from sqlalchemy import select, update
 from engram import pack
 from engram.errors import EngramError, NotFound, from_problem
 from engram.schemas import Ingest, IngestOptions, Ranking
-from engram_service import buffers, ingest, worker
+from engram_service import buffers, extractors, ingest, worker
 from engram_service.collect import collect
 from engram_service.commit import read_content
 from engram_service.database import Database
@@ -30,6 +31,7 @@ from engram_service.storage import PackStore
 from engram_service.tables import IngestRow, PackRow
 from engram_service.worker import Heartbeat, Stopped, Supervisor
 from tests.contents import create, pictures
+from tests.models import model
 from tests.servers import ServiceProcess, http
 from tests.uploads import encoded, final, pairs, queue, tar_of, tar_of_arrays, work_off
 
@@ -127,6 +129,22 @@ def test_a_later_upload_keeps_the_quality_of_its_task(database: Database, store:
     with database.reading() as session:
         task = buffers.task(session, "b", 0)
     assert (task.quality, task.exemplars, task.classes[0].seen) == (33, 18, 18)
+
+
+def test_a_registered_extractor_embeds_the_images(database: Database, store: PackStore, settings: Settings) -> None:
+    data = model()
+    digest = hashlib.sha256(data).hexdigest()
+    extractors.path(settings, digest).write_bytes(data)
+    create(database)
+    queued = queue(
+        database, settings, tar_of_arrays(PICTURES, CLASS_IDS), options=IngestOptions(extractor=digest, block=4)
+    )
+    work_off(database, store, settings)
+    assert final(database, queued).state == "committed", final(database, queued).problem
+    with database.reading() as session:
+        decision = buffers.task(session, "b", 0).decision
+    assert decision is not None
+    assert decision.embedder == digest
 
 
 def test_an_unregistered_extractor_is_not_found(database: Database, store: PackStore, settings: Settings) -> None:
