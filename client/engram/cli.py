@@ -176,7 +176,7 @@ def upload(
             ingest = client.upload_folder(buffer, task, path, resize=shape, options=options)
         else:
             ingest = _send_tar(client, buffer, task, path, options)
-        _out().print(f"ingest {ingest.id}: {ingest.images_total:,} images, {ingest.body_bytes:,} bytes received")
+        _out().print(f"ingest {ingest.id}: {ingest.body_bytes:,} bytes received")
         if wait:
             _follow(client, ingest)
             _print_task(client.task(buffer, task))

@@ -58,7 +58,7 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     def invalid(request: Request, error: RequestValidationError) -> Response:
-        return problem_response(_invalid_request(error), request.url.path)
+        return problem_response(_invalid_request(request, error), request.url.path)
 
     @app.exception_handler(HTTPException)
     def http(request: Request, error: HTTPException) -> Response:
@@ -115,10 +115,14 @@ def _methods(app: FastAPI, request: Request) -> list[str]:
     ]
 
 
-def _invalid_request(error: RequestValidationError) -> InvalidRequest:
+def _invalid_request(request: Request, error: RequestValidationError) -> InvalidRequest:
     """One sentence per offending parameter, in the words of the validator."""
     faults = [{"where": ".".join(str(part) for part in fault["loc"]), "what": fault["msg"]} for fault in error.errors()]
-    return InvalidRequest("; ".join(f"{fault['where']}: {fault['what']}" for fault in faults), faults=faults)
+    message = "; ".join(f"{fault['where']}: {fault['what']}" for fault in faults)
+    if faults[0]["where"] == "body" and "json" not in request.headers.get("content-type", ""):
+        # What `curl -d` sends is declared as a form, and then the validator's words help nobody.
+        message += "; send it with the header Content-Type: application/json"
+    return InvalidRequest(message, faults=faults)
 
 
 def _response(problem: dict[str, Any], headers: dict[str, str]) -> Response:

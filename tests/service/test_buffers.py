@@ -220,3 +220,13 @@ def test_the_interface_description_knows_every_route_and_its_problems(client: ht
         for method, operation in operations.items():
             assert operation["summary"], (path, method)
             assert "application/problem+json" in operation["responses"]["default"]["content"]
+
+
+def test_a_body_that_is_not_declared_as_json_is_told_so(client: httpx.Client) -> None:
+    problem = client.post(
+        "/v1/buffers",
+        content='{"name": "b", "budget_bytes": 1}',
+        headers={"Content-Type": "application/x-www-form-urlencoded"},
+    ).json()
+    assert problem["status"] == 422
+    assert "Content-Type: application/json" in problem["detail"]
