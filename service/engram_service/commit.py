@@ -263,7 +263,9 @@ def _grown(store: PackStore, content: Content, leaves: dict[tuple[int, int], int
     merged = upload.exemplars
     if stored is not None and task is not None:
         seen = {int(class_id): count for class_id, count in task.seen.items()}
-        merged = merge(stored, upload.exemplars, seen=(seen, upload.seen), ranking=upload.ranking, key=upload.ingest.id)
+        # Of the content alone: a run that is repeated, or resumed, keeps the same exemplars.
+        key = f"{upload.ingest.body_sha256} {upload.ingest.options.seed} {sum(seen.values())}"
+        merged = merge(stored, upload.exemplars, seen=(seen, upload.seen), ranking=upload.ranking, key=key)
     fitted = pack.fit(merged, share)
     if len(fitted) == 0:
         raise _budget_exceeded(upload, merged, share, content.buffer)

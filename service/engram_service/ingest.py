@@ -62,6 +62,7 @@ class Claim:
     buffer: str
     task: int
     options: IngestOptions
+    body_sha256: str
     attempts: int
     owner: str
     spool: Path
@@ -343,6 +344,7 @@ def claim(database: Database, settings: Settings, *, owner: str) -> Claim | None
                 buffer=row.buffer,
                 task=row.task,
                 options=IngestOptions.model_validate(row.options),
+                body_sha256=row.body_sha256,
                 attempts=row.attempts,
                 owner=owner,
                 spool=spool_path(settings.spool_dir, row.id),

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck
+from hypothesis import settings as run_settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, precondition, rule
 from sqlalchemy import select
@@ -251,7 +252,7 @@ class AnySequenceOfChanges(RuleBasedStateMachine):
 def test_any_sequence_of_changes_keeps_the_budget_and_a_prefix_of_every_ranking(migrated: Path, tmp_path: Path) -> None:
     AnySequenceOfChanges.template, AnySequenceOfChanges.scratch = migrated, tmp_path
     machine = AnySequenceOfChanges.TestCase
-    machine.settings = settings(
+    machine.settings = run_settings(
         max_examples=25,
         stateful_step_count=10,
         deadline=None,
@@ -450,12 +451,25 @@ def test_a_ring_keeps_the_newest_first() -> None:
     assert origin(merged, uploaded) == [True, False, False, True, True, False]
 
 
-def test_merging_is_a_function_of_the_ingest() -> None:
+def test_merging_is_a_function_of_its_key() -> None:
     stored, uploaded = coded(1, [4] * 20), coded(2, [4] * 20)
     orders = [
         looks(merge(stored, uploaded, seen=({4: 20}, {4: 20}), ranking="random", key=key)) for key in ("a", "a", "b")
     ]
     assert orders[0] == orders[1] != orders[2]
+
+
+def test_the_same_uploads_to_two_buffers_give_the_same_packs(
+    place: Place, settings: Settings, database: Database
+) -> None:
+    digests = []
+    for one in (place, Place(settings, database, PackStore(settings.packs_dir))):
+        one.create(2000)
+        for _ in range(3):
+            one.upload(0, {0: 30, 1: 30})
+        with one.database.reading() as session:
+            digests.append(read_content(session, "b").packs[0].digest)
+    assert digests[0] == digests[1]
 
 
 def test_merging_gives_both_sides_common_tables() -> None:

@@ -64,7 +64,7 @@ async def upload(
     task: Annotated[int, Path(ge=0, le=MAX_TASK)],
     idempotency_key: Annotated[str | None, Header(min_length=1, max_length=200)] = None,
     content_digest: Annotated[str | None, Header()] = None,
-    content_length: Annotated[int | None, Header()] = None,
+    content_length: Annotated[int | None, Header(include_in_schema=False)] = None,
 ) -> Ingest:
     """Queue a tar of images for one task. The answer comes when the upload is durable; follow its Location."""
     settings: Settings = request.app.state.settings
