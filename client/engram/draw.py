@@ -23,6 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple, get_args
 
 import numpy as np
@@ -149,11 +150,12 @@ def plan(layout: Layout, request: Request) -> list[tuple[int, IntArray]]:
     by = {"uniform": "all", "epoch": "all", "class_balanced": "class"}.get(request.strategy, "task")
     groups = layout.groups(by, request.tasks, request.exclude_tasks)
     rows = np.sort(_epoch(groups, request) if request.strategy == "epoch" else _sample(groups, request))
-    pack_of = np.searchsorted(layout.pack_starts, rows, side="right") - 1
-    edges = np.flatnonzero(np.diff(pack_of)) + 1
-    packs = pack_of[np.concatenate([[0], edges])] if len(rows) else []
+    # Rows ascend, so the rows of a pack are those between its two bounds.
+    bounds = np.searchsorted(rows, layout.pack_starts).tolist()
     return [
-        (int(pack), part - layout.pack_starts[pack]) for pack, part in zip(packs, np.split(rows, edges), strict=False)
+        (pack, rows[first:end] - start)
+        for pack, (start, (first, end)) in enumerate(zip(layout.pack_starts.tolist(), pairwise(bounds), strict=False))
+        if first < end
     ]
 
 
@@ -225,9 +227,10 @@ def _rejection(words: np.random.Philox, sizes: IntArray, owner: IntArray) -> Int
     picks = _below(words.random_raw(len(owner)), bounds)
     base = (np.cumsum(sizes) - sizes)[owner]
     while True:
-        _, first = np.unique(base + picks, return_index=True)
-        if len(first) == len(picks):
+        places = np.sort(base + picks)
+        if (places[1:] != places[:-1]).all():
             return picks
+        _, first = np.unique(base + picks, return_index=True)
         again = np.ones(len(picks), bool)
         again[first] = False
         picks[again] = _below(words.random_raw(int(again.sum())), bounds[again])

@@ -1,0 +1,259 @@
+"""This file asks how many images a second reach a trainer, from the service and from a mirror.
+
+A service process is started as a user starts it, and filled through real uploads: 32x32 patches of scikit-learn's two
+photographs at quality 50, ten tasks of ten classes, one buffer of 10 thousand exemplars and one of a million (100
+thousand with --quick). A draw is 256 exemplars, from URL to uint8 arrays. Rates are of `ReplayLoader` with two
+threads; times of single draws are of one thread without prefetching, which alternates between the two buffers.
+
+Everything is measured in rounds, and what is compared is measured in the same round; medians over rounds are reported.
+Pillow decodes the exemplars of such draws as stand-alone JPEG files, one by one. CPU times are those of the
+processes, so they hold on a busy machine too: the sum of both, over the number of cores, bounds the rate.
+"""
+
+from __future__ import annotations
+
+import io
+import multiprocessing
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import psutil
+from PIL import Image
+from report import finish, parse_args, print_table
+from sklearn.datasets import load_sample_images
+
+from engram import Client, IngestOptions, Mirror, ReplayLoader
+from engram.draw import Request
+from engram.mirror import Snapshot
+from engram.schemas import Strategy
+
+UInt8Array = npt.NDArray[np.uint8]
+
+SIDE = 32
+SIZE = 256
+TASKS = 10
+CLASSES_PER_TASK = 10
+SMALL, LARGE, QUICK_LARGE = 10_000, 1_000_000, 100_000
+STRATEGIES: tuple[Strategy, ...] = ("uniform", "class_balanced")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much is measured."""
+
+    large: int
+    rounds: int
+    rate_s: float
+    single_draws: int
+
+
+def main() -> None:
+    args = parse_args("how many images a second reach a trainer, from the service and from a mirror?")
+    plan = Plan(QUICK_LARGE, 3, 0.7, 60) if args.quick else Plan(LARGE, 7, 3.0, 400)
+    with tempfile.TemporaryDirectory() as folder, serving(Path(folder)) as (url, service), Client(url) as client:
+        buffers = {"small": SMALL, "large": plan.large}
+        for name, count in buffers.items():
+            fill(client, name, count)
+        mirrors = {name: Mirror(client, name, Path(folder) / name) for name in buffers}
+        rounds = [one_round(client, mirrors["small"], service, plan) for _ in range(plan.rounds)]
+        print_rates(rounds)
+        four = four_clients(url, Path(folder), plan)
+        print_table(
+            "Four client processes at once, 10 thousand exemplars, uniform",
+            ("source", "images/s, all clients together"),
+            list(four.items()),
+        )
+        growth = growths(client, mirrors, plan)
+    finish(
+        args,
+        {
+            "remote_images_per_s": median(r["remote uniform"] for r in rounds),
+            "remote_vs_pillow_decode": median(r["remote uniform"] / r["pillow"] for r in rounds),
+            "mirror_images_per_s": median(r["mirror uniform"] for r in rounds),
+            "growth_10k_to_1m": growth,
+            "growth_is_to_exemplars": plan.large,
+            "pillow_images_per_s": median(r["pillow"] for r in rounds),
+            "client_cpu_ms_per_draw": median(r["client cpu ms"] for r in rounds),
+            "service_cpu_ms_per_draw": median(r["service cpu ms"] for r in rounds),
+        },
+    )
+
+
+@contextmanager
+def serving(folder: Path) -> Iterator[tuple[str, psutil.Process]]:
+    """A service with its worker on a free loopback port: its URL and process."""
+    port_file, log = folder / "port", folder / "service.log"
+    command = [sys.executable, "-m", "engram_service.cli", "serve", "--port", "0", "--port-file", str(port_file)]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("ENGRAM_")}
+    environment["ENGRAM_DATA_DIR"] = str(folder / "data")
+    with log.open("wb") as output:
+        process = subprocess.Popen(command, env=environment, stdout=output, stderr=output)
+    try:
+        deadline = time.monotonic() + 60
+        while not port_file.exists():
+            if process.poll() is not None or time.monotonic() > deadline:
+                raise RuntimeError(f"the service did not start:\n{log.read_text()}")
+            time.sleep(0.02)
+        yield f"http://127.0.0.1:{port_file.read_text().strip()}", psutil.Process(process.pid)
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+def fill(client: Client, name: str, exemplars: int) -> None:
+    """A buffer of this many exemplars, uploaded task by task."""
+    client.create_buffer(name, budget_bytes=1000 * exemplars)
+    per_class = exemplars // (TASKS * CLASSES_PER_TASK)
+    options = IngestOptions(quality=50, ranking="random")
+    for task in range(TASKS):
+        classes = np.arange(task * CLASSES_PER_TASK, (task + 1) * CLASSES_PER_TASK)
+        class_ids = np.repeat(classes, per_class)
+        client.wait(client.upload(name, task, cut_patches(len(class_ids), seed=task), class_ids, options=options))
+    found = client.buffer(name).exemplars
+    if found != exemplars:
+        raise RuntimeError(f"the buffer {name} holds {found} exemplars, {exemplars} were uploaded")
+
+
+def cut_patches(count: int, seed: int) -> UInt8Array:
+    """Patches of two photographs, from random places."""
+    photographs = np.stack(load_sample_images().images)
+    windows = np.lib.stride_tricks.sliding_window_view(photographs, (SIDE, SIDE), axis=(1, 2))
+    generator = np.random.default_rng(seed)
+    which, top, left = (generator.integers(0, limit, count) for limit in windows.shape[:3])
+    return np.ascontiguousarray(windows[which, top, left].transpose(0, 2, 3, 1))
+
+
+def one_round(client: Client, mirror: Mirror, service: psutil.Process, plan: Plan) -> dict[str, float]:
+    """Images per second of everything that is compared, measured one after the other, and CPU milliseconds."""
+    found: dict[str, float] = {"pillow": pillow_rate(mirror.snapshot(), plan.rate_s / 2)}
+    for strategy in STRATEGIES:
+        remote = ReplayLoader((client, "small"), SIZE, strategy=strategy)
+        before, own_before = cpu_s(service), time.process_time()
+        draws, seconds = run(remote, plan.rate_s)
+        if strategy == "uniform":
+            found["service cpu ms"] = 1000 * (cpu_s(service) - before) / draws
+            found["client cpu ms"] = 1000 * (time.process_time() - own_before) / draws
+        found[f"remote {strategy}"] = SIZE * draws / seconds
+        draws, seconds = run(ReplayLoader(mirror, SIZE, strategy=strategy), plan.rate_s)
+        found[f"mirror {strategy}"] = SIZE * draws / seconds
+    return found
+
+
+def run(loader: ReplayLoader, seconds: float) -> tuple[int, float]:
+    """Draws taken, and the seconds they took, once the prefetching is under way."""
+    with loader:
+        for _ in range(8):
+            next(loader)
+        draws, start = 0, time.perf_counter()
+        while time.perf_counter() - start < seconds:
+            next(loader)
+            draws += 1
+        return draws, time.perf_counter() - start
+
+
+def pillow_rate(snapshot: Snapshot, seconds: float) -> float:
+    """Images per second that Pillow decodes from files in memory, one by one."""
+    files = [
+        exemplars.jpeg(row)
+        for step in range(4)
+        for _, exemplars, rows in snapshot.parts(Request(SIZE, step=step))
+        for row in rows.tolist()
+    ]
+    images, start = 0, time.perf_counter()
+    while time.perf_counter() - start < seconds:
+        for file in files:
+            np.asarray(Image.open(io.BytesIO(file)))
+        images += len(files)
+    return images / (time.perf_counter() - start)
+
+
+def cpu_s(process: psutil.Process) -> float:
+    times = process.cpu_times()
+    return float(times.user + times.system)
+
+
+def print_rates(rounds: list[dict[str, float]]) -> None:
+    rows = []
+    for name in rounds[0]:
+        if not name.endswith("ms"):
+            values = [r[name] for r in rounds]
+            per_pillow = median(r[name] / r["pillow"] for r in rounds)
+            rows.append((name, median(values), median(values) / SIZE, min(values), max(values), per_pillow))
+    columns = ("source and strategy", "images/s", "draws/s", "least", "most", "times Pillow")
+    print_table(f"One client, 10 thousand exemplars, {SIZE} of {SIDE}x{SIDE} a draw", columns, rows)
+    cpu = [(f"{who} CPU ms per draw", median(r[f"{who} cpu ms"] for r in rounds)) for who in ("client", "service")]
+    print_table("Where the time of a remote draw goes", ("process", "ms"), cpu)
+
+
+def growths(client: Client, mirrors: dict[str, Mirror], plan: Plan) -> float:
+    """The median time of a single remote draw from the large buffer over that from the small one, uniform."""
+    rows, answer = [], 0.0
+    for strategy in STRATEGIES:
+        for source in ("service", "mirror"):
+            draws: dict[str, Callable[..., Any]] = {
+                name: partial(mirror.draw, SIZE)
+                if source == "mirror"
+                else partial(client.draw, name, SIZE, generation=mirror.generation)
+                for name, mirror in mirrors.items()
+            }
+            small, large = single_draw_s(draws, strategy, plan.single_draws)
+            rows.append((source, strategy, 1000 * small, 1000 * large, large / small))
+            if (source, strategy) == ("service", "uniform"):
+                answer = large / small
+    columns = ("source", "strategy", "10 thousand, ms", f"{plan.large:,}, ms", "growth")
+    print_table("Median time of a single draw", columns, rows)
+    return answer
+
+
+def single_draw_s(draws: dict[str, Callable[..., Any]], strategy: Strategy, count: int) -> tuple[float, float]:
+    """Median seconds of a draw from the small and the large buffer, taken in turn."""
+    times: dict[str, list[float]] = {name: [] for name in draws}
+    for step in range(count + 10):
+        for name, draw in draws.items():
+            start = time.perf_counter()
+            draw(step=step, strategy=strategy)
+            times[name].append(time.perf_counter() - start)
+    return median(times["small"][10:]), median(times["large"][10:])
+
+
+def four_clients(url: str, folder: Path, plan: Plan) -> dict[str, float]:
+    """Images per second of four processes that draw at the same time."""
+    context = multiprocessing.get_context("spawn")
+    found = {}
+    for source in ("service", "mirror"):
+        start = context.Barrier(4)
+        answers: multiprocessing.Queue[float] = context.Queue()
+        arguments = (url, source, folder, 2 * plan.rate_s, start, answers)
+        processes = [context.Process(target=one_of_four, args=arguments) for _ in range(4)]
+        for process in processes:
+            process.start()
+        found[source] = sum(answers.get(timeout=120) for _ in processes)
+        for process in processes:
+            process.join()
+    return found
+
+
+def one_of_four(url: str, source: str, folder: Path, seconds: float, start: Any, answers: Any) -> None:
+    with Client(url) as client:
+        mirror = Mirror(client, "small", folder / "small") if source == "mirror" else None
+        loader = ReplayLoader(mirror or (client, "small"), SIZE)
+        next(loader)
+        start.wait()
+        draws, took = run(loader, seconds)
+        answers.put(SIZE * draws / took)
+
+
+if __name__ == "__main__":
+    main()
