@@ -24,6 +24,8 @@ hshustc/CVPR19_Incremental_Learning at e5a90ae, which wins where they differ:
   read as the inverse.
 - K is at most |C_n|; the code fails with fewer new classes than K.
 - `replay_ratio` is the code's `rs_ratio`, 0 in its scripts: the part of each epoch's draws that are exemplars.
+- `codec_ratio` is this project's: new images are clean and exemplars are not, so without it the marks of compression
+  come to mean "old class", and clean test images of old classes are taken for new ones.
 - L_dis has no gradient in the balanced fine-tune, whose network is frozen, so it is not computed there.
 - learning-rate drops are fractions of the epochs, so that a short run keeps the schedule's shape.
 - the scores are those of the cosine classifier ("CNN" in the paper's tables); nearest-mean scores are not offered.
@@ -45,6 +47,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from engram import strip
+from engram.schemas import CANDIDATE_QUALITIES
 from engram_trainer import networks
 from engram_trainer.augment import augment
 from engram_trainer.datasets import ClassIds, Images
@@ -54,16 +58,17 @@ from engram_trainer.networks import CosineClassifier, cosines
 from engram_trainer.stream import Stream, Task
 
 # What a random stream is for, so that one choice never shifts another.
-WEIGHTS, LEARN, BALANCE = range(3)
+WEIGHTS, LEARN, BALANCE, CODEC = range(4)
 
 
 @dataclass(frozen=True)
 class Config:
     """LUCIR's settings; in brackets those of its CIFAR-100 script where they differ."""
 
-    epochs: int = 20
+    epochs: int = 8
     """Passes over a task's images [160]."""
-    lr: float = 0.1
+    lr: float = 0.03
+    """[0.1]"""
     milestones: tuple[float, ...] = (0.5, 0.75)
     """When the learning rate drops to a tenth, as fractions of `epochs`."""
     momentum: float = 0.9
@@ -71,18 +76,23 @@ class Config:
     batch_size: int = 128
     eta: float = 1.0
     """First value of the learned scale of the cosines."""
-    less_forget_weight: float = 5.0
-    """lambda_base in the paper."""
+    less_forget_weight: float = 2.0
+    """lambda_base in the paper [5]."""
     margin: float = 0.5
     """m in the paper."""
     margin_classes: int = 2
     """K in the paper."""
     margin_weight: float = 1.0
-    replay_ratio: float = 0.0
-    """Part of the draws of an epoch that are exemplars, drawn with replacement; 0 shuffles the union instead."""
-    balance_epochs: int = 20
+    replay_ratio: float = 0.4
+    """Part of the draws of an epoch that are exemplars, drawn with replacement; 0 shuffles the union instead [0]."""
+    codec_ratio: float = 0.5
+    """Part of a task's own images that a batch shows as JPEG gives them back [0]."""
+    codec_qualities: tuple[int, ...] = CANDIDATE_QUALITIES
+    """The qualities of these; each image draws one for the task."""
+    balance_epochs: int = 10
     """Passes over all exemplars after each task but the first [none; 20 in the ImageNet script]; 0 skips it."""
-    balance_lr: float = 0.01
+    balance_lr: float = 0.001
+    """[0.01 in the ImageNet script]"""
     balance_milestones: tuple[float, ...] = (0.5,)
     padding: int = 2
     """Largest random shift of a training image, in pixels [4 at 32x32]."""
@@ -114,6 +124,7 @@ class Lucir:
             np.concatenate([task.train_class_ids, replay.class_ids]) if len(replay.images) else task.train_class_ids
         )
         images_NCHW, labels_N = self._tensors(images, class_ids)
+        coded_NCHW = self._coded(task, images_NCHW)
 
         old_network = copy.deepcopy(self.network).eval()
         old_CD = self.classifier.embeddings_CD.detach()
@@ -130,7 +141,9 @@ class Lucir:
         self.network.train()
         for epoch in range(config.epochs):
             for rows in self._epoch(len(task.train_images), len(replay.images), generator):
-                batch_NCHW = augment(images_NCHW[rows], padding=config.padding, flip=config.flip, generator=generator)
+                is_coded = (torch.rand(len(rows), generator=generator) < config.codec_ratio).to(self.device)
+                batch_NCHW = torch.where(is_coded[:, None, None, None], coded_NCHW[rows], images_NCHW[rows])
+                batch_NCHW = augment(batch_NCHW, padding=config.padding, flip=config.flip, generator=generator)
                 labels = labels_N[rows]
                 features_ND = self.network(batch_NCHW)
                 cosines_NC = cosines(features_ND, torch.cat([old_CD, new_CD]))  # old embeddings are constants
@@ -208,6 +221,14 @@ class Lucir:
         self.classifier = CosineClassifier(torch.empty_like(embeddings_CD)).to(self.device)
         self.classifier.load_state_dict(state["classifier"])
 
+    def _coded(self, task: Task, images_NCHW: torch.Tensor) -> torch.Tensor:
+        """The images of `learn` with the task's own ones after a round trip through JPEG; exemplars as they are."""
+        if self.config.codec_ratio == 0:
+            return images_NCHW
+        generator = np.random.default_rng([self.seed, CODEC, task.index])
+        coded = round_trip(task.train_images, self.config.codec_qualities, generator)
+        return torch.cat([pixels(coded, self.device), images_NCHW[len(coded) :]])
+
     def _imprinted(self, task: Task, old_CD: torch.Tensor) -> torch.Tensor:
         """Embeddings of the new classes, from the network as it is before it has seen them."""
         means = [self.embed(task.train_images[task.train_class_ids == class_id]) for class_id in task.classes]
@@ -241,6 +262,16 @@ class Lucir:
     def _generator(self, task: Task, purpose: int) -> torch.Generator:
         """Depends on seed, purpose and task only, so that a resumed run equals an uninterrupted one."""
         return torch.Generator().manual_seed(_seed(self.seed, purpose, task.index))
+
+
+def round_trip(images_NHWC: Images, qualities: tuple[int, ...], generator: np.random.Generator) -> Images:
+    """Images after JPEG encoding and decoding as in an Engram pack, each at one of the qualities, equally often."""
+    coded = np.empty_like(images_NHWC)
+    order = generator.permutation(len(images_NHWC))
+    for quality, rows in zip(qualities, np.array_split(order, len(qualities)), strict=True):
+        if len(rows):
+            coded[rows] = strip.encode(images_NHWC[rows], np.zeros(len(rows), np.int64), quality=quality).decode()
+    return coded
 
 
 def adaptive_weight(base: float, old_count: int, new_count: int) -> float:
