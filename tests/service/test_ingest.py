@@ -150,6 +150,15 @@ def test_an_unknown_buffer_is_refused_before_the_body_is_read(open_service: Serv
     assert spooled(open_service) == []
 
 
+def test_an_unknown_extractor_is_refused_before_the_body_is_read(
+    open_service: ServiceThread, web: httpx.Client
+) -> None:
+    error = problem(web.post(f"{PATH}?extractor={'ab' * 32}", content=BODY))
+    assert type(error) is NotFound
+    assert "ab" * 32 in error.message
+    assert rows(open_service) == []
+
+
 def test_an_empty_body_is_refused(open_service: ServiceThread, web: httpx.Client) -> None:
     error = problem(web.post(PATH, content=b""))
     assert type(error) is BadUpload

@@ -17,7 +17,7 @@ from starlette.requests import ClientDisconnect
 from engram.errors import BadUpload, InvalidRequest
 from engram.schemas import MAX_TASK, Ingest, IngestOptions
 
-from .. import ingest
+from .. import extractors, ingest
 from ..database import Database
 from ..settings import Settings
 
@@ -71,7 +71,7 @@ async def upload(
     database: Database = request.app.state.database
     options = _options(request)
     expected = _expected_digest(content_digest)
-    await run_in_threadpool(_check_buffer, database, buffer)
+    await run_in_threadpool(_check_names, database, buffer, options)
     if content_length is not None and content_length > settings.max_body_bytes:
         raise ingest.body_too_large(content_length, settings)
     try:
@@ -113,9 +113,12 @@ def cancel(request: Request, ingest_id: str) -> Ingest:
         return ingest.cancel(session, ingest_id)
 
 
-def _check_buffer(database: Database, buffer: str) -> None:
+def _check_names(database: Database, buffer: str, options: IngestOptions) -> None:
+    """What the request names exists: better to say so now than after hours of upload."""
     with database.reading() as session:
         ingest.check_buffer(session, buffer)
+        if options.extractor is not None:
+            extractors.read(session, options.extractor)
 
 
 def _read(database: Database, ingest_id: str) -> Ingest:
