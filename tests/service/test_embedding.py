@@ -170,6 +170,7 @@ def test_a_model_embeds_as_its_formula_says_and_in_chunks(tmp_path: Path) -> Non
     images = photos(300, (12, 10, 3))
     with OnnxEmbedder(path, digest, LIMITS) as embedder:
         assert embedder.name == digest
+        assert embedder.block == 16
         features = embedder.embed(images)
         again = embedder.embed(images[7:8])
         assert embedder.embed(images[:0]).shape == (0, 8)

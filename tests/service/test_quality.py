@@ -202,7 +202,8 @@ def test_every_candidate_is_recorded_with_every_definition_and_costs_at_most_the
         assert candidate.bytes <= 8000
         assert set(candidate.gaps) == {1, 3}
     assert decision.embedder == "builtin"
-    assert decision.block == 32
+    assert decision.block == 32  # the built-in embedding's own
+    assert run(upload(300), block=8).decision.block == 8
     assert decision.images == 600
     assert decision.seconds > 0
 

@@ -130,7 +130,8 @@ def train(
         float, typer.Option(help="A quality passes when |R - 1| is below this.", rich_help_panel=SELECTION)
     ] = MemoryConfig.epsilon,
     block: Annotated[
-        int, typer.Option(help="Exemplars whose volume is compared at once.", rich_help_panel=SELECTION)
+        int | None,
+        typer.Option(help="Exemplars whose volume is compared at once.", rich_help_panel=SELECTION),
     ] = MemoryConfig.block,
     out: Annotated[
         Path, typer.Option(help="Folder of the run: configuration, checkpoint, report, pictures.", rich_help_panel=RUN)

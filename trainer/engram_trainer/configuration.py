@@ -37,7 +37,8 @@ class MemoryConfig:
     definition: Definition = "raw"
     rule: Rule = "all_higher"
     epsilon: float = 0.5
-    block: int = 32
+    block: int | None = None
+    """Exemplars whose volume is compared at once; None takes what suits the embedding."""
     url: str | None = None
     """The service; None reads ENGRAM_URL, else http://127.0.0.1:8077. The token is read from ENGRAM_TOKEN."""
     buffer: str | None = None

@@ -83,7 +83,7 @@ def select(
     progress = Progress(len(images.class_ids), advance)
     order = _rank(images, shares, options, embedder, progress)
     filler = Filler(images, order, shares, subsampling, progress)
-    block = options.block
+    block = options.block or embedder.block
     if fixed is None:
         comparison = Comparison(images, order, block, embedder, progress)
         block = comparison.block
