@@ -371,6 +371,11 @@ class LocalMemory:
         )
 
     @property
+    def is_lossy(self) -> bool:
+        """Whether the kind is a JPEG one."""
+        return self.config.kind != "raw"
+
+    @property
     def used_bytes(self) -> int:
         """Bytes of all exemplars, by the accounting of this file's first lines."""
         return sum(kept.used_bytes for kept in self._kept.values())

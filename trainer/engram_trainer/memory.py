@@ -57,6 +57,10 @@ class Memory(Protocol):
         """All exemplars, by task, class and rank; empty when there are none."""
 
     @property
+    def is_lossy(self) -> bool:
+        """Whether exemplars come back with the marks of JPEG; known before there are any."""
+
+    @property
     def used_bytes(self) -> int:
         """Bytes of all exemplars with all that belongs to them."""
 
@@ -74,6 +78,7 @@ class NoMemory:
     """Keeps nothing: the floor that every replay is measured against."""
 
     used_bytes = 0
+    is_lossy = False
 
     def add(
         self,
@@ -175,6 +180,11 @@ class ServiceMemory:
             if entry.task not in exclude_tasks and len(exemplars)
         ]
         return from_parts(parts) if parts else empty_batch()
+
+    @property
+    def is_lossy(self) -> bool:
+        """Always: packs are JPEG."""
+        return True
 
     @property
     def used_bytes(self) -> int:

@@ -86,7 +86,7 @@ class Config:
     replay_ratio: float = 0.4
     """Part of the draws of an epoch that are exemplars, drawn with replacement; 0 shuffles the union instead [0]."""
     codec_ratio: float = 0.5
-    """Part of a task's own images that a batch shows as JPEG gives them back [0]."""
+    """Part of a task's own images that a batch shows as JPEG gives them back, where the memory's are JPEG [0]."""
     codec_qualities: tuple[int, ...] = CANDIDATE_QUALITIES
     """The qualities of these; each image draws one for the task."""
     balance_epochs: int = 10
@@ -124,7 +124,7 @@ class Lucir:
             np.concatenate([task.train_class_ids, replay.class_ids]) if len(replay.images) else task.train_class_ids
         )
         images_NCHW, labels_N = self._tensors(images, class_ids)
-        coded_NCHW = self._coded(task, images_NCHW)
+        coded_NCHW = self._coded(task, images_NCHW) if memory.is_lossy else images_NCHW
 
         old_network = copy.deepcopy(self.network).eval()
         old_CD = self.classifier.embeddings_CD.detach()
