@@ -34,7 +34,7 @@ def demo(
         Path | None, typer.Option(help="A new folder for runs, log and picture; else runs/demo, runs/demo-2, ...")
     ] = None,
     budget: Annotated[int, typer.Option(metavar="BYTES", help="Bytes of replay memory for each class.")] = 4_000,
-    epochs: Annotated[int, typer.Option(help="Passes over each task.")] = 20,
+    epochs: Annotated[int, typer.Option(help="Passes over each task.")] = 15,
     train_per_class: Annotated[int | None, typer.Option(help="Training images of each class; else all 700.")] = None,
     seed: Annotated[int, typer.Option(help="Of the order of classes, the weights and everything else.")] = 0,
 ) -> None:

@@ -1,11 +1,12 @@
 """This file is an Engram service of one's own, for as long as a `with` block lasts: for the demo and for benchmarks.
 
-It runs as a process of its own, with its worker, on a free port of the loopback address, without any `ENGRAM_` setting
-of the caller's environment.
+It runs as a process of its own, with its worker, on a free port of the loopback address; it sees the packages of this
+process, and no `ENGRAM_` setting of its environment.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -27,6 +28,8 @@ def local_service(folder: str | Path) -> Iterator[str]:
     Raises:
         Unavailable: it does not start; the message has the end of its log.
     """
+    if importlib.util.find_spec("engram_service") is None:
+        raise Unavailable("the service is not installed beside the trainer: pip install 'engram[service]'")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     log, port_file = folder / "service.log", folder / "port"
@@ -34,6 +37,7 @@ def local_service(folder: str | Path) -> Iterator[str]:
     command = [sys.executable, "-m", "engram_service.cli", "serve"]
     command += ["--port", "0", "--port-file", str(port_file), "--data-dir", str(folder / "data")]
     clean = {name: value for name, value in os.environ.items() if not name.startswith("ENGRAM_")}
+    clean["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
     with log.open("ab") as output:
         process = subprocess.Popen(command, stdout=output, stderr=output, stdin=subprocess.DEVNULL, env=clean)
     try:

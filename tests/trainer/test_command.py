@@ -1,0 +1,125 @@
+"""This file is `engram-train` and the demo as people run them."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+from typer.testing import CliRunner, Result
+
+from engram_trainer import demo
+from engram_trainer.__main__ import app, parse_options, parse_quality
+from engram_trainer.methods import METHODS
+
+TINY = ["--data", "digits", "--tasks", "2", "--train-per-class", "10", "--test-per-class", "5", "--network", "mlp"]
+
+
+def train(*arguments: str) -> Result:
+    return CliRunner().invoke(app, arguments, env={"COLUMNS": "100", "TERM": "dumb"})
+
+
+def test_the_help_groups_its_options_and_names_the_choices() -> None:
+    result = train("--help")
+    assert result.exit_code == 0
+    text = re.sub(r"\x1b\[[0-9;]*m", "", result.output)
+    for words in ("Stream", "Method", "Memory", "Selection (by the service)", "Run", "engram-service serve"):
+        assert words in text
+    for option in ("--method", "--data", "--scenario", "--tasks", "--base-classes", "--epochs", "--seed", "--url"):
+        assert option in text
+    for option in ("--buffer", "--budget", "--per", "--quality", "--memory", "--device", "--out", "--resume"):
+        assert option in text
+    assert all(method in text for method in METHODS)
+
+
+def test_a_run_prints_a_line_for_each_task_and_its_measures(tmp_path: Path) -> None:
+    result = train(*TINY, "--memory", "raw", "--budget", "2000", "--epochs", "2", "--out", str(tmp_path / "run"))
+    assert result.exit_code == 0, result.output
+    assert "task 1/2: accuracy so far" in result.output
+    assert "task 2/2: accuracy so far" in result.output
+    assert "average incremental accuracy" in result.output
+    found = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert found["config"]["options"] == {"epochs": 2}
+
+
+def test_a_second_run_needs_another_folder_or_resume(tmp_path: Path) -> None:
+    run = [*TINY, "--memory", "none", "--method", "finetune", "--epochs", "1", "--out", str(tmp_path / "run")]
+    assert train(*run).exit_code == 0
+    again = train(*run)
+    assert again.exit_code == 1
+    assert "already holds run" in again.output
+    assert train(*run, "--resume").exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--method", "magic"], "method 'magic' is not one of finetune, joint, gem, lucir"),
+        (["--set", "gamma=1"], "method lucir has no setting 'gamma'; it has"),
+        (["--set", "lr"], "--set takes NAME=VALUE, not 'lr'"),
+        (["--set", "lr=fast"], "lr must be of type float, got 'fast'"),
+        (["--set", "flip=maybe"], "flip is true or false, not 'maybe'"),
+        (["--network", "transformer"], "network 'transformer' is not one of"),
+        (["--memory", "files"], "memory kind 'files' needs a quality from 1 to 100"),
+        (["--memory", "strips", "--quality", "101"], "quality must lie in 1..100, got 101"),
+        (["--quality", "best"], "quality is 'auto' or a number from 1 to 100, not 'best'"),
+        (["--memory", "raw", "--ranking", "ring"], "ranks by herding or random, not by 'ring'"),
+        (["--budget", "0"], "the budget must be at least 1 byte, got 0"),
+        (["--memory", "raw", "--budget", "50"], "bytes of a budget of 50"),
+        (["--tasks", "3"], "10 classes do not split evenly into 3 tasks"),
+        (["--data", "/nowhere"], "/nowhere is not a folder"),
+        (["--url", "http://127.0.0.1:9"], "127.0.0.1:9"),
+        (["--device", "abacus"], "device 'abacus' cannot be used"),
+    ],
+)
+def test_what_cannot_work_is_said_in_one_line(tmp_path: Path, arguments: list[str], message: str) -> None:
+    result = train(*TINY, "--epochs", "1", "--out", str(tmp_path / "run"), *arguments)
+    assert result.exit_code == 1
+    assert message in result.output
+    assert "Traceback" not in result.output
+
+
+@pytest.mark.parametrize(
+    ("method", "settings", "expected"),
+    [
+        ("lucir", ["lr=0.5", "flip=false", "milestones=0.3,0.6"], {"lr": 0.5, "flip": False, "milestones": (0.3, 0.6)}),
+        ("gem", ["gamma=none", "average=true"], {"gamma": None, "average": True}),
+        ("gem", ["gamma=0.5", "replay_batch=64"], {"gamma": 0.5, "replay_batch": 64}),
+    ],
+)
+def test_settings_take_the_types_of_the_methods_fields(
+    method: str, settings: list[str], expected: dict[str, Any]
+) -> None:
+    found = parse_options(method, settings, epochs=3)
+    assert found == {"epochs": 3, **expected}
+    assert [type(value) for value in found.values()] == [int, *(type(value) for value in expected.values())]
+
+
+def test_quality_is_a_number_or_the_services_choice() -> None:
+    assert parse_quality("auto") is None
+    assert parse_quality("75") == 75
+
+
+def test_the_demo_compares_three_memories_and_stops_its_service(tmp_path: Path) -> None:
+    arguments = ["--out", str(tmp_path / "demo"), "--epochs", "1", "--train-per-class", "30"]
+    result = CliRunner().invoke(demo.app, arguments, env={"COLUMNS": "80", "TERM": "dumb"})
+    assert result.exit_code == 0, result.output
+    table = result.output.split("the same bytes, three memories")[1]
+    assert all(name in table for name in demo.NAMES.values())
+    assert max(len(line) for line in result.output.splitlines() if "quality" not in line) <= 81
+    with Image.open(tmp_path / "demo" / "accuracy.png") as picture:
+        assert picture.width > 500
+    for kind in demo.NAMES:
+        assert (tmp_path / "demo" / kind / "report.json").is_file()
+    log = (tmp_path / "demo" / "server" / "service.log").read_text()
+    assert "Traceback" not in log
+
+
+def test_a_second_demo_goes_into_a_folder_of_its_own(tmp_path: Path) -> None:
+    assert demo._free_folder(tmp_path / "demo") == tmp_path / "demo"
+    (tmp_path / "demo").mkdir()
+    (tmp_path / "demo-2").mkdir()
+    assert demo._free_folder(tmp_path / "demo") == tmp_path / "demo-3"
