@@ -132,7 +132,12 @@ def curves(values: dict[str, list[float]], path: Path, *, ylabel: str, title: st
     figure, axes = _figure(6.4, 4.0)
     for name, ys in values.items():
         axes.plot(range(1, len(ys) + 1), ys, marker="o", label=name)
-        axes.annotate(f"{ys[-1]:.1%}", (len(ys), ys[-1]), textcoords="offset points", xytext=(6, -3), fontsize=9)
+    lowest = 0.0
+    for ys in sorted(values.values(), key=lambda ys: ys[-1]):
+        # A label is 0.04 of the axis high; one that would cover the label below it moves up.
+        height = max(ys[-1], lowest)
+        lowest = height + 0.045
+        axes.annotate(f"{ys[-1]:.1%}", (len(ys) + 0.1, height), va="center", fontsize=9)
     longest = max(len(ys) for ys in values.values())
     axes.set_xticks(range(1, longest + 1))
     axes.set_xlim(0.8, longest + 0.6)
