@@ -30,7 +30,7 @@ from secrets import token_hex
 from typing import Any, get_args
 
 from anyio.to_thread import run_sync
-from sqlalchemy import and_, exists, or_, select, update
+from sqlalchemy import and_, exists, func, or_, select, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session, aliased
 from sqlalchemy.sql.elements import ColumnElement
@@ -201,48 +201,50 @@ def enqueue(
 def _insert(
     database: Database, upload: Upload, *, buffer: str, task: int, options: IngestOptions, key: str | None
 ) -> tuple[Ingest, bool]:
+    wanted = IngestRow(
+        id=upload.id,
+        buffer=buffer,
+        task=task,
+        idempotency_key=key,
+        state="received",
+        body_sha256=upload.sha256,
+        body_bytes=upload.bytes,
+        options=options.model_dump(mode="json"),
+        images_total=0,
+        images_done=0,
+        attempts=0,
+    )
     with database.session() as session:
         check_buffer(session, buffer)
-        stored_options = options.model_dump(mode="json")
-        if key is not None:
-            earlier = session.scalars(
-                select(IngestRow).where(IngestRow.buffer == buffer, IngestRow.idempotency_key == key)
-            ).one_or_none()
-            if earlier is not None:
-                if (earlier.task, earlier.body_sha256, earlier.options) != (task, upload.sha256, stored_options):
-                    raise Conflict(
-                        f"Idempotency-Key {key!r} names ingest {earlier.id} with task {earlier.task} and body "
-                        f"{earlier.body_sha256[:12]}; this request has task {task}, body {upload.sha256[:12]} or other "
-                        "options. Use a new key for a new upload",
-                        ingest=earlier.id,
-                    )
-                return to_model(earlier), False
+        earlier = None if key is None else _earlier(session, wanted)
+        if earlier is not None:
+            return to_model(earlier), False
         # Order of arrival decides what is kept: a clock that was set back must not put an upload before an earlier one.
-        latest = session.scalars(
-            select(IngestRow.created_at)
-            .where(IngestRow.buffer == buffer)
-            .order_by(IngestRow.created_at.desc())
-            .limit(1)
-        ).one_or_none()
-        now = max(time.time(), (latest or 0.0) + 1e-6)
-        row = IngestRow(
-            id=upload.id,
-            buffer=buffer,
-            task=task,
-            idempotency_key=key,
-            state="received",
-            body_sha256=upload.sha256,
-            body_bytes=upload.bytes,
-            options=stored_options,
-            images_total=0,
-            images_done=0,
-            attempts=0,
-            created_at=now,
-            updated_at=now,
-        )
-        session.add(row)
+        latest = session.scalar(select(func.max(IngestRow.created_at)).where(IngestRow.buffer == buffer))
+        wanted.created_at = wanted.updated_at = max(time.time(), (latest or 0.0) + 1e-6)
+        session.add(wanted)
         session.flush()
-        return to_model(row), True
+        return to_model(wanted), True
+
+
+def _earlier(session: Session, wanted: IngestRow) -> IngestRow | None:
+    """The ingest that has the key of the wanted one, if there is one.
+
+    Raises:
+        Conflict: there is, and it is another upload.
+    """
+    same_key = IngestRow.buffer == wanted.buffer, IngestRow.idempotency_key == wanted.idempotency_key
+    found = session.scalars(select(IngestRow).where(*same_key)).one_or_none()
+    if found is None:
+        return None
+    if (found.task, found.body_sha256, found.options) != (wanted.task, wanted.body_sha256, wanted.options):
+        raise Conflict(
+            f"Idempotency-Key {wanted.idempotency_key!r} names ingest {found.id} with task {found.task} and body "
+            f"{found.body_sha256[:12]}; this request has task {wanted.task}, body {wanted.body_sha256[:12]} or other "
+            "options. Use a new key for a new upload",
+            ingest=found.id,
+        )
+    return found
 
 
 def check_buffer(session: Session, buffer: str) -> None:

@@ -44,48 +44,23 @@ class SpooledImages:
             BadUpload: the tar or an image is not what it should be, shapes differ, or there is no image.
             TooLarge: beyond a limit.
         """
-        self._settings = settings
-        self._path = path
-        self._file = -1
-        offsets, sizes, class_ids, raw = array("q"), array("q"), array("q"), bytearray()
-        distinct: set[int] = set()
-        shape: Shape | None = None
+        self._settings, self._path, self._file = settings, path, -1
+        self._offsets, self._sizes, self._raw = array("q"), array("q"), bytearray()
+        self._class_ids: array[int] = array("q")
+        self._distinct: set[int] = set()
+        self.shape: Shape = (0, 0, 0)
         # Large reads: a header, a label and a small image each would be a system call of its own.
         with path.open("rb", buffering=1 << 20) as stream:
             for member in tar.read(stream):
-                if len(offsets) == settings.max_images:
-                    raise TooLarge(
-                        f"the upload has more than {settings.max_images} images; split it",
-                        max_images=settings.max_images,
-                    )
-                found = self._decode(member.image, member.name).shape
-                shape = shape or (found[0], found[1], found[2])
-                if found != shape:
-                    raise BadUpload(
-                        f"member {member.name!r} is {_text(found)} (height x width x channels), those before it are "
-                        f"{_text(shape)}; all images of a buffer have one shape, resize them first",
-                        member=member.name,
-                    )
-                distinct.add(member.class_id)
-                if len(distinct) > settings.max_classes:
-                    raise TooLarge(
-                        f"the upload has more than {settings.max_classes} classes; are these class ids?",
-                        max_classes=settings.max_classes,
-                    )
-                offsets.append(member.offset)
-                sizes.append(member.size)
-                class_ids.append(member.class_id)
-                raw.append(member.image[:2] in (b"P5", b"P6"))
-                if len(offsets) % REPORT_EVERY == 0:
-                    report(len(offsets))
-        if shape is None:
+                self._add(member)
+                if len(self) % REPORT_EVERY == 0:
+                    report(len(self))
+        if len(self) == 0:
             raise BadUpload(
                 "the upload has 0 images; it must hold KEY.ppm|pgm|png|jpg|jpeg|webp + KEY.cls pairs", images=0
             )
-        report(len(offsets))
-        self.shape: Shape = shape
-        self.class_ids: IntArray = np.frombuffer(class_ids, np.int64)
-        self._offsets, self._sizes, self._raw = offsets, sizes, raw
+        report(len(self))
+        self.class_ids: IntArray = np.frombuffer(self._class_ids, np.int64)
 
     def __len__(self) -> int:
         return len(self._offsets)
@@ -120,6 +95,31 @@ class SpooledImages:
             else:
                 image[:] = self._decode(os.pread(self._file, size, offset), "")
         return images
+
+    def _add(self, member: tar.Member) -> None:
+        settings, found = self._settings, self._decode(member.image, member.name).shape
+        if len(self) == 0:
+            self.shape = found[0], found[1], found[2]
+        if found != self.shape:
+            raise BadUpload(
+                f"member {member.name!r} is {_text(found)} (height x width x channels), those before it are "
+                f"{_text(self.shape)}; all images of a buffer have one shape, resize them first",
+                member=member.name,
+            )
+        if len(self) == settings.max_images:
+            raise TooLarge(
+                f"the upload has more than {settings.max_images} images; split it", max_images=settings.max_images
+            )
+        self._distinct.add(member.class_id)
+        if len(self._distinct) > settings.max_classes:
+            raise TooLarge(
+                f"the upload has more than {settings.max_classes} classes; are these class ids?",
+                max_classes=settings.max_classes,
+            )
+        self._offsets.append(member.offset)
+        self._sizes.append(member.size)
+        self._class_ids.append(member.class_id)
+        self._raw.append(member.image[:2] in (b"P5", b"P6"))
 
     def _decode(self, data: bytes, name: str) -> UInt8Array:
         try:
