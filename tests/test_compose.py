@@ -9,13 +9,9 @@ from __future__ import annotations
 import os
 import re
 import shlex
-import socket
 import subprocess
 import sys
-import time
 import tomllib
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -231,36 +227,39 @@ def address(
 ) -> Iterator[str]:
     """The composed service as a process, with its token, on a free port of loopback instead of every address."""
     folder = tmp_path_factory.mktemp("composed")
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
     own = process_environment(
         stages,
         services,
         ENGRAM_HOST="127.0.0.1",
-        ENGRAM_PORT=str(port),
+        ENGRAM_PORT="0",
         ENGRAM_DATA_DIR=str(folder / "data"),
         ENGRAM_ADMIN_TOKEN=TOKEN,
     )
-    with (folder / "log").open("wb") as log:
-        process = subprocess.Popen(command(stages), env=own, cwd=folder, stdout=log, stderr=subprocess.STDOUT)
+    log = folder / "log"
+    with (
+        log.open("wb") as errors,
+        subprocess.Popen(
+            command(stages), env=own, cwd=folder, stdout=subprocess.PIPE, stderr=errors, text=True
+        ) as process,
+    ):
+        assert process.stdout is not None
         try:
-            yield wait_until_healthy(process, f"http://127.0.0.1:{port}", folder / "log")
+            # It says where it listens once it does; without a line it has ended.
+            said = process.stdout.readline()
+            assert said.startswith("Engram service on http://"), log.read_text()
+            yield said.split()[-1]
         finally:
             process.terminate()
-            process.wait(timeout=30)
 
 
-def wait_until_healthy(process: subprocess.Popen[bytes], url: str, log: Path) -> str:
-    """Ask as the healthcheck does until it is answered; a service that has ended says why."""
-    while process.poll() is None:
-        try:
-            with urllib.request.urlopen(f"{url}/readyz", timeout=2) as response:
-                assert response.status == 200
-                return url
-        except urllib.error.URLError:
-            time.sleep(0.1)
-    raise AssertionError(f"the service ended with {process.returncode}:\n{log.read_text()}")
+def test_the_healthcheck_finds_the_service_ready(stages: dict[str, Stage], address: str) -> None:
+    check = yaml.safe_load(stages["service"].all("HEALTHCHECK")[0].partition("CMD ")[2])
+    assert check[0] == "python"
+    port = {"ENGRAM_PORT": address.rpartition(":")[2]}
+    result = subprocess.run(
+        [sys.executable, *check[1:]], env=os.environ | port, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
 
 
 def test_a_client_with_the_token_is_served_and_one_without_is_not(address: str) -> None:
