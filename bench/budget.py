@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import functools
 import hashlib
 import json
 import multiprocessing
@@ -283,11 +284,10 @@ def ignore(done: int, total: int, *, loss: float) -> None:
     """Progress nobody watches."""
 
 
-def learn_base(run: Run, plan: Plan, folder: Path) -> None:
-    """The state of a run's LUCIR after its first task is in `folder`."""
+def learn_base(run: Run, plan: Plan, path: Path) -> None:
+    """The state of a run's LUCIR after its first task is at `path`."""
     torch.set_num_threads(1)
-    path = base_path(run, plan, folder)
-    if run.arm.kind == "joint" or path.exists():
+    if path.exists():
         return
     tasks = stream_of(plan, run.seed)
     learner = learner_of(run, plan, tasks)
@@ -295,8 +295,8 @@ def learn_base(run: Run, plan: Plan, folder: Path) -> None:
     write(path, lambda temporary: torch.save(learner.state_dict(), temporary))
 
 
-def execute(run: Run, plan: Plan, folder: Path) -> dict[str, Any]:
-    """One complete run; its result is in `folder` before this returns."""
+def execute(run: Run, plan: Plan, base: Path, path: Path) -> dict[str, Any]:
+    """One complete run, from the state at `base`; its result is at `path` before this returns."""
     torch.set_num_threads(1)
     start = time.perf_counter()
     tasks = stream_of(plan, run.seed)
@@ -304,7 +304,7 @@ def execute(run: Run, plan: Plan, folder: Path) -> dict[str, Any]:
     matrix: list[list[float]] = []
     for task in tasks.tasks:
         if task.index == 0 and run.arm.kind != "joint":
-            learner.load_state_dict(torch.load(base_path(run, plan, folder), weights_only=True))
+            learner.load_state_dict(torch.load(base, weights_only=True))
         else:
             learner.learn(task, memory, ignore)
         if run.arm.has_memory:
@@ -340,12 +340,16 @@ def execute(run: Run, plan: Plan, folder: Path) -> dict[str, Any]:
     limit = run.budget * len(tasks.class_order)
     if memory.used_bytes > limit > 0:
         raise AssertionError(f"{run}: {memory.used_bytes} bytes used of {limit}")
-    write(run_path(run, plan, folder), lambda path: path.write_text(json.dumps(result)))
+    write(path, lambda temporary: temporary.write_text(json.dumps(result)))
     return result
 
 
+@functools.cache
 def code_version(arm: Arm) -> str:
-    """Changes with the code that the results of an arm depend on, not with comments and docstrings."""
+    """Changes with the code that the results of an arm depend on, not with comments and docstrings.
+
+    Looked at once: the worker processes have loaded the code by then, whatever happens to the files afterwards.
+    """
     trainer, client = Path(engram_trainer.__file__).parent, Path(engram.strip.__file__).parent
     names = ["networks", "augment", "stream", "datasets", "evaluation", "methods/lucir"]
     if arm.kind == "joint":
@@ -423,13 +427,15 @@ def collect(plan: Plan, folder: Path, *, jobs: int, minutes: float) -> list[dict
     results = [json.loads(path.read_text()) for run in all_runs(plan) if (path := run_path(run, plan, folder)).exists()]
     todo = [run for run in all_runs(plan) if not run_path(run, plan, folder).exists()]
     with workers(jobs) as pool:
-        bases = {base_path(run, plan, folder): run for run in todo}
-        for done in [pool.submit(learn_base, run, plan, folder) for run in bases.values()]:
+        bases = {base_path(run, plan, folder): run for run in todo if run.arm.kind != "joint"}
+        for done in [pool.submit(learn_base, run, plan, path) for path, run in bases.items()]:
             done.result()
         pending: set[Future[dict[str, Any]]] = set()
         while todo or pending:
             while todo and len(pending) < jobs and time.monotonic() < deadline:
-                pending.add(pool.submit(execute, todo.pop(0), plan, folder))
+                run = todo.pop(0)
+                paths = base_path(run, plan, folder), run_path(run, plan, folder)
+                pending.add(pool.submit(execute, run, plan, *paths))
             if not pending:
                 break
             finished, pending = wait(pending, return_when=FIRST_COMPLETED)
@@ -465,9 +471,10 @@ def service_path_is_identical(plan: Plan, folder: Path) -> bool:
     """Whether a real service, over HTTP, keeps the exemplars of the first task that `Strips` keeps."""
     seed, budget = plan.seeds[0], plan.budgets[0]
     run, tasks = Run(SELECTED, budget, seed), stream_of(plan, seed)
-    learn_base(run, plan, folder)
+    base = base_path(run, plan, folder)
+    learn_base(run, plan, base)
     learner = learner_of(run, plan, tasks)
-    learner.load_state_dict(torch.load(base_path(run, plan, folder), weights_only=True))
+    learner.load_state_dict(torch.load(base, weights_only=True))
     here = Strips(budget, plan.options)
     task, extractor = tasks.tasks[0], to_onnx(learner.extractor(), tasks.shape)
     with (

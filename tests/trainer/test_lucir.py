@@ -12,10 +12,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from engram import strip
 from engram_trainer import datasets, evaluation, stream
 from engram_trainer.datasets import Dataset
-from engram_trainer.local_memory import LocalConfig, LocalMemory
+from engram_trainer.local_memory import Kind, LocalConfig, LocalMemory
 from engram_trainer.memory import Memory, NoMemory
+from engram_trainer.methods import lucir
 from engram_trainer.methods.lucir import Config, Lucir, adaptive_weight, imprint, less_forget_loss, margin_ranking_loss
 from engram_trainer.stream import Stream, StreamConfig
 
@@ -178,6 +180,30 @@ def test_a_batch_never_has_a_single_image(digits: Dataset) -> None:
 def test_scenarios_without_new_classes_are_refused(digits: Dataset) -> None:
     with pytest.raises(ValueError, match="permuted tasks bring none"):
         Lucir(stream_of(digits, scenario="permuted"), Config(), network="conv", seed=0)
+
+
+def test_a_round_trip_shows_every_image_as_an_engram_pack_at_one_of_the_qualities_does(digits: Dataset) -> None:
+    images = digits.train_images[:30]
+    coded = lucir.round_trip(images, (10, 90), np.random.default_rng(0))
+    ids = np.zeros(30, np.int64)
+    low, high = (strip.encode(images, ids, quality=quality).decode() for quality in (10, 90))
+    is_low = (coded == low).all(axis=(1, 2, 3))
+    is_high = (coded == high).all(axis=(1, 2, 3))
+    assert (is_low | is_high).all()
+    assert is_low.sum() >= 15
+    assert is_high.sum() >= 15
+
+
+def test_own_images_are_shown_as_jpeg_only_where_exemplars_are_jpeg(digits: Dataset) -> None:
+    tasks = stream_of(digits)
+
+    def first_task(kind: Kind, codec_ratio: float) -> Lucir:
+        learner = learner_of(tasks, codec_ratio=codec_ratio, epochs=1)
+        learner.learn(tasks.tasks[0], LocalMemory(LocalConfig(kind=kind)), ignore)
+        return learner
+
+    assert same(first_task("raw", 0.5), first_task("raw", 0.0))
+    assert not same(first_task("strips", 0.5), first_task("strips", 0.0))
 
 
 def test_replay_beats_chance_and_no_replay(digits: Dataset) -> None:
