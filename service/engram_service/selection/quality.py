@@ -1,8 +1,8 @@
 """This file is the choice of a task's quality: the most exemplars that still span the volume of their originals.
 
 Each class is ranked once (`ranking`). Then every candidate quality is tried for real: as many of each class's ranking
-as fit its share are encoded (`filling`), then decoded as replay decodes them, and the volume that their features span
-is compared with that of the same images before encoding (`volume`); R is 1 where nothing was lost.
+as fit its share are encoded (`filling`), and the volume that images span once encoded, and decoded as replay decodes
+them, is compared with that of their originals (`volume`); R is 1 where nothing was lost.
 
 A candidate passes if |R - 1| < epsilon: blur lowers a volume, noise raises it. The choice is the passing candidate
 that keeps the most exemplars, and of those that keep equally many the highest quality. By the rule `all_higher` every
@@ -85,12 +85,7 @@ def select(
     filler = Filler(images, order, shares, subsampling, progress)
     block = options.block or embedder.block
     if fixed is None:
-        comparison = Comparison(images, order, block, embedder, progress)
-        block = comparison.block
-        trials = [
-            _try(candidate, filler, comparison, options, progress, part=(turn + 1) / (len(candidates) + 1))
-            for turn, candidate in enumerate(candidates)
-        ]
+        trials, block = _compare(candidates, images, order, filler, options, subsampling, embedder, progress)
         chosen, reason = choose(trials, options=options)
         # Filling again costs a fraction of the comparison; keeping every candidate would cost its memory.
         exemplars = filler.fill(chosen.quality)
@@ -153,14 +148,36 @@ def choose(trials: Sequence[Trial], *, options: IngestOptions) -> tuple[Candidat
     return chosen, f"{reason}; at {below[-1].quality} {_ratio(below[-1], options)} is not"
 
 
-def _try(
-    quality: int, filler: Filler, comparison: Comparison, options: IngestOptions, progress: Progress, *, part: float
-) -> Trial:
-    """The measured candidate; its exemplars are gone again. `part` is how much of the comparison is then done."""
-    exemplars = filler.fill(quality)
-    trial = _trial(quality, exemplars, comparison.volumes(exemplars), options, comparison.block)
-    progress.reach(_RANKING_PART + (1 - _RANKING_PART) * part)
-    return trial
+def _compare(
+    candidates: Sequence[int],
+    images: Images,
+    order: Mapping[int, IntArray],
+    filler: Filler,
+    options: IngestOptions,
+    subsampling: Subsampling,
+    embedder: Embedder,
+    progress: Progress,
+) -> tuple[list[Trial], int]:
+    """Every candidate as measured, and the block that it was measured with."""
+    trials: list[Trial] = []
+    comparison: Comparison | None = None
+    for turn, quality in enumerate(candidates):
+        exemplars = filler.fill(quality)
+        if comparison is None:
+            comparison = Comparison(
+                images,
+                order,
+                dict(runs_of(exemplars.class_ids)),
+                block=options.block or embedder.block,
+                subsampling=subsampling,
+                embedder=embedder,
+                progress=progress,
+            )
+        trials.append(_trial(quality, exemplars, comparison.volumes(quality), options, comparison.block))
+        del exemplars  # or the next candidate's would be made beside them
+        progress.reach(_RANKING_PART + (1 - _RANKING_PART) * (turn + 1) / (len(candidates) + 1))
+    assert comparison is not None  # there is a candidate
+    return trials, comparison.block
 
 
 def _trial(

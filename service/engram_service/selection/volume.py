@@ -10,7 +10,8 @@
 A Gram determinant of more than D rows is zero, and cheap exemplars are many: volumes are therefore taken over blocks
 of `block` exemplars (at most D / 2) with interleaved ranks, so that each block is a thinned copy of the class. A class
 with fewer exemplars is one block of its own size n, and its volumes are scaled by block / n. At most `_BLOCKS` blocks
-of a class are evaluated, so the cost does not grow with the number of images of a class.
+of a class are evaluated, so the cost does not grow with the number of images of a class. All candidates are measured
+on the same images.
 
 Source: Wang et al., Memory Replay with Data Compression for Continual Learning (ICLR 2022), section 4.2. The code
 released with it prints mean log volumes and no R: the three definitions and the blocks are this project's.
@@ -28,8 +29,8 @@ from typing import get_args
 import numpy as np
 import numpy.typing as npt
 
-from engram.schemas import Definition
-from engram.strip import Exemplars, runs_of
+from engram.schemas import Definition, Subsampling
+from engram.strip import encode
 from engram_service.selection.embedding import Embedder
 from engram_service.selection.images import Images, Progress, chunks, embed
 
@@ -46,7 +47,6 @@ _SINGULAR = 10 * DELTA
 _BLOCKS = 16
 _BLOCKS_OF_ALL_CLASSES = 256
 _LARGEST_EXPONENT = 700.0  # beyond it R would be infinite, which JSON cannot say
-_CACHED_ROWS = 8192
 
 
 def log_volume(features_BKD: FloatArray) -> tuple[DoubleArray, npt.NDArray[np.bool_]]:
@@ -97,53 +97,56 @@ def ratios(volumes: Sequence[Volumes], block: int) -> dict[Definition, float | N
 
 
 class Comparison:
-    """Measures how far the volume of exemplars is from that of their originals."""
+    """Measures, at any quality, how far the volume of the same images is from that of their originals.
+
+    The images are those that the cheapest candidate keeps: candidates that keep fewer are measured on the same ones, so
+    that R differs between qualities by what coding does and not by which images it was done to.
+    """
 
     def __init__(
-        self, images: Images, order: Mapping[int, IntArray], block: int, embedder: Embedder, progress: Progress
+        self,
+        images: Images,
+        order: Mapping[int, IntArray],
+        kept: Mapping[int, int],
+        *,
+        block: int,
+        subsampling: Subsampling,
+        embedder: Embedder,
+        progress: Progress,
     ) -> None:
         self._images = images
-        self._order = order
+        self._subsampling = subsampling
         self._embedder = embedder
         self._progress = progress
-        self._known: dict[int, FloatArray] = {}
         first = next(iter(order.values()))[:1]
         dimensions = embed(images, first, embedder, progress).shape[1]
         self.block = min(block, dimensions // 2)
-        self._most = max(2, min(_BLOCKS, _BLOCKS_OF_ALL_CLASSES // len(order)))
+        most = max(2, min(_BLOCKS, _BLOCKS_OF_ALL_CLASSES // len(order)))
+        ranks = {class_id: blocks(count, self.block, most) for class_id, count in kept.items()}
+        self._blocks = {class_id: order[class_id][ranks_BK] for class_id, ranks_BK in ranks.items() if ranks_BK.size}
+        self._originals = {
+            class_id: log_volume(embed(images, rows_BK.ravel(), embedder, progress).reshape(*rows_BK.shape, -1))
+            for class_id, rows_BK in self._blocks.items()
+        }
 
-    def volumes(self, exemplars: Exemplars) -> dict[int, Volumes]:
-        """Of each class that has two exemplars or more."""
+    def volumes(self, quality: int) -> dict[int, Volumes]:
+        """Of each class of which two images or more are compared."""
         found: dict[int, Volumes] = {}
-        at = 0
-        for class_id, held in runs_of(exemplars.class_ids):
-            ranks_BK = blocks(held, self.block, self._most)
-            if ranks_BK.size:
-                stored, singular = log_volume(self._stored(exemplars.select(at + ranks_BK.ravel()), ranks_BK.shape))
-                original, as_well = log_volume(self._originals(self._order[class_id][ranks_BK]))
-                scale = self.block / ranks_BK.shape[1]
-                found[class_id] = Volumes(
-                    float(stored.mean()) * scale, float(original.mean()) * scale, bool((singular | as_well).any())
-                )
-            at += held
+        for class_id, rows_BK in self._blocks.items():
+            stored, singular = log_volume(self._stored(rows_BK.ravel(), quality).reshape(*rows_BK.shape, -1))
+            original, as_well = self._originals[class_id]
+            scale = self.block / rows_BK.shape[1]
+            found[class_id] = Volumes(
+                float(stored.mean()) * scale, float(original.mean()) * scale, bool((singular | as_well).any())
+            )
         return found
 
-    def _stored(self, exemplars: Exemplars, shape: tuple[int, ...]) -> FloatArray:
+    def _stored(self, rows: IntArray, quality: int) -> FloatArray:
+        """Features of the images as a draw would bring them back."""
         parts = []
-        for rows in chunks(np.arange(len(exemplars)), self._images.shape):
-            parts.append(self._embedder.embed(exemplars.select(rows).decode()))
+        for chunk in chunks(rows, self._images.shape):
+            pixels = self._images.read(chunk)
+            coded = encode(pixels, np.zeros(len(chunk), np.int64), quality=quality, subsampling=self._subsampling)
+            parts.append(self._embedder.embed(coded.decode()))
             self._progress.pulse()
-        return np.concatenate(parts).reshape(*shape, -1)
-
-    def _originals(self, indices_BK: IntArray) -> FloatArray:
-        """The same pictures come back at most candidates: their rows are kept, up to a bound."""
-        indices = indices_BK.ravel()
-        if len(self._known) + len(indices) > _CACHED_ROWS:
-            self._known.clear()
-        missing = np.array([index for index in indices.tolist() if index not in self._known], dtype=np.int64)
-        if len(missing):
-            self._known.update(
-                zip(missing.tolist(), embed(self._images, missing, self._embedder, self._progress), strict=True)
-            )
-        rows = [self._known[index] for index in indices.tolist()]
-        return np.stack(rows).reshape(*indices_BK.shape, -1)
+        return np.concatenate(parts)
