@@ -15,14 +15,14 @@ import numpy.typing as npt
 from engram.errors import StripCorrupt
 from engram.strip import (
     Bytes,
+    Checked,
     Exemplars,
     Limits,
     Markers,
-    Strip,
     UInt8Array,
     as_images,
+    check,
     decode_strip,
-    parse,
     pixel_buffer,
 )
 
@@ -90,34 +90,38 @@ def decode(body: Bytes, *, limits: Limits | None = None) -> Batch:
     Raises:
         StripCorrupt: something does not match, or the strips hold images of different sizes.
     """
-    strips: list[tuple[int, Strip]] = []
-    markers, at = Markers(body), 0
-    while at < len(body):
-        strip = parse(body, at, limits=limits, markers=markers)
-        strips.append((at, strip))
-        at = strip.end
+    body = bytes(body)
+    markers, limits = Markers(body), limits or Limits()
+    strips: list[Checked] = []
+    starts = [0]
+    while starts[-1] < len(body):
+        strips.append(check(body, starts[-1], markers, limits))
+        starts.append(strips[-1].end)
     if not strips:
         raise StripCorrupt("the draw has no strip in it")
-    form = strips[0][1].exemplars.form
-    for other in {strip.exemplars.form for _, strip in strips}:
+    form = strips[0].form
+    for other in {strip.form for strip in strips}:
         if other.shape != form.shape:
             raise StripCorrupt("the strips of the draw hold images of different sizes")
         # 4:2:0 and 4:4:4 pad to different heights; a buffer has one subsampling, a batch of several would be a mix of
         # two buffers.
         if other.padded_height != form.padded_height:
             raise StripCorrupt("the strips of the draw differ in subsampling")
-    count = sum(len(strip.exemplars) for _, strip in strips)
+    counts = [strip.images for strip in strips]
     image_bytes = form.padded_height * form.width * form.channels
-    flat = pixel_buffer(count * image_bytes)
+    flat = pixel_buffer(sum(counts) * image_bytes)
     done = 0
     view = memoryview(body)
-    for at, strip in strips:
-        n = len(strip.exemplars)
-        decode_strip(view[at : strip.end], form, flat[done * image_bytes : (done + n) * image_bytes])
-        done += n
+    for at, strip in zip(starts, strips, strict=False):
+        end = done + strip.images * image_bytes
+        decode_strip(view[at : strip.end], form, flat[done:end])
+        done = end
+    rows = b"".join(np.arange(s.images).astype(">u4").tobytes() if s.rows is None else s.rows for s in strips)
+    class_ids = [class_id for strip in strips for class_id in strip.class_ids]
+    run_lengths = [length for strip in strips for length in strip.run_lengths]
     return Batch(
-        as_images(flat, form, count),
-        np.concatenate([strip.exemplars.class_ids for _, strip in strips]),
-        np.repeat([-1 if s.task is None else s.task for _, s in strips], [len(s.exemplars) for _, s in strips]),
-        np.concatenate([np.arange(len(s.exemplars)) if s.rows is None else s.rows for _, s in strips]),
+        as_images(flat, form, sum(counts)),
+        np.repeat(np.array(class_ids, np.int64), run_lengths),
+        np.repeat(np.array([-1 if strip.task is None else strip.task for strip in strips], np.int64), counts),
+        np.frombuffer(rows, ">u4").astype(np.int64),
     )
