@@ -49,7 +49,7 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
-from itertools import cycle, islice, pairwise
+from itertools import pairwise
 from operator import eq
 from typing import Literal, NamedTuple
 from zlib import crc32
@@ -83,7 +83,8 @@ _CRC_AT = 2 + 4 + len(SIGNATURE) + 8
 # A strip of 8-row images holds 8,188 of them at most, and each takes at most 14 bytes of header.
 _MAX_APP15 = 2
 _FIXED = struct.Struct(">BBHII")
-_RST = [bytes([0xFF, 0xD0 + i]) for i in range(8)]
+# As often as a strip of the smallest images, padded to 8 rows, can need them.
+_RST = [bytes([0xFF, 0xD0 + i]) for i in range(8)] * 1024
 _RST_CODES = bytes(range(0xD0, 0xD8)) * 8192
 _EOI = b"\xff\xd9"
 _HAS_TASK, _HAS_ROWS = 1, 2
@@ -509,10 +510,11 @@ def runs_of(class_ids: IntArray) -> list[tuple[int, int]]:
 
 def _assemble(exemplars: Exemplars, task: int | None, rows: IntArray | None) -> bytes:
     form, n = exemplars.form, len(exemplars)
+    labels = [number for run in runs_of(exemplars.class_ids) for number in run]
     payload = [
         _FIXED.pack(VERSION, (task is not None) * _HAS_TASK | (rows is not None) * _HAS_ROWS, form.height, n, 0),
         b"" if task is None else task.to_bytes(4, "big"),
-        *(_varint(class_id) + _varint(length) for class_id, length in runs_of(exemplars.class_ids)),
+        bytes(labels) if max(labels) < 0x80 else b"".join(map(_varint, labels)),
         exemplars.checksums.astype(">u4").tobytes(),
         b"" if rows is None else rows.astype(">u4").tobytes(),
     ]
@@ -532,7 +534,7 @@ def _scan(exemplars: Exemplars) -> list[Bytes]:
     n = len(exemplars)
     parts: list[Bytes] = [b""] * (2 * n)
     parts[0::2] = exemplars.segments()
-    parts[1::2] = islice(cycle(_RST), n)
+    parts[1::2] = _RST[:n]
     parts[-1] = _EOI
     return parts
 

@@ -8,11 +8,13 @@ more than the draw. What is not in memory is loaded by a thread.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Coroutine
 from typing import Any
 from urllib.parse import parse_qsl
 
 from anyio.to_thread import run_sync
 from fastapi import APIRouter, Request, Response
+from fastapi.routing import APIRoute
 
 from engram import draw
 from engram.errors import InvalidRequest
@@ -20,7 +22,26 @@ from engram.schemas import MAX_TASK, STRIPS_MEDIA_TYPE, TAR_MEDIA_TYPE
 
 from ..replay import Drawn, Replay, View
 
-router = APIRouter(prefix="/v1/buffers/{buffer}/draw", tags=["replay"])
+
+class PlainRoute(APIRoute):
+    """A route whose function is called with the request and the path's names, and nothing else.
+
+    FastAPI describes it as any other, but finds no dependencies to solve and no answer to convert, which took a tenth
+    of a draw's time.
+    """
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """The function, called directly."""
+        endpoint = self.endpoint
+
+        async def handle(request: Request) -> Response:
+            answer: Response = await endpoint(request, **request.path_params)
+            return answer
+
+        return handle
+
+
+router = APIRouter(prefix="/v1/buffers/{buffer}/draw", tags=["replay"], route_class=PlainRoute)
 
 _INTEGER = re.compile(r"-?[0-9]{1,19}")
 
