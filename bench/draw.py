@@ -2,8 +2,9 @@
 
 A service process is started as a user starts it, and filled through real uploads: 32x32 patches of scikit-learn's two
 photographs at quality 50, ten tasks of ten classes, one buffer of 10 thousand exemplars and one of a million (100
-thousand with --quick). A draw is 256 exemplars, from URL to uint8 arrays. Rates are of `ReplayLoader` with two
-threads; times of single draws are of one thread without prefetching, which alternates between the two buffers.
+thousand with --quick). A draw is 256 exemplars, from URL to uint8 arrays. Rates are of `ReplayLoader`: "inline" is
+`threads=0`, where only the service works ahead and the headline comes from, "2 threads" is the default. Times of
+single draws are of `Client.draw`, which waits for each answer, in turn from the two buffers.
 
 Everything is measured in rounds, and what is compared is measured in the same round; medians over rounds are reported.
 Pillow decodes the exemplars of such draws as stand-alone JPEG files, one by one. CPU times are those of the
@@ -23,6 +24,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -47,6 +49,8 @@ TASKS = 10
 CLASSES_PER_TASK = 10
 SMALL, LARGE, QUICK_LARGE = 10_000, 1_000_000, 100_000
 STRATEGIES: tuple[Strategy, ...] = ("uniform", "class_balanced")
+MODES = {"inline": 0, "2 threads": 2}
+Source = Mirror | tuple[Client, str]
 
 
 @dataclass(frozen=True)
@@ -79,14 +83,14 @@ def main() -> None:
     finish(
         args,
         {
-            "remote_images_per_s": median(r["remote uniform"] for r in rounds),
-            "remote_vs_pillow_decode": median(r["remote uniform"] / r["pillow"] for r in rounds),
-            "mirror_images_per_s": median(r["mirror uniform"] for r in rounds),
+            "remote_images_per_s": median(r["remote uniform inline"] for r in rounds),
+            "remote_vs_pillow_decode": median(r["remote uniform inline"] / r["pillow"] for r in rounds),
+            "mirror_images_per_s": median(r["mirror uniform inline"] for r in rounds),
             "growth_10k_to_1m": growth,
             "growth_is_to_exemplars": plan.large,
             "pillow_images_per_s": median(r["pillow"] for r in rounds),
-            "client_cpu_ms_per_draw": median(r["client cpu ms"] for r in rounds),
-            "service_cpu_ms_per_draw": median(r["service cpu ms"] for r in rounds),
+            "client_cpu_ms_per_draw": median(r["client cpu ms uniform inline"] for r in rounds),
+            "service_cpu_ms_per_draw": median(r["service cpu ms uniform inline"] for r in rounds),
         },
     )
 
@@ -138,16 +142,14 @@ def cut_patches(count: int, seed: int) -> UInt8Array:
 def one_round(client: Client, mirror: Mirror, service: psutil.Process, plan: Plan) -> dict[str, float]:
     """Images per second of everything that is compared, measured one after the other, and CPU milliseconds."""
     found: dict[str, float] = {"pillow": pillow_rate(mirror.snapshot(), plan.rate_s / 2)}
-    for strategy in STRATEGIES:
-        remote = ReplayLoader((client, "small"), SIZE, strategy=strategy)
+    sources: dict[str, Source] = {"remote": (client, "small"), "mirror": mirror}
+    for (name, source), strategy, (mode, threads) in product(sources.items(), STRATEGIES, MODES.items()):
         before, own_before = cpu_s(service), time.process_time()
-        draws, seconds = run(remote, plan.rate_s)
-        if strategy == "uniform":
-            found["service cpu ms"] = 1000 * (cpu_s(service) - before) / draws
-            found["client cpu ms"] = 1000 * (time.process_time() - own_before) / draws
-        found[f"remote {strategy}"] = SIZE * draws / seconds
-        draws, seconds = run(ReplayLoader(mirror, SIZE, strategy=strategy), plan.rate_s)
-        found[f"mirror {strategy}"] = SIZE * draws / seconds
+        draws, seconds = run(ReplayLoader(source, SIZE, strategy=strategy, threads=threads), plan.rate_s)
+        found[f"{name} {strategy} {mode}"] = SIZE * draws / seconds
+        if name == "remote":
+            found[f"service cpu ms {strategy} {mode}"] = 1000 * (cpu_s(service) - before) / draws
+            found[f"client cpu ms {strategy} {mode}"] = 1000 * (time.process_time() - own_before) / draws
     return found
 
 
@@ -187,14 +189,14 @@ def cpu_s(process: psutil.Process) -> float:
 def print_rates(rounds: list[dict[str, float]]) -> None:
     rows = []
     for name in rounds[0]:
-        if not name.endswith("ms"):
+        if "cpu" not in name:
             values = [r[name] for r in rounds]
             per_pillow = median(r[name] / r["pillow"] for r in rounds)
             rows.append((name, median(values), median(values) / SIZE, min(values), max(values), per_pillow))
-    columns = ("source and strategy", "images/s", "draws/s", "least", "most", "times Pillow")
+    columns = ("source, strategy, loader", "images/s", "draws/s", "least", "most", "times Pillow")
     print_table(f"One client, 10 thousand exemplars, {SIZE} of {SIDE}x{SIDE} a draw", columns, rows)
-    cpu = [(f"{who} CPU ms per draw", median(r[f"{who} cpu ms"] for r in rounds)) for who in ("client", "service")]
-    print_table("Where the time of a remote draw goes", ("process", "ms"), cpu)
+    cpu = [(name, median(r[name] for r in rounds)) for name in rounds[0] if "cpu" in name]
+    print_table("CPU of a remote draw", ("process, strategy, loader", "ms"), cpu)
 
 
 def growths(client: Client, mirrors: dict[str, Mirror], plan: Plan) -> float:
@@ -248,7 +250,7 @@ def four_clients(url: str, folder: Path, plan: Plan) -> dict[str, float]:
 def one_of_four(url: str, source: str, folder: Path, seconds: float, start: Any, answers: Any) -> None:
     with Client(url) as client:
         mirror = Mirror(client, "small", folder / "small") if source == "mirror" else None
-        loader = ReplayLoader(mirror or (client, "small"), SIZE)
+        loader = ReplayLoader(mirror or (client, "small"), SIZE, threads=0)
         next(loader)
         start.wait()
         draws, took = run(loader, seconds)

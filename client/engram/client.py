@@ -27,6 +27,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, Final, Self
 from urllib.parse import quote, urlencode, urlsplit
@@ -71,7 +72,7 @@ from engram.schemas import (
     Subsampling,
     Task,
 )
-from engram.transport import SHORT, Transport
+from engram.transport import SHORT, Started, Transport
 
 DEFAULT_URL: Final = "http://127.0.0.1:8077"
 
@@ -452,6 +453,34 @@ class Client:
             Conflict: the buffer is empty, or has nothing but the excluded tasks.
             InvalidRequest: `size` is 0 or above the service's limit, or `rank` is not in the world.
         """
+        return self.ask(
+            buffer,
+            size,
+            seed=seed,
+            step=step,
+            strategy=strategy,
+            tasks=tasks,
+            exclude_tasks=exclude_tasks,
+            rank=rank,
+            world_size=world_size,
+            generation=generation,
+        ).finish()
+
+    def ask(
+        self,
+        buffer: str,
+        size: int,
+        *,
+        seed: int = 0,
+        step: int = 0,
+        strategy: Strategy = "uniform",
+        tasks: Sequence[int] | None = None,
+        exclude_tasks: Sequence[int] = (),
+        rank: int = 0,
+        world_size: int = 1,
+        generation: int | None = None,
+    ) -> Asked:
+        """As `draw`, but only the question; `finish` of what is returned fetches and decodes the answer."""
         # Every value is an integer or one of the strategies, so nothing needs quoting but a caller's mistake.
         query = (
             f"size={size:d}&seed={seed:d}&step={step:d}&strategy={quote(strategy)}"
@@ -463,8 +492,10 @@ class Client:
             query += f"&exclude_tasks={','.join(map(str, exclude_tasks))}"
         if generation is not None:
             query += f"&generation={generation:d}"
-        body = self._send("GET", f"{_buffer_path(buffer)}/draw?{query}", short=True)
-        return batch.decode(body) if body else batch.empty()
+        path = f"{_buffer_path(buffer)}/draw?{query}"
+        if not isinstance(self._transport, Transport):
+            return Asked(self, path, None)
+        return Asked(self, path, self._transport.start(self._request("GET", self.url + path, short=True)))
 
     def manifest(self, buffer: str, *, generation: int | None = None) -> Manifest:
         """The packs of a generation (None: the newest).
@@ -537,7 +568,8 @@ class Client:
         query = "" if generation is None else f"?generation={generation}"
         url = f"{self.url}{_buffer_path(buffer)}/export{query}"
         size = 0
-        with self._translated(url), self._exchange(self._request("GET", url)) as response:
+        ask = partial(self._transport.handle_request, self._request("GET", url))
+        with self._translated(url), self._exchange(ask) as response:
             _raise_for_problem(response, url)
             for chunk in response.iter_bytes():
                 size += stream.write(chunk)
@@ -583,7 +615,7 @@ class Client:
         body: _Body | None = None,
         retry: bool | None = None,
         wait_s: float = 0.0,
-        short: bool = False,
+        started: Started | None = None,
     ) -> bytes:
         """The body of a successful answer; empty for 204 and 304. `retry` None retries reads only."""
         url = self.url + path
@@ -591,8 +623,12 @@ class Client:
         attempt = 0
         while True:
             try:
-                request = self._request(method, url, headers, body, wait_s, short)
-                with self._translated(url), self._exchange(request) as response:
+                if started is None:
+                    request = self._request(method, url, headers, body, wait_s)
+                    answer: Callable[[], httpx.Response] = partial(self._transport.handle_request, request)
+                else:
+                    answer, started = started.finish, None
+                with self._translated(url), self._exchange(answer) as response:
                     content = response.read()
                     if response.status_code < 300 or response.status_code == 304:
                         return content
@@ -629,8 +665,8 @@ class Client:
         return httpx.Request(method, url, headers=own, content=body.content(), extensions=extensions)
 
     @contextmanager
-    def _exchange(self, request: httpx.Request) -> Iterator[httpx.Response]:
-        response = self._transport.handle_request(request)
+    def _exchange(self, answer: Callable[[], httpx.Response]) -> Iterator[httpx.Response]:
+        response = answer()
         try:
             yield response
         finally:
@@ -650,6 +686,29 @@ class Client:
             raise Unavailable(f"{url} did not answer in time ({type(error).__name__}); try again later") from error
         except httpx.TransportError as error:
             raise Unavailable(f"the connection to {url} broke ({type(error).__name__}: {error}); try again") from error
+
+
+class Asked:
+    """A draw under way. Exactly one of `finish` and `abandon` must be called."""
+
+    def __init__(self, client: Client, path: str, started: Started | None) -> None:
+        self._client = client
+        self._path = path
+        self._started = started
+
+    def finish(self) -> Batch:
+        """The minibatch; what goes wrong on the way is tried again, as in every read.
+
+        Raises:
+            EngramError: as `Client.draw`.
+        """
+        body = self._client._send("GET", self._path, started=self._started)
+        return batch.decode(body) if body else batch.empty()
+
+    def abandon(self) -> None:
+        """Nobody wants it any more."""
+        if self._started is not None:
+            self._started.abandon()
 
 
 def _raise_for_problem(response: httpx.Response, url: str) -> None:

@@ -5,6 +5,9 @@ quarter of that for one request, all of it under Python's lock. This transport t
 a draw needs: no body in the request, `Content-Length` in the answer, no TLS. Whatever else turns up (a proxy that
 answers in chunks, say) is asked for again through httpx, which is harmless because draws change nothing.
 
+A request can be started before its answer is wanted. So one thread keeps service and decoder at work at the same time,
+which several threads do worse: they spend as long handing Python's lock to each other as decoding.
+
 It raises httpx's exceptions, so the client does not notice the difference.
 """
 
@@ -14,6 +17,8 @@ import re
 import socket
 import time
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Final
 
 import httpx
@@ -46,10 +51,35 @@ class Transport(httpx.BaseTransport):
         Raises:
             httpx.TransportError: no connection, no answer in time, or an answer that breaks off.
         """
+        return self.start(request).finish()
+
+    def start(self, request: httpx.Request) -> Started:
+        """Send a request now, to fetch its answer later; what goes wrong is raised then."""
+        if SHORT not in request.extensions or request.url.scheme != "http":
+            return Started(self, request, None)
+        connection = self._take(request)
+        if connection is not None:
+            try:
+                connection.send(request)
+            except httpx.TransportError:
+                connection.close()
+                connection = None
+        return Started(self, request, connection)
+
+    def finish(self, request: httpx.Request, connection: _Connection | None) -> httpx.Response:
+        """The answer to a request that was sent on this connection, or was not sent yet."""
         if SHORT not in request.extensions or request.url.scheme != "http":
             return self._general.handle_request(request)
         try:
-            return self._get(request)
+            if connection is not None:
+                try:
+                    return self._receive(connection, request)
+                except httpx.RemoteProtocolError:
+                    # It was closed while it was idle: nothing is wrong with the service yet.
+                    pass
+            connection = _Connection(request)
+            connection.send(request)
+            return self._receive(connection, request)
         except _Unsupported:
             return self._general.handle_request(request)
 
@@ -58,16 +88,6 @@ class Transport(httpx.BaseTransport):
         while self._idle:
             self._idle.pop().close()
         self._general.close()
-
-    def _get(self, request: httpx.Request) -> httpx.Response:
-        connection = self._take(request)
-        if connection is not None:
-            try:
-                return self._exchange(connection, request)
-            except httpx.RemoteProtocolError:
-                # It was closed while it was idle: nothing is wrong with the service yet.
-                pass
-        return self._exchange(_Connection(request), request)
 
     def _take(self, request: httpx.Request) -> _Connection | None:
         now = time.monotonic()
@@ -81,9 +101,9 @@ class Transport(httpx.BaseTransport):
             connection.close()
         return None
 
-    def _exchange(self, connection: _Connection, request: httpx.Request) -> httpx.Response:
+    def _receive(self, connection: _Connection, request: httpx.Request) -> httpx.Response:
         try:
-            response, may_live = connection.exchange(request)
+            response, may_live = connection.receive(request)
         except BaseException:
             connection.close()
             raise
@@ -93,6 +113,28 @@ class Transport(httpx.BaseTransport):
         else:
             connection.close()
         return response
+
+
+class Started:
+    """A request under way. Exactly one of `finish` and `abandon` must be called."""
+
+    def __init__(self, transport: Transport, request: httpx.Request, connection: _Connection | None) -> None:
+        self._transport = transport
+        self._request = request
+        self._connection = connection
+
+    def finish(self) -> httpx.Response:
+        """The answer.
+
+        Raises:
+            httpx.TransportError: no connection, no answer in time, or an answer that breaks off.
+        """
+        return self._transport.finish(self._request, self._connection)
+
+    def abandon(self) -> None:
+        """Nobody wants the answer."""
+        if self._connection is not None:
+            self._connection.close()
 
 
 class _Connection:
@@ -113,17 +155,14 @@ class _Connection:
     def close(self) -> None:
         self._socket.close()
 
-    def exchange(self, request: httpx.Request) -> tuple[httpx.Response, bool]:
-        """The answer, and whether the connection can be used again."""
-        try:
+    def send(self, request: httpx.Request) -> None:
+        with _translated(request):
             self._socket.sendall(_head_of(request))
+
+    def receive(self, request: httpx.Request) -> tuple[httpx.Response, bool]:
+        """The answer, and whether the connection can be used again."""
+        with _translated(request):
             return self._answer(request)
-        except TimeoutError as error:
-            raise httpx.ReadTimeout(str(error), request=request) from error
-        except ConnectionError as error:
-            raise httpx.RemoteProtocolError(f"the connection was closed: {error}", request=request) from error
-        except OSError as error:
-            raise httpx.ReadError(str(error), request=request) from error
 
     def _answer(self, request: httpx.Request) -> tuple[httpx.Response, bool]:
         received = self._socket.recv(_MOST_HEAD_BYTES)
@@ -156,6 +195,19 @@ class _Connection:
         if missing < 0:
             raise httpx.RemoteProtocolError("more bytes than the answer has", request=request)
         return b"".join(parts)
+
+
+@contextmanager
+def _translated(request: httpx.Request) -> Iterator[None]:
+    """A socket's exceptions become httpx's."""
+    try:
+        yield
+    except TimeoutError as error:
+        raise httpx.ReadTimeout(str(error), request=request) from error
+    except ConnectionError as error:
+        raise httpx.RemoteProtocolError(f"the connection was closed: {error}", request=request) from error
+    except OSError as error:
+        raise httpx.ReadError(str(error), request=request) from error
 
 
 def _address(request: httpx.Request) -> tuple[str, int]:

@@ -27,8 +27,9 @@ def replay_threads() -> list[threading.Thread]:
     return [thread for thread in threading.enumerate() if thread.name.startswith("engram-replay")]
 
 
-def test_batches_come_in_the_order_of_their_steps(filled: Filled, source: Source) -> None:
-    loader = ReplayLoader(source, 8, seed=3, start_step=5, steps=30, prefetch=7, threads=5)
+@pytest.mark.parametrize(("prefetch", "threads"), [(7, 5), (1, 1), (4, 1), (4, 0), (1, 0)])
+def test_batches_come_in_the_order_of_their_steps(filled: Filled, source: Source, prefetch: int, threads: int) -> None:
+    loader = ReplayLoader(source, 8, seed=3, start_step=5, steps=30, prefetch=prefetch, threads=threads)
     batches = list(loader)
     assert len(batches) == 30
     for step, batch in enumerate(batches, start=5):
@@ -59,9 +60,10 @@ def test_all_arguments_reach_the_draw(filled: Filled, source: Source) -> None:
     assert [rows(batch) for batch in loader] == [rows(batch) for batch in expected]
 
 
-def test_leaving_a_loop_ends_the_threads_and_loses_no_step(source: Source) -> None:
+@pytest.mark.parametrize("threads", [0, 2])
+def test_leaving_a_loop_ends_the_threads_and_loses_no_step(source: Source, threads: int) -> None:
     whole = [rows(batch) for batch in ReplayLoader(source, 4, steps=10)]
-    loader = ReplayLoader(source, 4, steps=10)
+    loader = ReplayLoader(source, 4, steps=10, threads=threads)
     found = []
     for batch in loader:
         found.append(rows(batch))
@@ -94,11 +96,12 @@ def test_no_thread_starts_before_the_first_batch_is_asked_for(source: Source) ->
     loader.close()
 
 
-def test_an_error_surfaces_at_its_step_and_the_loader_can_go_on(filled: Filled, connect: Make) -> None:
+@pytest.mark.parametrize("threads", [0, 1])
+def test_an_error_surfaces_at_its_step_and_the_loader_can_go_on(filled: Filled, connect: Make, threads: int) -> None:
     whole = [rows(batch) for batch in ReplayLoader((filled.client, filled.name), 4, steps=4)]
     # One request tells the generation, two draw; the third draw fails.
     with faulty(filled.client.url, None, None, None, "busy") as proxy:
-        loader = ReplayLoader((connect(proxy.url, retries=0), filled.name), 4, steps=4, threads=1, prefetch=1)
+        loader = ReplayLoader((connect(proxy.url, retries=0), filled.name), 4, steps=4, threads=threads, prefetch=1)
         found = [rows(next(loader)), rows(next(loader))]
         with pytest.raises(engram.Unavailable):
             next(loader)
