@@ -235,10 +235,11 @@ def _print_decision(decision: Decision) -> None:
     )
     table = Table(box=None)
     definitions = get_args(Definition)
-    for heading in ("quality", "N", "bytes", *(f"R {name}" for name in definitions), "passes", ""):
+    for heading in ("quality", "N", "bytes", *(f"R {name}" for name in definitions), "R of pixels", "passes", ""):
         table.add_column(heading, justify="right")
     for candidate in decision.candidates:
         ratios = [candidate.ratio.get(name) for name in definitions]
+        ratios.append((candidate.pixel_ratio or {}).get(decision.definition))
         table.add_row(
             str(candidate.quality),
             f"{candidate.exemplars:,}",

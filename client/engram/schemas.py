@@ -90,20 +90,25 @@ class Candidate(Model):
     """One candidate quality of a decision: how many exemplars fit and what their volume says.
 
     `ratio` holds R under each definition, None where no class had a block; `gaps` is the mean log-volume gap of each
-    class; a class in `singular_classes` had a block whose Gram matrix was numerically singular.
+    class; a class in `singular_classes` had a block whose Gram matrix was numerically singular. Where an extractor was
+    used, `pixel_ratio` is R under the built-in embedding, and a candidate passes only if both are near 1; else None.
     """
 
     quality: int
     exemplars: int
     bytes: int
     ratio: dict[Definition, float | None]
+    pixel_ratio: dict[Definition, float | None] | None = None
     passes: bool
     gaps: dict[int, float]
     singular_classes: list[int]
 
 
 class Decision(Model):
-    """What quality selection found for a task, for every candidate, and why it chose as it did."""
+    """What quality selection found for a task, for every candidate, and why it chose as it did.
+
+    `block` is how many exemplars each volume spans; `pixel_block` likewise for `Candidate.pixel_ratio`.
+    """
 
     quality: int
     reason: str
@@ -111,6 +116,7 @@ class Decision(Model):
     rule: Rule
     epsilon: float
     block: int
+    pixel_block: int | None = None
     delta: float
     ranking: Ranking
     embedder: str
