@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 from pathlib import Path
@@ -9,11 +10,15 @@ from typing import Any
 
 import pytest
 from PIL import Image
+from rich.console import Console
 from typer.testing import CliRunner, Result
 
 from engram_trainer import demo
 from engram_trainer.__main__ import app, parse_options, parse_quality
+from engram_trainer.datasets import load
 from engram_trainer.methods import METHODS
+from engram_trainer.progress import Bars
+from engram_trainer.stream import StreamConfig, build
 
 TINY = ["--data", "digits", "--tasks", "2", "--train-per-class", "10", "--test-per-class", "5", "--network", "mlp"]
 
@@ -123,3 +128,18 @@ def test_a_second_demo_goes_into_a_folder_of_its_own(tmp_path: Path) -> None:
     (tmp_path / "demo").mkdir()
     (tmp_path / "demo-2").mkdir()
     assert demo._free_folder(tmp_path / "demo") == tmp_path / "demo-3"
+
+
+def test_on_a_terminal_a_bar_shows_the_phase_at_hand() -> None:
+    stream = build(load("digits").first(train=4, test=2), StreamConfig(tasks=2))
+    screen = io.StringIO()
+    console = Console(file=screen, force_terminal=True, width=100, color_system=None, _environ={})
+    with Bars(console, label="raw ") as bars:
+        bars.task(stream.tasks[1], stream)
+        bars.phase("learn", 1, 8, note="loss 0.500")
+        bars.phase("learn", 8, 8, note="loss 0.250")
+        bars.phase("remember", 3, 40, note="encoding")
+        bars._progress.refresh()
+    assert "raw task 2/2 storing" in screen.getvalue()
+    assert "3/40" in screen.getvalue()
+    assert "encoding" in screen.getvalue()

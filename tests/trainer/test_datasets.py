@@ -184,15 +184,22 @@ def hub_splits(dataset: Dataset, *, image: str, label: str) -> object:
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize(("image", "label"), [("img", "fine_label"), ("picture", "kind")])
 @pytest.mark.parametrize("kind", ["saved", "parquet"])
-def test_a_local_hugging_face_data_set_is_read(tmp_path: Path, image: str, label: str, kind: str) -> None:
+def test_a_local_hugging_face_data_set_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, image: str, label: str, kind: str
+) -> None:
+    import datasets
+
+    # Parquet files are converted into a cache, which is not to be the developer's own.
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     expected = tiny()
     splits = hub_splits(expected, image=image, label=label)
     if kind == "saved":
-        splits.save_to_disk(str(tmp_path))  # type: ignore[attr-defined]
+        splits.save_to_disk(str(tmp_path / "set"))  # type: ignore[attr-defined]
     else:
+        (tmp_path / "set").mkdir()
         for split in ("train", "test"):
-            splits[split].to_parquet(str(tmp_path / f"{split}-00000-of-00001.parquet"))  # type: ignore[index]
-    found = load(str(tmp_path))
+            splits[split].to_parquet(str(tmp_path / "set" / f"{split}-00000-of-00001.parquet"))  # type: ignore[index]
+    found = load(str(tmp_path / "set"))
     np.testing.assert_array_equal(found.train_images, expected.train_images)
     np.testing.assert_array_equal(found.train_class_ids, expected.train_class_ids)
     np.testing.assert_array_equal(found.test_images, expected.test_images)

@@ -259,10 +259,20 @@ def test_a_new_run_refuses_a_buffer_that_holds_another_ones_exemplars(service: S
         loop.run(short, tmp_path / "second")
 
 
-def test_without_a_service_the_run_says_so_before_it_trains(tmp_path: Path) -> None:
-    memory = MemoryConfig(kind="service", url="http://127.0.0.1:9")
+def test_without_a_service_the_run_says_so_before_it_trains_and_can_be_started_again(
+    service: ServiceProcess, tmp_path: Path
+) -> None:
+    config = replace(SMALL, stream=replace(SMALL.stream, tasks=1), options={"epochs": 1})
+    memory = MemoryConfig(kind="service", url="http://127.0.0.1:9", quality=50, budget_bytes=20_000)
     with pytest.raises(Unavailable):
-        loop.run(replace(SMALL, memory=memory), tmp_path / "run")
+        loop.run(replace(config, memory=memory), tmp_path / "run")
+    # The service is there now, under an address of its own: nothing was learned, so there is nothing to resume.
+    report = loop.run(replace(config, memory=replace(memory, url=service.url)), tmp_path / "run")
+    assert len(report.matrix) == 1
+    with pytest.raises(Conflict, match="already holds run"):
+        loop.run(replace(config, memory=replace(memory, url=service.url)), tmp_path / "run")
+    moved = replace(memory, url=service.url.replace("127.0.0.1", "localhost"))
+    assert loop.run(replace(config, memory=moved), tmp_path / "run", resume=True).run == report.run
 
 
 def test_a_device_that_is_not_there_is_named(tmp_path: Path) -> None:

@@ -210,23 +210,34 @@ def _check_device(name: str) -> None:
 
 
 def _identify(config: RunConfig, folder: Path, *, resume: bool) -> str:
-    """The id of the run in a folder: a new one, or with `resume` the one that is there."""
-    path = folder / "run.json"
-    now = config.to_json()
+    """The id of the run in a folder: a new one, or that of the run to go on with.
+
+    A run without a checkpoint has nothing to lose, so it may be started again, and with another configuration.
+    """
+    path, now = folder / "run.json", config.to_json()
     if path.is_file():
         found = json.loads(path.read_text())
-        if not resume:
-            raise Conflict(f"{folder} already holds run {found['run']}; resume it, or choose another folder")
         changed = differences(found["config"], now)
-        if changed:
-            raise Conflict(f"the run in {folder} cannot go on with another configuration: {'; '.join(changed)}")
-        return str(found["run"])
-    if folder.is_dir() and any(folder.iterdir()):
+        # A service may come back under another address.
+        changed = [change for change in changed if not change.startswith("memory.url:")]
+        if not changed and (resume or not _has_checkpoint(folder)):
+            return str(found["run"])
+        if _has_checkpoint(folder):
+            raise Conflict(
+                f"the run in {folder} cannot go on with another configuration: {'; '.join(changed)}"
+                if resume
+                else f"{folder} already holds run {found['run']}; resume it, or choose another folder"
+            )
+    elif folder.is_dir() and any(folder.iterdir()):
         raise Conflict(f"{folder} holds other files; choose a new folder for the run")
     folder.mkdir(parents=True, exist_ok=True)
     identity = uuid.uuid4().hex[:12]
     write_durably(path, (json.dumps({"run": identity, "config": now}, indent=1) + "\n").encode())
     return identity
+
+
+def _has_checkpoint(folder: Path) -> bool:
+    return (folder / "checkpoint.pt").is_file()
 
 
 @contextmanager
