@@ -24,10 +24,9 @@ import random
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
-from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, Final, Self
 from urllib.parse import quote, urlencode, urlsplit
@@ -72,7 +71,7 @@ from engram.schemas import (
     Subsampling,
     Task,
 )
-from engram.transport import SHORT, Started, Transport
+from engram.transport import KEEPALIVE_S, Connections, Started, Unsupported
 
 DEFAULT_URL: Final = "http://127.0.0.1:8077"
 
@@ -150,7 +149,18 @@ class Client:
             "write": write_timeout_s,
         }
         self._retries = retries
-        self._transport = transport or Transport()
+        # Draws take the short way where nothing lies between: no TLS, no transport of the caller's own.
+        self._connections = None
+        if transport is None and parts.scheme == "http":
+            self._connections = Connections(
+                parts.hostname, parts.port or 80, connect_timeout_s=connect_timeout_s, read_timeout_s=read_timeout_s
+            )
+        fields = "".join(f"\r\n{name}: {value}" for name, value in self._headers)
+        self._short_start = f"GET {quote(parts.path)}".encode("ascii")
+        self._short_head = f" HTTP/1.1{fields}\r\n\r\n".encode("ascii")
+        self._transport = transport or httpx.HTTPTransport(
+            limits=httpx.Limits(max_connections=None, max_keepalive_connections=32, keepalive_expiry=KEEPALIVE_S)
+        )
         # Its own generator: a program that seeds the global one must not see its draws change with the network.
         self._random = random.Random()
 
@@ -162,6 +172,8 @@ class Client:
 
     def close(self) -> None:
         """Close all connections; the client cannot be used afterwards."""
+        if self._connections is not None:
+            self._connections.close()
         self._transport.close()
 
     # Buffers and tasks
@@ -493,9 +505,9 @@ class Client:
         if generation is not None:
             query += f"&generation={generation:d}"
         path = f"{_buffer_path(buffer)}/draw?{query}"
-        if not isinstance(self._transport, Transport):
+        if self._connections is None:
             return Asked(self, path, None)
-        return Asked(self, path, self._transport.start(self._request("GET", self.url + path, short=True)))
+        return Asked(self, path, self._connections.start(self._short_start + path.encode("ascii") + self._short_head))
 
     def manifest(self, buffer: str, *, generation: int | None = None) -> Manifest:
         """The packs of a generation (None: the newest).
@@ -568,8 +580,7 @@ class Client:
         query = "" if generation is None else f"?generation={generation}"
         url = f"{self.url}{_buffer_path(buffer)}/export{query}"
         size = 0
-        ask = partial(self._transport.handle_request, self._request("GET", url))
-        with self._translated(url), self._exchange(ask) as response:
+        with self._translated(url), self._exchange(self._request("GET", url)) as response:
             _raise_for_problem(response, url)
             for chunk in response.iter_bytes():
                 size += stream.write(chunk)
@@ -623,12 +634,12 @@ class Client:
         attempt = 0
         while True:
             try:
-                if started is None:
-                    request = self._request(method, url, headers, body, wait_s)
-                    answer: Callable[[], httpx.Response] = partial(self._transport.handle_request, request)
-                else:
-                    answer, started = started.finish, None
-                with self._translated(url), self._exchange(answer) as response:
+                if started is not None:
+                    under_way, started = started, None
+                    with suppress(Unsupported):
+                        return self._short_answer(under_way, url)
+                request = self._request(method, url, headers, body, wait_s)
+                with self._translated(url), self._exchange(request) as response:
                     content = response.read()
                     if response.status_code < 300 or response.status_code == 304:
                         return content
@@ -640,6 +651,13 @@ class Client:
                     raise
             attempt += 1
             time.sleep(pause_s)
+
+    def _short_answer(self, started: Started, url: str) -> bytes:
+        with self._translated(url):
+            status, headers, body = started.finish()
+        if status != 200:
+            _raise_for_problem(httpx.Response(status, headers=headers, content=body), url)
+        return body
 
     def _pause_s(self, attempt: int, error: EngramError) -> float:
         """How long to wait before trying again: what the service asked for, or longer each time, never in step."""
@@ -654,19 +672,17 @@ class Client:
         headers: Sequence[tuple[str, str]] = (),
         body: _Body | None = None,
         wait_s: float = 0.0,
-        short: bool = False,
     ) -> httpx.Request:
         timeouts = self._timeouts | {"read": self._timeouts["read"] + wait_s} if wait_s else self._timeouts
-        extensions: dict[str, Any] = {"timeout": timeouts, SHORT: True} if short else {"timeout": timeouts}
         own = self._headers if not headers else [*self._headers, *headers]
         if body is None:
-            return httpx.Request(method, url, headers=own, extensions=extensions)
+            return httpx.Request(method, url, headers=own, extensions={"timeout": timeouts})
         own = [*own, ("Content-Type", body.media_type)]
-        return httpx.Request(method, url, headers=own, content=body.content(), extensions=extensions)
+        return httpx.Request(method, url, headers=own, content=body.content(), extensions={"timeout": timeouts})
 
     @contextmanager
-    def _exchange(self, answer: Callable[[], httpx.Response]) -> Iterator[httpx.Response]:
-        response = answer()
+    def _exchange(self, request: httpx.Request) -> Iterator[httpx.Response]:
+        response = self._transport.handle_request(request)
         try:
             yield response
         finally:

@@ -3,18 +3,16 @@
 import socket
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import httpx
 import pytest
 
-from engram.transport import SHORT, Transport
-
-TIMEOUTS = {"connect": 2.0, "read": 0.5, "write": 2.0, "pool": 2.0}
+from engram.transport import Connections, Unsupported
 
 
 @contextmanager
-def server(*answers: bytes) -> Iterator[tuple[str, list[int]]]:
+def server(*answers: bytes) -> Iterator[tuple[int, list[int]]]:
     """Gives one answer per request; an answer that ends in `<close>` ends its connection. Counts the connections."""
     left = list(answers)
     connections: list[int] = []
@@ -24,7 +22,7 @@ def server(*answers: bytes) -> Iterator[tuple[str, list[int]]]:
         while left:
             peer, _ = listener.accept()
             connections.append(peer.fileno())
-            with peer:
+            with peer, suppress(ConnectionError):
                 while left and peer.recv(65536):
                     answer = left.pop(0)
                     peer.sendall(answer.removesuffix(b"<close>"))
@@ -34,7 +32,7 @@ def server(*answers: bytes) -> Iterator[tuple[str, list[int]]]:
     thread = threading.Thread(target=serve)
     thread.start()
     try:
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}/draw?size=1", connections
+        yield listener.getsockname()[1], connections
     finally:
         if left:
             left.clear()
@@ -47,50 +45,50 @@ def answer(body: bytes, *fields: bytes) -> bytes:
     return b"\r\n".join([b"HTTP/1.1 200 OK", b"Content-Length: %d" % len(body), *fields, b"", body])
 
 
-@pytest.fixture
-def transport() -> Iterator[Transport]:
-    found = Transport()
-    yield found
-    found.close()
+HEAD = b"GET /draw?size=1 HTTP/1.1\r\nHost: x\r\n\r\n"
 
 
-def get(transport: Transport, url: str) -> bytes:
-    extensions = {"timeout": TIMEOUTS, SHORT: True}
-    response = transport.handle_request(httpx.Request("GET", url, extensions=extensions))
+@contextmanager
+def connected(port: int) -> Iterator[Connections]:
+    found = Connections("127.0.0.1", port, connect_timeout_s=2.0, read_timeout_s=0.5)
     try:
-        return response.read()
+        yield found
     finally:
-        response.close()
+        found.close()
 
 
-def test_requests_share_a_connection(transport: Transport) -> None:
-    with server(answer(b"one"), answer(b"", b"X: y"), answer(bytes(300_000))) as (url, connections):
-        assert [get(transport, url), get(transport, url), get(transport, url)] == [b"one", b"", bytes(300_000)]
-        assert len(connections) == 1
+def test_requests_share_a_connection() -> None:
+    with server(answer(b"one"), answer(b"", b"X: y"), answer(bytes(300_000))) as (port, made), connected(port) as to:
+        assert [to.start(HEAD).finish().body for _ in range(3)] == [b"one", b"", bytes(300_000)]
+        assert len(made) == 1
 
 
-def test_the_answer_has_its_status_and_headers(transport: Transport) -> None:
-    with server(answer(b"{}", b"Content-Type: application/problem+json").replace(b"200 OK", b"404 Not Found")) as (
-        url,
-        _,
-    ):
-        extensions = {"timeout": TIMEOUTS, SHORT: True}
-        response = transport.handle_request(httpx.Request("GET", url, extensions=extensions))
-    assert (response.status_code, response.headers["content-type"]) == (404, "application/problem+json")
+def test_an_answer_has_its_status_and_headers() -> None:
+    problem = answer(b"{}", b"Content-Type: application/problem+json").replace(b"200 OK", b"404 Not Found")
+    with server(problem) as (port, _), connected(port) as to:
+        found = to.start(HEAD).finish()
+    assert (found.status, dict(found.headers)[b"content-type"]) == (404, b"application/problem+json")
 
 
 @pytest.mark.parametrize("farewell", [answer(b"one", b"Connection: close") + b"<close>", answer(b"one") + b"<close>"])
-def test_a_connection_that_was_closed_is_replaced(transport: Transport, farewell: bytes) -> None:
-    with server(farewell, answer(b"two")) as (url, connections):
-        assert [get(transport, url), get(transport, url)] == [b"one", b"two"]
-        assert len(connections) == 2
+def test_a_connection_that_was_closed_is_replaced(farewell: bytes) -> None:
+    with server(farewell, answer(b"two")) as (port, made), connected(port) as to:
+        assert [to.start(HEAD).finish().body for _ in range(2)] == [b"one", b"two"]
+        assert len(made) == 2
 
 
-def test_an_answer_in_chunks_is_asked_for_again_through_httpx(transport: Transport) -> None:
+def test_a_request_is_started_before_its_answer_is_wanted_and_may_be_abandoned() -> None:
+    with server(*[answer(b"any")] * 4) as (port, made), connected(port) as to:
+        to.start(HEAD).finish()
+        to.start(HEAD).abandon()
+        assert to.start(HEAD).finish().body == b"any"
+        assert len(made) == 2
+
+
+def test_an_answer_in_chunks_is_left_to_httpx() -> None:
     chunked = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n3\r\none\r\n0\r\n\r\n"
-    with server(chunked, chunked) as (url, connections):
-        assert get(transport, url) == b"one"
-        assert len(connections) == 2
+    with server(chunked) as (port, _), connected(port) as to, pytest.raises(Unsupported):
+        to.start(HEAD).finish()
 
 
 @pytest.mark.parametrize(
@@ -104,13 +102,11 @@ def test_an_answer_in_chunks_is_asked_for_again_through_httpx(transport: Transpo
         (b"HTTP/1.1 200 OK\r\nX: " + bytes(70_000), httpx.RemoteProtocolError),
     ],
 )
-def test_an_answer_that_is_wrong_raises_what_httpx_raises(
-    transport: Transport, wrong: bytes, error: type[Exception]
-) -> None:
-    with server(wrong, b"never sent") as (url, _), pytest.raises(error):
-        get(transport, url)
+def test_an_answer_that_is_wrong_raises_what_httpx_raises(wrong: bytes, error: type[Exception]) -> None:
+    with server(wrong, b"never sent") as (port, _), connected(port) as to, pytest.raises(error):
+        to.start(HEAD).finish()
 
 
-def test_no_server_is_a_connection_error(transport: Transport) -> None:
-    with pytest.raises(httpx.ConnectError):
-        get(transport, "http://127.0.0.1:1/")
+def test_no_server_is_a_connection_error() -> None:
+    with connected(1) as to, pytest.raises(httpx.ConnectError):
+        to.start(HEAD).finish()
