@@ -138,7 +138,9 @@ class Client:
         parts = urlsplit(self.url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ValueError(f"{self.url!r} is not the URL of a service, like {DEFAULT_URL}")
-        token = token or os.environ.get("ENGRAM_TOKEN")
+        token = (token or os.environ.get("ENGRAM_TOKEN") or "").strip()
+        if not (token.isascii() and token.isprintable()):
+            raise ValueError("the token must be printable ASCII, as it travels in an HTTP header")
         self._headers = [("Host", parts.netloc.rpartition("@")[2]), ("User-Agent", "engram"), ("Accept", "*/*")]
         if token:
             self._headers.append(("Authorization", f"Bearer {token}"))
@@ -499,9 +501,9 @@ class Client:
             f"&rank={rank:d}&world_size={world_size:d}"
         )
         if tasks is not None:
-            query += f"&tasks={','.join(map(str, tasks))}"
+            query += f"&tasks={','.join(f'{task:d}' for task in tasks)}"
         if exclude_tasks:
-            query += f"&exclude_tasks={','.join(map(str, exclude_tasks))}"
+            query += f"&exclude_tasks={','.join(f'{task:d}' for task in exclude_tasks)}"
         if generation is not None:
             query += f"&generation={generation:d}"
         path = f"{_buffer_path(buffer)}/draw?{query}"

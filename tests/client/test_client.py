@@ -400,6 +400,11 @@ def test_the_environment_names_the_service_and_the_token(
         assert client.buffers() == []
 
 
+def test_a_token_that_would_break_the_header_is_refused_at_once() -> None:
+    with pytest.raises(ValueError, match="token"):
+        Client(token="a\r\nb")
+
+
 @pytest.mark.parametrize("fault", ["busy", "limited", "hang up", "lose the answer", "cut the answer", "gateway"])
 def test_a_read_is_tried_again(filled: Filled, connect: Make, fault: str) -> None:
     with faulty(filled.client.url, fault, fault) as proxy:  # type: ignore[arg-type]
