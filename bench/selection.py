@@ -9,8 +9,9 @@ convolutional network on the same images, in the same run. A grid search is one 
 features. Then, for each candidate, a copy of the network learns the second task while it replays the first one's
 strips at that candidate, in the same bytes; its accuracy on both tasks' test images is what a grid search would have
 seen. The choice agrees if its accuracy is at most a point, or two standard errors of the difference over seeds where
-that is more, below that of the best candidate. Plain replay, one head for all four classes. Fashion-MNIST from
-Debian's package dataset-fashion-mnist, else the sample that ships with the trainer.
+that is more, below that of the best candidate. Plain replay, one head for all four classes; as with LUCIR, half of a
+task's own images are shown as JPEG gives them back. Fashion-MNIST from Debian's package dataset-fashion-mnist, else
+the sample that ships with the trainer.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ from engram_service.selection.quality import Selection, select
 from engram_trainer import datasets, networks
 from engram_trainer.datasets import Dataset
 from engram_trainer.extractor import to_onnx
+from engram_trainer.methods.lucir import round_trip
 
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 SHARE_BYTES = 16_000
@@ -74,7 +76,7 @@ def main() -> None:
     data = datasets.load(str(FASHION_MNIST) if FASHION_MNIST.is_dir() else "sample")
     flat = cost(data, IMAGES_PER_CLASS[:3] if args.quick else IMAGES_PER_CLASS, repeats=1 if args.quick else 3)
     if args.quick:
-        flat |= agreement(data, pairs=2, seeds=2, per_class=400, epochs=4, shares=(4_000,))
+        flat |= agreement(data, pairs=2, seeds=2, per_class=300, epochs=4, shares=(4_000,))
     else:
         flat |= agreement(data, pairs=5, seeds=5, per_class=1_500, epochs=GRID_EPOCHS, shares=(4_000, 16_000))
     finish(args, flat)
@@ -216,33 +218,35 @@ class Learner:
         self.classes = classes
         self.network = networks.build("conv", shape, seed=seed)
         self.head = networks.linear_head(self.network.dimensions, len(classes), seed=seed)
+        self.seed = seed
         self.generator = torch.Generator().manual_seed(seed)
 
     def learn(self, task: Upload, memory: Upload | None, epochs: int) -> None:
         """Half of every batch is replayed once there is something to replay."""
         images, labels = self.tensors(task)
+        coded = round_trip(task.images, CANDIDATE_QUALITIES, np.random.default_rng(self.seed))
+        both = torch.stack([images, self.tensors(Upload(coded, task.class_ids))[0]])
         part = BATCH_SIZE if memory is None else BATCH_SIZE // 2
         steps = epochs * len(images) // part
         parameters = [*self.network.parameters(), *self.head.parameters()]
         optimizer = torch.optim.SGD(parameters, lr=0.05, momentum=0.9, weight_decay=5e-4)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+        if memory is not None:
+            replayed, their_labels = self.tensors(memory)
         self.network.train()
         for _ in range(steps):
-            batch, targets = self.draw(images, labels, part)
+            rows = torch.randint(len(labels), (part,), generator=self.generator)
+            is_coded = torch.randint(2, (part,), generator=self.generator)
+            batch, targets = both[is_coded, rows], labels[rows]
             if memory is not None:
-                replayed, their_targets = self.draw(*self.tensors(memory), BATCH_SIZE - part)
-                batch, targets = torch.cat([batch, replayed]), torch.cat([targets, their_targets])
-            loss = nn.functional.cross_entropy(self.head(self.network(batch)), targets)
+                rows = torch.randint(len(memory.images), (BATCH_SIZE - part,), generator=self.generator)
+                batch, targets = torch.cat([batch, replayed[rows]]), torch.cat([targets, their_labels[rows]])
+            loss = nn.functional.cross_entropy(self.head(self.network(batch.float() / 255)), targets)
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             schedule.step()
         self.network.eval()
-
-    def draw(self, images: torch.Tensor, labels: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """`count` images at random, in 0..1."""
-        rows = torch.randint(len(images), (count,), generator=self.generator)
-        return images[rows].float() / 255, labels[rows]
 
     def tensors(self, upload: Upload) -> tuple[torch.Tensor, torch.Tensor]:
         """Images [N, C, H, W] and the places of their classes."""
