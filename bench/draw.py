@@ -65,7 +65,7 @@ class Plan:
 
 def main() -> None:
     args = parse_args("how many images a second reach a trainer, from the service and from a mirror?")
-    plan = Plan(QUICK_LARGE, 3, 0.7, 60) if args.quick else Plan(LARGE, 7, 3.0, 400)
+    plan = Plan(QUICK_LARGE, 3, 0.4, 60) if args.quick else Plan(LARGE, 7, 3.0, 400)
     with tempfile.TemporaryDirectory() as folder, serving(Path(folder)) as (url, service), Client(url) as client:
         buffers = {"small": SMALL, "large": plan.large}
         for name, count in buffers.items():

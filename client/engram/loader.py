@@ -48,7 +48,7 @@ class ReplayLoader:
         exclude_tasks: never draw from these; the current task, usually.
         rank: this process among `world_size`.
         world_size: how many processes share each step's global batch.
-        prefetch: how many batches may be ready or in the making.
+        prefetch: how many batches may be ready, in the making or asked for.
         threads: how many draw while the caller computes. With 0 the caller's own thread decodes, and only the service
             works ahead: the most images per second where replay is all there is to do.
     """
@@ -222,18 +222,18 @@ class _Mirrored:
 
 
 class _Inline:
-    """Draws in the caller's thread; the next batch is asked for before the first is decoded: the service makes it."""
+    """Draws in the caller's thread; the next ones are asked for before the first is decoded: the service makes them."""
 
     def __init__(self, ask: Callable[[int], Asked], first: int, end: int | None, prefetch: int) -> None:
         self._ask = ask
         self._next = first
         self._end = end
-        self._depth = min(prefetch, _DEPTH)
+        self._prefetch = prefetch
         self._asked: deque[Asked] = deque()
 
     def take(self) -> Batch:
         """The next step's batch."""
-        while len(self._asked) < self._depth and self._next != self._end:
+        while len(self._asked) < self._prefetch and self._next != self._end:
             self._asked.append(self._ask(self._next))
             self._next += 1
         return self._asked.popleft().finish()
