@@ -6,7 +6,7 @@ Fashion-MNIST in 5 tasks of 2 classes, class-incremental, learned by LUCIR. The 
     raw                 pixels, 784 bytes and a class id of 2 bytes each
     files, selected     one JPEG file each, at the quality that selection chooses
     strips, 10 .. 90    Engram's packs at one fixed quality for all tasks
-    strips, selected    Engram's packs at the quality that selection chooses for each task
+    strips, selected    Engram's packs at the quality that selection chooses: the first task decides for the buffer
     joint               training from scratch on all images so far: no memory, the ceiling
 
 Every byte of a memory counts: tables, markers, class ids and checksums. Strips are chosen, encoded and fitted by the
@@ -167,7 +167,8 @@ class Strips:
         seed: int,
     ) -> None:
         """Keep what selection keeps; shares are per class, so that earlier tasks stay as they are."""
-        chosen = select(images_NHWC, class_ids, extractor, self.budget, self.options.model_copy(update={"seed": seed}))
+        options = self.options.model_copy(update={"seed": seed})
+        chosen = select(images_NHWC, class_ids, extractor, self.budget, options, adopt=first_quality(self.decisions))
         self._packs[task], self.decisions[task] = chosen.exemplars, chosen.decision
 
     def everything(self, *, exclude_tasks: tuple[int, ...] = ()) -> Batch:
@@ -213,7 +214,9 @@ class SelectedFiles(LocalMemory):
     ) -> None:
         """Choose the quality, then keep as many files as fit."""
         options = self.options.model_copy(update={"seed": seed})
-        self.decisions[task] = select(images_NHWC, class_ids, extractor, self.config.budget_bytes, options).decision
+        adopt = first_quality(self.decisions)
+        chosen = select(images_NHWC, class_ids, extractor, self.config.budget_bytes, options, adopt=adopt)
+        self.decisions[task] = chosen.decision
         self.config = replace(self.config, quality=self.decisions[task].quality)
         super().add(task, images_NHWC, class_ids, extractor=extractor, embed=embed, seed=seed)
 
@@ -236,8 +239,19 @@ class Uploaded:
         return self.images[indices]
 
 
+def first_quality(decisions: Mapping[int, Decision]) -> int | None:
+    """What the first task chose for the whole buffer, as the service's worker has it."""
+    return next((decision.quality for decision in decisions.values()), None)
+
+
 def select(
-    images_NHWC: Images, class_ids: ClassIds, extractor: bytes | None, budget: int, options: IngestOptions
+    images_NHWC: Images,
+    class_ids: ClassIds,
+    extractor: bytes | None,
+    budget: int,
+    options: IngestOptions,
+    *,
+    adopt: int | None,
 ) -> selection.Selection:
     """The service's selection, extractor process and all, on images of this process."""
     assert extractor is not None
@@ -254,6 +268,7 @@ def select(
                 options=options,
                 subsampling="4:2:0",
                 embedder=embedder,
+                adopt=adopt,
             )
 
 

@@ -134,7 +134,8 @@ class BufferList(Model):
 class IngestOptions(Model):
     """How an upload is ranked and encoded: query parameters of the ingest route, same names.
 
-    `quality` None asks for selection among `candidates`. `extractor` names a registered ONNX model; None uses the
+    `quality` None asks for selection among `candidates`; a buffer's first task decides, later ones adopt its quality
+    and record what they would have chosen. `extractor` names a registered ONNX model; None uses the
     built-in embedding. `block` is the number of exemplars whose volume is compared at once; None takes the one that
     suits the embedding (32 for the built-in one, 16 for an extractor), and a decision states it.
     """
@@ -144,8 +145,8 @@ class IngestOptions(Model):
     ranking: Ranking = "herding"
     extractor: Digest | None = None
     definition: Definition = "raw"
-    rule: Rule = "all_higher"
-    epsilon: Annotated[float, Field(gt=0, le=100)] = 0.5
+    rule: Rule = "any"
+    epsilon: Annotated[float, Field(gt=0, le=100)] = 0.3
     block: Annotated[int, Field(ge=2, le=512)] | None = None
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
 

@@ -58,7 +58,7 @@ def upload(per_class: int = 60, classes: Sequence[int] = (3, 1), **how: Any) -> 
 
 def run(images: Upload, share: int | dict[int, int] = 4000, **how: Any) -> Selection:
     shares = share if isinstance(share, dict) else dict.fromkeys(np.unique(images.class_ids).tolist(), share)
-    kept = how.pop("kept", None)
+    kept, adopt = how.pop("kept", None), how.pop("adopt", None)
     advance: Callable[[int], None] = how.pop("advance", lambda count: None)
     embedder: Embedder = how.pop("embedder", None) or BuiltinEmbedder(images.shape)
     options = IngestOptions(**how)
@@ -69,6 +69,7 @@ def run(images: Upload, share: int | dict[int, int] = 4000, **how: Any) -> Selec
         subsampling="4:2:0",
         embedder=embedder,
         quality=kept,
+        adopt=adopt,
         advance=advance,
     )
 
@@ -415,3 +416,40 @@ def test_memory_does_not_grow_with_the_number_of_images() -> None:
     small, large = peak(4000), peak(40_000)
     assert large < 120 * 2**20
     assert large < small + 16 * 2**20
+
+
+def test_a_later_task_adopts_the_buffers_quality_and_says_what_it_would_have_chosen() -> None:
+    images = upload(40)
+    alone = run(images).decision
+    other = next(candidate.quality for candidate in alone.candidates if candidate.quality != alone.quality)
+    for adopt in (other, 33):
+        adopted = run(images, adopt=adopt)
+        decision = adopted.decision
+        assert decision.quality == adopt
+        assert decision.reason.startswith(f"quality {adopt} is the buffer's")
+        assert {candidate.quality for candidate in decision.candidates} == {10, 25, 50, 75, 90, adopt}
+        assert real_bytes(adopted) <= 8000
+        assert np.array_equal(adopted.exemplars.decode(), run(images, quality=adopt).exemplars.decode())
+
+
+class Blind:
+    """An extractor whose features no coding changes: every image of a class has the row that its rank gives it."""
+
+    name = "f" * 64
+    block = 4
+
+    def embed(self, images_NHWC: UInt8Array) -> FloatArray:
+        return np.eye(64, dtype=np.float32)[np.arange(len(images_NHWC)) % 64]
+
+
+def test_features_that_are_blind_to_coding_do_not_choose_alone() -> None:
+    images = upload(60)
+    decision = run(images, embedder=Blind(), ranking="random").decision
+    lowest = decision.candidates[0]
+    assert lowest.ratio["raw"] == pytest.approx(1)
+    assert lowest.pixel_ratio is not None
+    assert not lowest.passes
+    assert decision.quality > 10
+    assert decision.pixel_block == 32
+    assert "of pixels" in decision.reason
+    assert run(images).decision.candidates[0].pixel_ratio is None

@@ -35,8 +35,8 @@ class MemoryConfig:
     ranking: Ranking = "herding"
     """Which images are kept; memories in the trainer know `herding` and `random`."""
     definition: Definition = "raw"
-    rule: Rule = "all_higher"
-    epsilon: float = 0.5
+    rule: Rule = "any"
+    epsilon: float = 0.3
     block: int | None = None
     """Exemplars whose volume is compared at once; None takes what suits the embedding."""
     url: str | None = None

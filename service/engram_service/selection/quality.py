@@ -6,12 +6,16 @@ them, is compared with that of their originals (`volume`); R is 1 where nothing 
 
 A candidate passes if |R - 1| < epsilon: blur lowers a volume, noise raises it. With an extractor it must pass under the
 built-in embedding as well. Features learned for the first classes are blind to what tells later ones apart: after a
-task of two classes they found nothing wrong with quality 10, whose exemplars then cost 6 to 11 points of accuracy
+task of two classes they found nothing wrong with quality 10, whose exemplars then cost 6 to 14 points of accuracy
 (Fashion-MNIST, LUCIR); pixels see that damage, and features see what matters now. The choice is the passing candidate
-that keeps the most exemplars, and of those that keep equally many the highest quality. By the rule `all_higher` every
-candidate above it must pass too, because blur and noise can cancel at a low quality; `any` is the paper's rule. If
-none passes, the highest quality is taken. A candidate that leaves a class without any exemplar cannot win while
-another leaves some to more classes.
+that keeps the most exemplars, and of those that keep equally many the highest quality: the paper's rule, `any`. By the
+rule `all_higher` every candidate above it must pass too, because blur and noise can cancel at a low quality. If none
+passes, the highest quality is taken. A candidate that leaves a class without any exemplar cannot win while another
+leaves some to more classes.
+
+The first task of a buffer decides for all of it (`adopt`). Tasks at unequal qualities can be told apart by their
+artefacts, and a network learns to: 25, 75, 75, 75, 90 for five tasks ended at 74.9 %, below each of 25, 75 and 90 for
+all of them (76.8, 81.0 and 78.7 %; Fashion-MNIST, LUCIR, 16,000 bytes per class, seed 1).
 
 Source: Wang et al., Memory Replay with Data Compression for Continual Learning (ICLR 2022), section 4.2. `all_higher`,
 the second embedding and the preference for the higher quality at equal counts are this project's.
@@ -60,6 +64,7 @@ def select(
     subsampling: Subsampling,
     embedder: Embedder,
     quality: int | None = None,
+    adopt: int | None = None,
     advance: Callable[[int], None] = lambda count: None,
 ) -> Selection:
     """The exemplars that the shares can hold, at the quality chosen among the candidates.
@@ -71,6 +76,8 @@ def select(
         subsampling: the buffer's.
         embedder: not called if neither the ranking nor the choice needs it.
         quality: what the task keeps from its first ingest; fixes the quality too.
+        adopt: the quality of the buffer's other tasks. Candidates are measured and recorded as ever, and this one is
+            kept: exemplars of unequal qualities teach a network to tell tasks by their artefacts.
         advance: called often, with how many images further the work is; the counts sum to N. What it raises ends the
             selection.
 
@@ -80,7 +87,7 @@ def select(
     """
     start = perf_counter()
     fixed = quality if quality is not None else options.quality
-    candidates = sorted(set(options.candidates if fixed is None else (fixed,)))
+    candidates = sorted({*options.candidates, *([adopt] if adopt else [])} if fixed is None else {fixed})
     if not candidates or not len(images.class_ids):
         raise InvalidRequest(f"{len(images.class_ids)} images and {len(candidates)} candidates: at least one of each")
     progress = Progress(len(images.class_ids), advance)
@@ -97,6 +104,9 @@ def select(
             del exemplars  # or the next candidate's would be made beside them
             progress.reach(_RANKING_PART + (1 - _RANKING_PART) * len(trials) / (len(candidates) + 1))
         chosen, reason = choose(trials, options=options)
+        if adopt is not None:
+            reason = f"quality {adopt} is the buffer's, set by its first task; for this task alone, {reason}"
+            chosen = next(trial.candidate for trial in trials if trial.candidate.quality == adopt)
         # Filling again costs a fraction of the comparison; keeping every candidate would cost its memory.
         exemplars = filler.fill(chosen.quality)
     else:
