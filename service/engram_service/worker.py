@@ -315,7 +315,7 @@ class Supervisor:
     def _spawn(self) -> subprocess.Popen[str] | None:
         # It finds the modules that its parent found, and none of its parent's secrets: the token is the HTTP side's.
         environment = {name: value for name, value in os.environ.items() if name != "ENGRAM_ADMIN_TOKEN"}
-        # The matrices of selection are small: more threads only contend with the service (16 s against 121 s when busy).
+        # The matrices of selection are small: more threads only fight over the cores (16 s against 121 s when busy).
         environment.setdefault("OMP_NUM_THREADS", "1")
         environment["PYTHONPATH"] = os.pathsep.join(str(Path(part).absolute()) for part in sys.path if part)
         with self._lock:
