@@ -15,7 +15,7 @@ import simplejpeg
 from engram import tar
 from engram_service.database import Database
 from tests.contents import create, fill
-from tests.servers import ServiceProcess, ServiceThread
+from tests.servers import ServiceProcess, ServiceThread, http
 
 
 def test_an_export_holds_every_exemplar_as_a_file_of_its_own(client: httpx.Client, served: ServiceThread) -> None:
@@ -62,7 +62,7 @@ def test_a_client_that_leaves_midway_leaves_nothing_behind(make_service: Callabl
         fill(database, service.settings, task, {task: 500}, shape=(64, 64, 3))
     database.close()
     process = psutil.Process(service.process.pid)
-    with httpx.Client(base_url=service.url) as client:
+    with http(service) as client:
         client.get("/v1/buffers/b/export").raise_for_status()
         before = process.num_fds()
         for _ in range(20):

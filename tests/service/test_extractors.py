@@ -10,7 +10,7 @@ import pytest
 
 from engram.schemas import Extractor
 from tests.models import model
-from tests.servers import ServiceThread
+from tests.servers import ServiceThread, http
 
 
 def put(client: httpx.Client, data: bytes, digest: str | None = None) -> httpx.Response:
@@ -65,7 +65,7 @@ def test_a_model_has_a_limit_that_counts_as_it_streams(serve_thread: Callable[..
         for _ in range(100):
             yield bytes(500)
 
-    with httpx.Client(base_url=served.url) as client:
+    with http(served) as client:
         assert put(client, model()).status_code == 201
         answer = client.put(f"/v1/extractors/{'0' * 64}", content=endless())
     assert (answer.status_code, answer.json()["max_extractor_bytes"]) == (413, 1000)
