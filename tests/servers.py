@@ -21,7 +21,7 @@ from engram_service.cli import Server, listen, uvicorn_config
 from engram_service.settings import Settings
 
 ROOT = Path(__file__).parents[1]
-START_S = 60.0
+START_S = 180.0
 """How long a process may take to start on a machine that does many other things."""
 
 
