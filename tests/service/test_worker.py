@@ -76,6 +76,28 @@ def test_an_upload_becomes_a_pack_with_a_decision(database: Database, store: Pac
     assert distances.min(axis=1).max() < 12
 
 
+def test_a_later_task_adopts_the_quality_of_its_buffer_unless_it_asks_for_another(
+    database: Database, store: PackStore, settings: Settings
+) -> None:
+    create(database)
+    for task, quality in ((3, 33), (0, None), (5, 80)):
+        queued = queue(
+            database,
+            settings,
+            tar_of_arrays(PICTURES, CLASS_IDS + 3 * task),
+            task=task,
+            options=IngestOptions(quality=quality),
+        )
+        work_off(database, store, settings)
+        assert final(database, queued).state == "committed"
+    with database.reading() as session:
+        tasks = {task: buffers.task(session, "b", task) for task in (3, 0, 5)}
+    assert {task: found.quality for task, found in tasks.items()} == {3: 33, 0: 33, 5: 80}
+    decision = tasks[0].decision
+    assert decision is not None
+    assert [candidate.quality for candidate in decision.candidates] == [10, 25, 33, 50, 75, 90]
+
+
 @pytest.mark.parametrize("ranking", ["herding", "greedy_dpp", "reservoir", "ring", "random"])
 def test_every_ranking_commits(ranking: Ranking, database: Database, store: PackStore, settings: Settings) -> None:
     create(database, budget_bytes=3000)
