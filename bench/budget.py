@@ -131,7 +131,7 @@ def quick(full: Plan) -> Plan:
     """A look at the same table in well under a minute: one seed, one budget, few images and epochs."""
     return replace(
         full,
-        stream=replace(full.stream, train_per_class=250, test_per_class=200),
+        stream=replace(full.stream, train_per_class=200, test_per_class=200),
         lucir=replace(full.lucir, batch_size=32),
         seeds=(0,),
         budgets=full.budgets[:1],
