@@ -118,11 +118,10 @@ class Layout:
 
     def _make_groups(self, by: str, tasks: tuple[int, ...] | None, exclude_tasks: tuple[int, ...]) -> Groups:
         known = set(self.tasks)
-        for name, given in (("tasks", tasks or ()), ("exclude_tasks", exclude_tasks)):
-            # An excluded task may well be the current one, which has nothing stored yet.
-            missing = [] if name == "exclude_tasks" else [task for task in given if task not in known]
-            if missing:
-                raise NotFound(f"task {missing[0]} holds no exemplars; tasks with exemplars: {self.tasks}")
+        # Excluded tasks need not be known: one may well be the current task, which has nothing stored yet.
+        missing = [task for task in tasks or () if task not in known]
+        if missing:
+            raise NotFound(f"task {missing[0]} holds no exemplars; tasks with exemplars: {self.tasks}")
         chosen = (known if tasks is None else set(tasks)) - set(exclude_tasks)
         runs = np.flatnonzero(np.isin(self._run_tasks, list(chosen)))
         if len(runs) == 0:

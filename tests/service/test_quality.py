@@ -432,6 +432,18 @@ def test_a_later_task_adopts_the_buffers_quality_and_says_what_it_would_have_cho
         assert np.array_equal(adopted.exemplars.decode(), run(images, quality=adopt).exemplars.decode())
 
 
+def test_what_does_not_fit_at_the_buffers_quality_says_so_even_if_a_lower_one_would_fit() -> None:
+    images = upload(4, classes=(0,))
+    with pytest.raises(BudgetExceeded) as cheapest:
+        run(images, share=1)
+    room = cheapest.value.details["needed_bytes"]
+    assert len(run(images, share=room).exemplars) == 1
+    with pytest.raises(BudgetExceeded) as adopted:
+        run(images, share=room, adopt=90)
+    assert adopted.value.details["quality"] == 90
+    assert adopted.value.details["needed_bytes"] > room
+
+
 class Blind:
     """An extractor whose features no coding changes: every image of a class has the row that its rank gives it."""
 

@@ -68,7 +68,7 @@ class Filler:
                 wanted[class_id] = min(len(self._order[class_id]), done[class_id] + max(4, int(more)))
 
     def shortage(self, quality: int) -> BudgetExceeded:
-        """The error to raise when not one exemplar fits at any candidate, `quality` being the lowest of them."""
+        """The error to raise when not one exemplar fits at `quality`: the lowest candidate, or the only one allowed."""
         total = sum(self._shares.values())
         alone = self._smallest(quality)
         needed = pack.size(alone.form, runs_of(alone.class_ids), alone.sizes)

@@ -115,7 +115,8 @@ def select(
         chosen = trials[0].candidate
         reason = f"quality {fixed} was {'asked for' if quality is None else 'set by the first upload to this task'}"
     if not len(exemplars):
-        raise filler.shortage(candidates[0])
+        # Of what was to be kept: a lower candidate may well fit where the buffer's quality does not.
+        raise filler.shortage(candidates[0] if adopt is None else chosen.quality)
     progress.reach(1)
     decision = Decision(
         quality=chosen.quality,
