@@ -1,30 +1,23 @@
-"""This file is what a draw delivers: the strips of its exemplars back to back, and the arrays they decode to.
+"""This file is what a draw delivers: one strip of its exemplars, and the arrays it decodes to.
 
-The body of a draw holds, for each pack touched, one strip or more with the pack's task and the row of every exemplar
-in it. Service and `Mirror` make it with the same function, so a mirrored draw equals the service's byte for byte.
+Exemplars are copied out of the packs that they lie in, in the order of packs and rows, and become one strip with the
+task of each and its row in its pack (several strips if the packs differ in form, or where one JPEG cannot hold them).
+Service and `Mirror` make it with the same functions, so a mirrored draw equals the service's byte for byte.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from engram.errors import StripCorrupt
-from engram.strip import (
-    Bytes,
-    Checked,
-    Exemplars,
-    Limits,
-    Markers,
-    UInt8Array,
-    as_images,
-    check,
-    decode_strip,
-    pixel_buffer,
-)
+from engram.draw import Plan
+from engram.errors import InvalidRequest, StripCorrupt
+from engram.form import Form
+from engram.strip import Bytes, Exemplars, Markers, UInt8Array, as_images, decode_strip, gather, parse, pixel_buffer
 
 IntArray = npt.NDArray[np.int64]
 
@@ -46,82 +39,128 @@ class Batch:
         return len(self.class_ids)
 
 
+class Part(NamedTuple):
+    """Exemplars of one form that a draw delivers, the task of each and its row in its pack."""
+
+    exemplars: Exemplars
+    tasks: IntArray
+    rows: IntArray
+
+
 def empty() -> Batch:
     """What a rank gets whose slice of an epoch's last step is empty: no images, of no size."""
     none = np.empty(0, np.int64)
     return Batch(np.empty((0, 0, 0, 0), np.uint8), none, none, none)
 
 
-def assemble(parts: Sequence[tuple[int, Exemplars, npt.ArrayLike]]) -> bytes:
-    """The body of a draw: for each (task, exemplars of its pack, rows) the strips of those rows."""
-    return b"".join(
-        strip for task, exemplars, rows in parts for strip in exemplars.select(rows).to_strips(task=task, rows=rows)
-    )
+def collect(
+    packs: Sequence[Exemplars] | Mapping[int, Exemplars], plan: Plan, places: IntArray | None = None
+) -> list[Part]:
+    """What a plan names, copied out of its packs: one part for each form, in order of first appearance.
+
+    Args:
+        packs: by their place in the manifest, those that the plan touches.
+        plan: which rows of them.
+        places: where the rows are in `packs`, if that is not their number (rows of a damaged pack).
+    """
+    places = plan.rows if places is None else places
+    touched = plan.packs[np.flatnonzero(np.diff(plan.packs, prepend=-1))].tolist()
+    forms: dict[Form, set[int]] = {}
+    for index in touched:
+        forms.setdefault(packs[index].form, set()).add(index)
+    if len(forms) == 1:
+        return [Part(gather(packs, plan.packs.tolist(), places.tolist()), plan.tasks, plan.rows)]
+    parts = []
+    for members in forms.values():
+        here = np.isin(plan.packs, list(members))
+        exemplars = gather(packs, plan.packs[here].tolist(), places[here].tolist())
+        parts.append(Part(exemplars, plan.tasks[here], plan.rows[here]))
+    return parts
 
 
-def from_parts(parts: Sequence[tuple[int, Exemplars, IntArray]]) -> Batch:
+def assemble(parts: Sequence[Part]) -> bytes:
+    """The body of a draw."""
+    return b"".join(strip for part in parts for strip in part.exemplars.to_strips(tasks=part.tasks, rows=part.rows))
+
+
+def picture(parts: Sequence[Part]) -> bytes:
+    """The exemplars of a draw as one JPEG that any viewer opens, stacked from top to bottom.
+
+    Raises:
+        InvalidRequest: they do not fit one picture.
+    """
+    count = sum(len(part.exemplars) for part in parts)
+    most = parts[0].exemplars.form.max_images if len(parts) == 1 else 0
+    if not 1 <= count <= most:
+        raise InvalidRequest(
+            f"one picture holds 1 to {most} exemplars of one form, this draw has {count} of {len(parts)} forms: ask "
+            "for another size, or for strips",
+            max_images=most,
+        )
+    return parts[0].exemplars.picture()
+
+
+def from_parts(parts: Sequence[Part]) -> Batch:
     """The arrays of a draw, straight from verified packs: what `decode(assemble(parts))` gives, without the strips.
 
     Raises:
-        ValueError: no parts, or parts whose images differ in size or subsampling.
-        StripCorrupt: the decoder refuses the data.
+        StripCorrupt: the decoder refuses the data, or images differ in size or subsampling.
     """
-    chosen = [exemplars.select(rows) for _, exemplars, rows in parts]
-    form = chosen[0].form if chosen else None
-    if form is None or any(e.form.shape != form.shape or e.form.padded_height != form.padded_height for e in chosen):
-        raise ValueError("a batch needs exemplars, all of one size and subsampling")
-    image_bytes = form.padded_height * form.width * form.channels
-    flat = pixel_buffer(sum(map(len, chosen)) * image_bytes)
+    flat, image_bytes = _buffer([part.exemplars for part in parts])
     done = 0
-    for exemplars in chosen:
-        exemplars.decode(flat[done * image_bytes : (done + len(exemplars)) * image_bytes])
-        done += len(exemplars)
-    return Batch(
-        as_images(flat, form, done),
-        np.concatenate([exemplars.class_ids for exemplars in chosen]),
-        np.repeat(np.array([task for task, _, _ in parts], np.int64), [len(rows) for _, _, rows in parts]),
-        np.concatenate([rows for _, _, rows in parts]),
-    )
+    for part in parts:
+        end = done + len(part.exemplars)
+        part.exemplars.decode(flat[done * image_bytes : end * image_bytes])
+        done = end
+    return _batch(flat, parts)
 
 
-def decode(body: Bytes, *, limits: Limits | None = None) -> Batch:
+def decode(body: Bytes) -> Batch:
     """The arrays of a draw's body, every byte checked, decoded into one buffer.
 
     Raises:
         StripCorrupt: something does not match, or the strips hold images of different sizes.
+        TooLarge: an image is declared larger than 64 Mi pixels.
     """
-    body = bytes(body)
-    markers, limits = Markers(body), limits or Limits()
-    strips: list[Checked] = []
+    markers = Markers(body)
+    strips = []
     starts = [0]
     while starts[-1] < len(body):
-        strips.append(check(body, starts[-1], markers, limits))
-        starts.append(strips[-1].end)
-    if not strips:
-        raise StripCorrupt("the draw has no strip in it")
-    form = strips[0].form
-    for other in {strip.form for strip in strips}:
-        if other.shape != form.shape:
-            raise StripCorrupt("the strips of the draw hold images of different sizes")
-        # 4:2:0 and 4:4:4 pad to different heights; a buffer has one subsampling, a batch of several would be a mix of
-        # two buffers.
-        if other.padded_height != form.padded_height:
-            raise StripCorrupt("the strips of the draw differ in subsampling")
-    counts = [strip.images for strip in strips]
-    image_bytes = form.padded_height * form.width * form.channels
-    flat = pixel_buffer(sum(counts) * image_bytes)
+        strip = parse(body, starts[-1], markers=markers)
+        if strip.tasks is None or strip.rows is None:
+            raise StripCorrupt(f"the strip at byte {starts[-1]} is part of a pack, not of a draw")
+        strips.append(Part(strip.exemplars, strip.tasks, strip.rows))
+        starts.append(strip.end)
+    flat, image_bytes = _buffer([part.exemplars for part in strips])
     done = 0
     view = memoryview(body)
-    for at, strip in zip(starts, strips, strict=False):
-        end = done + strip.images * image_bytes
-        decode_strip(view[at : strip.end], form, flat[done:end])
-        done = end
-    rows = b"".join(np.arange(s.images).astype(">u4").tobytes() if s.rows is None else s.rows for s in strips)
-    class_ids = [class_id for strip in strips for class_id in strip.class_ids]
-    run_lengths = [length for strip in strips for length in strip.run_lengths]
-    return Batch(
-        as_images(flat, form, sum(counts)),
-        np.repeat(np.array(class_ids, np.int64), run_lengths),
-        np.repeat(np.array([-1 if strip.task is None else strip.task for strip in strips], np.int64), counts),
-        np.frombuffer(rows, ">u4").astype(np.int64),
+    for at, end, part in zip(starts, starts[1:], strips, strict=False):
+        after = done + len(part.exemplars) * image_bytes
+        decode_strip(view[at:end], part.exemplars.form, flat[done:after])
+        done = after
+    return _batch(flat, strips)
+
+
+def _buffer(parts: Sequence[Exemplars]) -> tuple[UInt8Array, int]:
+    """Room for the pixels of all parts, and how much an image takes of it."""
+    if not parts:
+        raise StripCorrupt("the draw has no strip in it")
+    form = parts[0].form
+    # 4:2:0 and 4:4:4 pad to different heights; a buffer has one subsampling, a batch of several would be a mix of two
+    # buffers.
+    for other in parts[1:]:
+        if other.form.shape != form.shape or other.form.padded_height != form.padded_height:
+            raise StripCorrupt(f"the strips of the draw hold images of different sizes: {form} and {other.form}")
+    image_bytes = form.padded_height * form.width * form.channels
+    return pixel_buffer(sum(map(len, parts)) * image_bytes), image_bytes
+
+
+def _batch(flat: UInt8Array, parts: Sequence[Part]) -> Batch:
+    if len(parts) == 1:
+        (exemplars, tasks, rows), class_ids = parts[0], parts[0].exemplars.class_ids
+        return Batch(as_images(flat, exemplars.form, len(rows)), class_ids, tasks, rows)
+    class_ids, tasks, rows = (
+        np.concatenate(columns)
+        for columns in zip(*((part.exemplars.class_ids, part.tasks, part.rows) for part in parts), strict=True)
     )
+    return Batch(as_images(flat, parts[0].exemplars.form, len(rows)), class_ids, tasks, rows)

@@ -23,7 +23,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import NamedTuple, get_args
 
 import numpy as np
@@ -70,15 +69,27 @@ class Request:
 
 
 class Groups(NamedTuple):
-    """Runs of rows gathered into groups: group g is the runs firsts[g]..firsts[g+1]-1, in order.
+    """Groups of exemplars, laid end to end on one axis, each a sequence of runs of rows.
 
-    `starts` are global rows, `offsets` count the group's exemplars before each run, `sizes` those of each group.
+    `sizes` are the groups' exemplars and `begins` where each begins on the axis; `run_begins` are where the runs do,
+    ascending, and `run_rows` their first global rows.
     """
 
-    starts: IntArray
-    offsets: IntArray
-    firsts: IntArray
     sizes: IntArray
+    begins: IntArray
+    run_begins: IntArray
+    run_rows: IntArray
+
+
+class Plan(NamedTuple):
+    """The exemplars to return, by pack and row ascending; the arrays are aligned by exemplar.
+
+    `packs` are places in the manifest, `rows` count within the pack.
+    """
+
+    packs: IntArray
+    rows: IntArray
+    tasks: IntArray
 
 
 class Layout:
@@ -90,7 +101,8 @@ class Layout:
     def __init__(self, packs: Sequence[PackEntry]) -> None:
         self.pack_starts: IntArray = np.cumsum([0, *(pack.exemplars for pack in packs)])
         self.count = int(self.pack_starts[-1])
-        self.tasks = sorted({pack.task for pack in packs})
+        self.pack_tasks = np.array([pack.task for pack in packs], np.int64)
+        self.tasks: list[int] = np.unique(self.pack_tasks).tolist()
         runs = [(pack.task, class_id, count) for pack in packs for class_id, count in pack.runs]
         self._run_tasks = np.array([task for task, _, _ in runs], np.int64)
         self._run_classes = np.array([class_id for _, class_id, _ in runs], np.int64)
@@ -129,18 +141,16 @@ class Layout:
                 f"no exemplars to draw from: tasks with exemplars {self.tasks}, excluded {list(exclude_tasks)}"
             )
         label = {"all": np.zeros_like(self._run_tasks), "class": self._run_classes, "task": self._run_tasks}[by][runs]
-        runs = runs[np.argsort(label, kind="stable")]
-        label = np.sort(label, kind="stable")
+        order = np.argsort(label, kind="stable")
+        runs, label = runs[order], label[order]
         firsts = np.flatnonzero(np.concatenate([[True], label[1:] != label[:-1]]))
         counts = self._run_counts[runs]
         sizes = np.add.reduceat(counts, firsts)
-        before = np.cumsum(counts) - counts
-        bounds = np.append(firsts, len(runs))
-        return Groups(self._run_starts[runs], before - np.repeat(before[firsts], np.diff(bounds)), bounds, sizes)
+        return Groups(sizes, np.cumsum(sizes) - sizes, np.cumsum(counts) - counts, self._run_starts[runs])
 
 
-def plan(layout: Layout, request: Request) -> list[tuple[int, IntArray]]:
-    """The rows to return, ascending, per pack that has any: (index of the pack in the manifest, rows in that pack).
+def plan(layout: Layout, request: Request) -> Plan:
+    """What the request returns.
 
     Raises:
         NotFound: a task named in `tasks` holds no exemplar.
@@ -149,19 +159,8 @@ def plan(layout: Layout, request: Request) -> list[tuple[int, IntArray]]:
     by = {"uniform": "all", "epoch": "all", "class_balanced": "class"}.get(request.strategy, "task")
     groups = layout.groups(by, request.tasks, request.exclude_tasks)
     rows = np.sort(_epoch(groups, request) if request.strategy == "epoch" else _sample(groups, request))
-    # Rows ascend, so the rows of a pack are those between its two bounds.
-    bounds = np.searchsorted(rows, layout.pack_starts).tolist()
-    return [
-        (pack, rows[first:end] - start)
-        for pack, (start, (first, end)) in enumerate(zip(layout.pack_starts.tolist(), pairwise(bounds), strict=False))
-        if first < end
-    ]
-
-
-def steps_per_epoch(layout: Layout, request: Request) -> int:
-    """How many steps of this request walk every exemplar that it may return once."""
-    total = int(layout.groups("all", request.tasks, request.exclude_tasks).sizes[0])
-    return -(-total // (request.size * request.world_size))
+    packs = np.searchsorted(layout.pack_starts, rows, side="right") - 1
+    return Plan(packs, rows - layout.pack_starts[packs], layout.pack_tasks[packs])
 
 
 def _below(words: WordArray, bounds: IntArray) -> IntArray:
@@ -180,9 +179,9 @@ def _sample(groups: Groups, request: Request) -> IntArray:
         share, more = divmod(total, count)
         quotas = np.full(count, share, np.int64)
         if more:
-            quotas[np.argsort(words.random_raw(count), kind="stable")[:more]] += 1
+            quotas[_smallest(words.random_raw(count), more)] += 1
     owner = np.repeat(np.arange(count), quotas)
-    picks = _distinct(words, groups.sizes, quotas, owner)
+    picks = _distinct(words, groups, quotas, owner)
     if request.world_size > 1:
         mine = _slice_of_rank(words, owner, quotas, request)
         owner, picks = owner[mine], picks[mine]
@@ -198,33 +197,48 @@ def _slice_of_rank(words: np.random.Philox, owner: IntArray, quotas: IntArray, r
     return np.arange(request.rank, len(owner), request.world_size)
 
 
-def _distinct(words: np.random.Philox, sizes: IntArray, quotas: IntArray, owner: IntArray) -> IntArray:
+def _smallest(words: WordArray, count: int) -> IntArray:
+    """Where the `count` smallest words are, in no order; of equal ones the first."""
+    last = np.partition(words, count - 1)[count - 1]
+    below = np.flatnonzero(words < last)
+    return np.concatenate([below, np.flatnonzero(words == last)[: count - len(below)]])
+
+
+def _distinct(words: np.random.Philox, groups: Groups, quotas: IntArray, owner: IntArray) -> IntArray:
     """For each group g, quotas[g] picks in 0..sizes[g]-1, in random order: distinct as far as the group reaches.
 
     Groups of which less than half is wanted are sampled by rejection, each repeated pick drawn again; the others are
     shuffled whole, which costs at most twice their quota. A quota beyond the group's size takes the whole group as
     often as it fits.
     """
-    whole, wanted = quotas // sizes, quotas % sizes
-    shuffled = (whole > 0) | (2 * wanted > sizes)
+    whole, wanted = np.divmod(quotas, groups.sizes)
+    shuffled = (whole > 0) | (2 * wanted > groups.sizes)
     if not shuffled.any():
-        return _rejection(words, sizes, owner)
+        return _rejection(words, groups, owner)
     picks = np.empty(len(owner), np.int64)
-    sparse = ~shuffled[owner]
-    if sparse.any():
-        picks[sparse] = _rejection(words, sizes, owner[sparse])
-    for group in np.flatnonzero(shuffled):
-        size, quota = int(sizes[group]), int(quotas[group])
-        rounds = -(-quota // size)
-        order = np.argsort(words.random_raw(rounds * size).reshape(rounds, size), axis=1, kind="stable")
-        picks[owner == group] = order.ravel()[:quota]
+    dense = shuffled[owner]
+    if not dense.all():
+        picks[~dense] = _rejection(words, groups, owner[~dense])
+    picks[dense] = _shuffles(words, groups.sizes[shuffled], quotas[shuffled])
     return picks
 
 
-def _rejection(words: np.random.Philox, sizes: IntArray, owner: IntArray) -> IntArray:
-    bounds = sizes[owner]
+def _shuffles(words: np.random.Philox, sizes: IntArray, quotas: IntArray) -> IntArray:
+    """The first quotas[g] of 0..sizes[g]-1 shuffled, and shuffled again as often as it takes, group after group."""
+    rounds = -(-quotas // sizes)
+    decks = np.repeat(sizes, rounds)
+    begins = np.repeat(np.cumsum(decks) - decks, decks)
+    deck = np.repeat(np.arange(len(decks)), decks)
+    order = np.lexsort((words.random_raw(len(deck)), deck)) - begins
+    totals = rounds * sizes
+    place = np.arange(len(deck)) - np.repeat(np.cumsum(totals) - totals, totals)
+    shuffled: IntArray = order[place < np.repeat(quotas, totals)]
+    return shuffled
+
+
+def _rejection(words: np.random.Philox, groups: Groups, owner: IntArray) -> IntArray:
+    bounds, base = groups.sizes[owner], groups.begins[owner]
     picks = _below(words.random_raw(len(owner)), bounds)
-    base = (np.cumsum(sizes) - sizes)[owner]
     while True:
         places = np.sort(base + picks)
         if (places[1:] != places[:-1]).all():
@@ -237,12 +251,10 @@ def _rejection(words: np.random.Philox, sizes: IntArray, owner: IntArray) -> Int
 
 def _rows(groups: Groups, owner: IntArray, picks: IntArray) -> IntArray:
     """Global rows of the picks-th exemplars of their groups."""
-    # Runs of all groups laid end to end: one sorted axis, searched once.
-    ends = np.cumsum(groups.sizes)
-    along = picks + (ends - groups.sizes)[owner]
-    run_along = groups.offsets + np.repeat(ends - groups.sizes, np.diff(groups.firsts))
-    run = np.searchsorted(run_along, along, side="right") - 1
-    return groups.starts[run] + along - run_along[run]
+    along = picks + groups.begins[owner]
+    run = np.searchsorted(groups.run_begins, along, side="right") - 1
+    rows: IntArray = groups.run_rows[run] + along - groups.run_begins[run]
+    return rows
 
 
 def _epoch(groups: Groups, request: Request) -> IntArray:

@@ -25,9 +25,9 @@ import pydantic
 from engram import batch, pack
 from engram.client import Client
 from engram.draw import Layout, Request, plan
-from engram.errors import NotFound
+from engram.errors import NotFound, StripCorrupt
 from engram.schemas import Manifest, Model, Strategy
-from engram.strip import Exemplars, IntArray
+from engram.strip import Exemplars
 
 # A commit may replace packs between the manifest and their download; one after the other, some ten times is hopeless.
 _ATTEMPTS = 10
@@ -48,18 +48,17 @@ class Snapshot:
     layout: Layout
     packs: tuple[Exemplars, ...]
 
-    def parts(self, request: Request) -> list[tuple[int, Exemplars, IntArray]]:
-        """What a draw returns, as (task, its pack's exemplars, their rows).
+    def parts(self, request: Request) -> list[batch.Part]:
+        """What a draw returns; nothing for a rank without a part of an epoch's last step.
 
         Raises:
             NotFound: a task named in `tasks` holds no exemplar.
             Conflict: nothing to draw from.
         """
-        entries = self.manifest.packs
-        return [(entries[index].task, self.packs[index], rows) for index, rows in plan(self.layout, request)]
+        return batch.collect(self.packs, plan(self.layout, request))
 
     def draw(self, request: Request) -> batch.Batch:
-        """The replay minibatch of this request; an empty one for a rank without a part of an epoch's last step.
+        """The replay minibatch of this request.
 
         Raises:
             NotFound: a task named in `tasks` holds no exemplar.
@@ -178,14 +177,14 @@ class Mirror:
         return exemplars
 
     def _load(self, digest: str) -> bool:
-        """Take a pack from the folder; false if it is not there or damaged, which costs a download and nothing else."""
+        """Take a pack from the folder; false, which costs a download, if it is missing, damaged or of version 1."""
         try:
             content = (self._packs / digest).read_bytes()
-        except FileNotFoundError:
+            if pack.digest(content) != digest:
+                return False
+            self._parsed[digest] = pack.parse(content)
+        except (FileNotFoundError, StripCorrupt):
             return False
-        if pack.digest(content) != digest:
-            return False
-        self._parsed[digest] = pack.parse(content)
         return True
 
     def _use_local(self, manifest: Manifest) -> bool:

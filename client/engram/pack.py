@@ -1,6 +1,6 @@
 """This file is the pack: the exemplars of one task as one immutable object, strips back to back, named by its SHA-256.
 
-    pack = strip * k      all of one form (shape, subsampling, tables); every strip but the last holds form.max_images
+    pack = strip * k      all of one form; every strip but the last holds form.max_images
 
 Rows count from 0 through the whole pack. Classes ascend; within a class rows are in rank order, so every prefix of a
 class is a valid memory and a share that shrinks only drops tails.
@@ -15,19 +15,9 @@ import numpy as np
 import numpy.typing as npt
 
 from engram.errors import StripCorrupt, TooLarge
+from engram.form import Form
 from engram.shares import split
-from engram.strip import (
-    SIGNATURE,
-    Bytes,
-    Exemplars,
-    Form,
-    IntArray,
-    Limits,
-    Markers,
-    parse_leniently,
-    runs_of,
-    strip_overhead,
-)
+from engram.strip import SIGNATURE, Bytes, Exemplars, IntArray, Markers, parse_leniently, runs_of, strip_overhead
 
 _STRIP_START = b"\xff\xd8\xff\xef"
 
@@ -50,14 +40,14 @@ def digest(data: Bytes) -> str:
     return sha256(data).hexdigest()
 
 
-def parse(data: Bytes, *, limits: Limits | None = None) -> Exemplars:
+def parse(data: Bytes) -> Exemplars:
     """All exemplars of a pack, every strip and every checksum verified.
 
     Raises:
         StripCorrupt: something in it does not match.
-        TooLarge: an image is declared larger than `limits`.
+        TooLarge: an image is declared larger than 64 Mi pixels.
     """
-    exemplars, valid = _parse(data, limits)
+    exemplars, valid = _parse(data)
     if not valid.all():
         row = int(np.flatnonzero(~valid)[0])
         raise StripCorrupt(f"exemplar {row} of the pack does not match its checksum", row=row)
@@ -155,16 +145,16 @@ def _overhead(form: Form, runs: list[tuple[int, int]]) -> int:
     return sum(strip_overhead(form, part) for part in _cut_runs(runs, form.max_images))
 
 
-def _parse(data: Bytes, limits: Limits | None) -> tuple[Exemplars, npt.NDArray[np.bool_]]:
+def _parse(data: Bytes) -> tuple[Exemplars, npt.NDArray[np.bool_]]:
     markers = Markers(data)
     parts: list[Exemplars] = []
     valid = []
     at = 0
     while at < len(data):
-        strip, ok = parse_leniently(data, at, limits=limits, markers=markers)
+        strip, ok = parse_leniently(data, at, markers=markers)
         if parts and (strip.exemplars.form != parts[0].form or len(parts[-1]) != parts[0].form.max_images):
             raise StripCorrupt(f"the strip at byte {at} does not continue the pack")
-        if strip.task is not None or strip.rows is not None:
+        if strip.tasks is not None:
             raise StripCorrupt(f"the strip at byte {at} was delivered by a draw, it is not part of a pack")
         parts.append(strip.exemplars)
         valid.append(ok)

@@ -13,14 +13,14 @@ from __future__ import annotations
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 
 import numpy as np
 
-from engram import tar
-from engram.draw import IntArray, Layout, Request, plan
+from engram import batch, tar
+from engram.draw import Layout, Plan, Request, plan
 from engram.errors import InvalidRequest, NotFound, Unavailable
 from engram.schemas import Exemplar, ExemplarPage, Manifest, PackEntry
 from engram.strip import Exemplars
@@ -32,6 +32,8 @@ from .storage import LoadedPack, PackCache
 
 RECHECK_S = 1.0
 """How long a generation is answered without asking the database whether it still is one."""
+
+Write = Callable[[Sequence[batch.Part]], bytes]
 
 MAX_VIEWS = 256
 """Generations kept: some kilobytes each, a few per buffer that is being replayed."""
@@ -54,16 +56,6 @@ class View:
     def is_fresh(self) -> bool:
         """True while it need not be compared with the database."""
         return time.monotonic() - self.checked_at < RECHECK_S
-
-
-@dataclass(frozen=True, eq=False)
-class Part:
-    """Rows of one pack as a draw delivers them. `positions` is where they are in `exemplars`."""
-
-    task: int
-    exemplars: Exemplars
-    positions: IntArray
-    rows: IntArray
 
 
 @dataclass(frozen=True)
@@ -121,8 +113,15 @@ class Replay:
             for key in [key for key in self._views if key[0] == buffer]:
                 del self._views[key]
 
-    def draw(self, view: View, request: Request, *, may_load: bool = True) -> Drawn | None:
-        """The strips that the request asks for; None if packs must be loaded and `may_load` is false.
+    def draw(
+        self,
+        view: View,
+        request: Request,
+        write: Write = batch.assemble,
+        *,
+        may_load: bool = True,
+    ) -> Drawn | None:
+        """What the request asks for, as `write` makes it; None if packs must be loaded and `may_load` is false.
 
         Raises:
             InvalidRequest: more exemplars than one answer may hold.
@@ -130,28 +129,29 @@ class Replay:
             Conflict: there is nothing to draw from.
             Unavailable: every chosen exemplar is damaged, or the disk does not answer.
         """
-        parts = self._parts(view, request, may_load)
-        if parts is None:
-            return None
-        chosen, damaged = parts
-        body = b"".join(
-            strip
-            for part in chosen
-            for strip in part.exemplars.select(part.positions).to_strips(task=part.task, rows=part.rows)
-        )
-        return Drawn(body, view.manifest.generation, sum(len(part.rows) for part in chosen), damaged)
-
-    def draw_tar(self, view: View, request: Request) -> Drawn:
-        """The same exemplars, in the same order, as a WebDataset tar of stand-alone JPEGs.
-
-        Raises:
-            InvalidRequest, NotFound, Conflict, Unavailable: as `draw`.
-        """
-        parts = self._parts(view, request, may_load=True)
-        assert parts is not None, "packs may be loaded"
-        chosen, damaged = parts
-        body = b"".join(tar.write_encoded(_files(chosen)))
-        return Drawn(body, view.manifest.generation, sum(len(part.rows) for part in chosen), damaged)
+        self._check_size(view.layout, request)
+        chosen = plan(view.layout, request)
+        loaded: dict[int, LoadedPack] = {}
+        for index in np.unique(chosen.packs).tolist():
+            entry = view.manifest.packs[index]
+            found = self.cache.get(entry.digest, entry.exemplars) if may_load else self.cache.peek(entry.digest)
+            if found is None:
+                return None
+            loaded[index] = found
+        wanted, places = len(chosen.rows), chosen.rows
+        damaged = [index for index, found in loaded.items() if found.is_damaged]
+        if damaged:
+            places = places.copy()
+            for index in damaged:
+                here = chosen.packs == index
+                places[here] = loaded[index].places(chosen.rows[here])
+            intact = places >= 0
+            chosen, places = Plan(*(column[intact] for column in chosen)), places[intact]
+            if not len(places):
+                raise Unavailable(f"all {wanted} exemplars of this draw are damaged on disk; /healthz names the packs")
+        packs = {index: found.exemplars for index, found in loaded.items() if found.exemplars is not None}
+        body = write(batch.collect(packs, chosen, places))
+        return Drawn(body, view.manifest.generation, len(places), wanted - len(places))
 
     def export(self, view: View) -> Iterator[bytes]:
         """Every exemplar of the generation as a WebDataset tar of stand-alone JPEGs, one pack in memory at a time.
@@ -159,7 +159,7 @@ class Replay:
         Raises:
             Unavailable: the disk does not answer. (Raised at the first chunk if it is the first pack.)
         """
-        return tar.write_encoded(_files(self._every_part(view)))
+        return tar.write_encoded(_files(self._every_pack(view)))
 
     def page(
         self, view: View, *, task: int | None, class_id: int | None, limit: int, after: tuple[int, int, int] | None
@@ -193,28 +193,10 @@ class Replay:
         if not 0 <= row < entry.exemplars:
             raise NotFound(f"pack {entry.digest} has rows 0..{entry.exemplars - 1}, not {row}", row=row)
         loaded = self.cache.get(entry.digest, entry.exemplars)
-        positions, kept = _locate(loaded, np.array([row], np.int64))
-        if loaded.exemplars is None or len(kept) == 0:
+        place = loaded.places(np.array([row], np.int64)).item()
+        if loaded.exemplars is None or place < 0:
             raise Unavailable(f"row {row} of pack {entry.digest} is damaged on disk", digest=entry.digest, row=row)
-        return loaded.exemplars.jpeg(int(positions[0]))
-
-    def _parts(self, view: View, request: Request, may_load: bool) -> tuple[list[Part], int] | None:
-        """What the draw delivers and how many of the chosen exemplars it lacks."""
-        self._check_size(view.layout, request)
-        parts: list[Part] = []
-        damaged = 0
-        for index, rows in plan(view.layout, request):
-            entry = view.manifest.packs[index]
-            loaded = self.cache.get(entry.digest, entry.exemplars) if may_load else self.cache.peek(entry.digest)
-            if loaded is None:
-                return None
-            positions, kept = _locate(loaded, rows)
-            damaged += len(rows) - len(kept)
-            if loaded.exemplars is not None and len(kept):
-                parts.append(Part(entry.task, loaded.exemplars, positions, kept))
-        if not parts and damaged:
-            raise Unavailable(f"all {damaged} exemplars of this draw are damaged on disk; /healthz names the packs")
-        return parts, damaged
+        return loaded.exemplars.jpeg(place)
 
     def _check_size(self, layout: Layout, request: Request) -> None:
         groups = 1
@@ -231,24 +213,18 @@ class Replay:
                     **{name: most},
                 )
 
-    def _every_part(self, view: View) -> Iterator[Part]:
+    def _every_pack(self, view: View) -> Iterator[Exemplars]:
         for entry in view.manifest.packs:
-            loaded = self.cache.get(entry.digest, entry.exemplars)
-            positions, kept = _locate(loaded, np.arange(entry.exemplars, dtype=np.int64))
-            if loaded.exemplars is not None and len(kept):
-                yield Part(entry.task, loaded.exemplars, positions, kept)
+            exemplars = self.cache.get(entry.digest, entry.exemplars).exemplars
+            if exemplars is not None:
+                yield exemplars
 
     def _describe(self, entry: PackEntry, rows: Iterator[tuple[int, int, int]], limit: int) -> list[Exemplar]:
         wanted = list(islice(rows, limit))
         if not wanted:
             return []
         loaded = self.cache.get(entry.digest, entry.exemplars)
-        positions, kept = _locate(loaded, np.array([row for row, _, _ in wanted], np.int64))
-        sizes = (
-            {}
-            if loaded.exemplars is None
-            else dict(zip(kept.tolist(), loaded.exemplars.sizes[positions].tolist(), strict=True))
-        )
+        places = loaded.places(np.array([row for row, _, _ in wanted], np.int64)).tolist()
         return [
             Exemplar(
                 pack=entry.digest,
@@ -256,26 +232,22 @@ class Replay:
                 task=entry.task,
                 class_id=class_id,
                 rank=rank,
-                bytes=sizes.get(row, 0),
+                bytes=0 if loaded.exemplars is None or place < 0 else loaded.exemplars.sizes.item(place),
                 quality=entry.quality,
             )
-            for row, class_id, rank in wanted
+            for (row, class_id, rank), place in zip(wanted, places, strict=True)
         ]
 
 
-def _locate(loaded: LoadedPack, rows: IntArray) -> tuple[IntArray, IntArray]:
-    """Where these rows are in a loaded pack, and which of them are: the intact ones."""
-    if loaded.rows is None:
-        return rows, rows
-    kept = rows[np.isin(rows, loaded.rows)]
-    return np.searchsorted(loaded.rows, kept), kept
+def tar_of(parts: Sequence[batch.Part]) -> bytes:
+    """The exemplars of a draw as a WebDataset tar of stand-alone JPEGs."""
+    return b"".join(tar.write_encoded(_files(part.exemplars for part in parts)))
 
 
-def _files(parts: Iterable[Part]) -> Iterator[tuple[str, bytes, int]]:
-    for part in parts:
-        class_ids = part.exemplars.class_ids[part.positions].tolist()
-        for position, class_id in zip(part.positions.tolist(), class_ids, strict=True):
-            yield "jpg", part.exemplars.jpeg(position), class_id
+def _files(packs: Iterable[Exemplars]) -> Iterator[tuple[str, bytes, int]]:
+    for exemplars in packs:
+        for row, class_id in enumerate(exemplars.class_ids.tolist()):
+            yield "jpg", exemplars.jpeg(row), class_id
 
 
 def _rows_after(

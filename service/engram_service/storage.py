@@ -206,6 +206,12 @@ class LoadedPack:
         """Memory it takes, roughly: its data and 28 bytes of index per exemplar."""
         return 0 if self.exemplars is None else len(self.exemplars.data) + 28 * len(self.exemplars)
 
+    def places(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Where these rows are in `exemplars`; -1 for those that are lost."""
+        if self.rows is None:
+            return rows
+        return np.where(np.isin(rows, self.rows), np.searchsorted(self.rows, rows), -1)
+
 
 class PackCache:
     """Parsed packs, the least recently used dropped first; a pack larger than the whole cache stays until the next one.

@@ -16,11 +16,12 @@ from anyio.to_thread import run_sync
 from fastapi import APIRouter, Request, Response
 from fastapi.routing import APIRoute
 
-from engram import draw
+from engram import batch, draw
 from engram.errors import InvalidRequest
 from engram.schemas import MAX_TASK, STRIPS_MEDIA_TYPE, TAR_MEDIA_TYPE
 
-from ..replay import Drawn, Replay, View
+from ..replay import Drawn, Replay, View, Write, tar_of
+from .parts import JPEG_MEDIA_TYPE, asks_for_picture
 
 
 class PlainRoute(APIRoute):
@@ -84,7 +85,7 @@ _BINARY = {"schema": {"type": "string", "format": "binary"}}
     openapi_extra={"parameters": PARAMETERS},
     responses={
         200: {
-            "content": {STRIPS_MEDIA_TYPE: _BINARY, TAR_MEDIA_TYPE: _BINARY},
+            "content": {STRIPS_MEDIA_TYPE: _BINARY, JPEG_MEDIA_TYPE: _BINARY, TAR_MEDIA_TYPE: _BINARY},
             "headers": {
                 "Engram-Generation": {"description": "The generation drawn from.", "schema": {"type": "integer"}},
                 "Engram-Exemplars": {"description": "Exemplars in the body.", "schema": {"type": "integer"}},
@@ -94,18 +95,17 @@ _BINARY = {"schema": {"type": "string", "format": "binary"}}
     },
 )
 async def draw_exemplars(request: Request, buffer: str) -> Response:
-    """Draw a minibatch: strips, or with `Accept: application/x-tar` a WebDataset tar of JPEGs."""
+    """Draw a minibatch: strips, with `Accept: image/jpeg` one picture, with `application/x-tar` a tar of JPEGs."""
     wanted, generation = parse(request.scope["query_string"])
     replay: Replay = request.app.state.replay
-    if TAR_MEDIA_TYPE in request.headers.get("accept", ""):
-        return _answer(await run_sync(_load_and_draw, replay, buffer, generation, wanted, True), TAR_MEDIA_TYPE)
+    media_type, write = _representation(request.headers.get("accept", ""))
     view = replay.peek(buffer, generation)
     drawn = None
-    if view is not None and _exemplars(view, wanted) <= MAX_ON_LOOP:
-        drawn = replay.draw(view, wanted, may_load=False)
+    if view is not None and write is not tar_of and _exemplars(view, wanted) <= MAX_ON_LOOP:
+        drawn = replay.draw(view, wanted, write, may_load=False)
     if drawn is None:
-        drawn = await run_sync(_load_and_draw, replay, buffer, generation, wanted, False)
-    return _answer(drawn, STRIPS_MEDIA_TYPE)
+        drawn = await run_sync(_load_and_draw, replay, buffer, generation, wanted, write)
+    return _answer(drawn, media_type)
 
 
 def parse(query: bytes) -> tuple[draw.Request, int | None]:
@@ -160,9 +160,17 @@ def _exemplars(view: View, wanted: draw.Request) -> int:
     return wanted.size * wanted.world_size * groups
 
 
-def _load_and_draw(replay: Replay, buffer: str, generation: int | None, wanted: draw.Request, as_tar: bool) -> Drawn:
-    view = replay.view(buffer, generation)
-    drawn = replay.draw_tar(view, wanted) if as_tar else replay.draw(view, wanted)
+def _representation(accept: str) -> tuple[str, Write]:
+    """The media type of the answer and what writes it."""
+    if TAR_MEDIA_TYPE in accept:
+        return TAR_MEDIA_TYPE, tar_of
+    if asks_for_picture(accept):
+        return JPEG_MEDIA_TYPE, batch.picture
+    return STRIPS_MEDIA_TYPE, batch.assemble
+
+
+def _load_and_draw(replay: Replay, buffer: str, generation: int | None, wanted: draw.Request, write: Write) -> Drawn:
+    drawn = replay.draw(replay.view(buffer, generation), wanted, write)
     assert drawn is not None, "packs may be loaded"
     return drawn
 

@@ -12,7 +12,7 @@ from engram.schemas import MAX_CLASS_ID, MAX_TASK, ExemplarPage
 
 from .. import buffers
 from .packs import FOREVER
-from .parts import BufferPath, DatabasePart, Generation, ReplayPart, SettingsPart, etag, matches
+from .parts import JPEG_MEDIA_TYPE, BufferPath, DatabasePart, Generation, ReplayPart, SettingsPart, etag, matches
 
 router = APIRouter(prefix="/v1/buffers/{buffer}/exemplars", tags=["replay"])
 
@@ -41,7 +41,7 @@ def list_exemplars(
     "/{pack}/{row}",
     response_class=Response,
     responses={
-        200: {"content": {"image/jpeg": {"schema": {"type": "string", "format": "binary"}}}},
+        200: {"content": {JPEG_MEDIA_TYPE: {"schema": {"type": "string", "format": "binary"}}}},
         304: {"description": "The client holds the picture."},
     },
 )
@@ -59,7 +59,7 @@ def read_exemplar(
     headers = {"ETag": etag(f"{pack}-{row}"), "Cache-Control": FOREVER}
     if row < entry.exemplars and matches(if_none_match, headers["ETag"]):
         return Response(status_code=304, headers=headers)
-    return Response(replay.jpeg(entry, row), media_type="image/jpeg", headers=headers)
+    return Response(replay.jpeg(entry, row), media_type=JPEG_MEDIA_TYPE, headers=headers)
 
 
 def _place(cursor: str | None) -> tuple[int, int, int] | None:

@@ -68,6 +68,14 @@ Generation = Annotated[
 ]
 
 
+JPEG_MEDIA_TYPE = "image/jpeg"
+
+
+def asks_for_picture(accept: str) -> bool:
+    """True if an Accept header asks for a picture, as a browser's `<img>` does."""
+    return JPEG_MEDIA_TYPE in accept or "image/*" in accept
+
+
 def etag(value: object) -> str:
     """The value as a strong entity tag."""
     return f'"{value}"'
