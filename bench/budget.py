@@ -6,11 +6,11 @@ Fashion-MNIST in 5 tasks of 2 classes, class-incremental, learned by LUCIR. The 
     raw                 pixels, 784 bytes and a class id of 2 bytes each
     files, selected     one JPEG file each, at the quality that selection chooses
     strips, 10 .. 90    Engram's packs at one fixed quality for all tasks
-    strips, selected    Engram's packs at the quality that selection chooses: the first task decides for the buffer
+    strips, selected    Engram's packs at the quality that selection chooses for the buffer
     joint               training from scratch on all images so far: no memory, the ceiling
 
-Every byte of a memory counts: tables, markers, class ids and checksums. Strips are chosen, encoded and fitted by the
-service's own selection with the learner's exported extractor, called in this process; `service_path_identical` says
+Every byte of a memory counts: tables, markers, class ids and checksums. Strips are made by `engram.memory`, as in a
+service, with the learner's exported extractor in its own process; `service_path_identical` says
 that a real service, asked over HTTP, kept the same exemplars.
 
 Where exemplars are JPEG, LUCIR shows half of a task's own images as JPEG gives them back (`codec_ratio`). Where they
@@ -47,20 +47,21 @@ import report
 import torch
 
 import engram.strip
-import engram_service.selection.quality as selection
 import engram_trainer
-from engram import Client, pack, shares
-from engram.batch import Batch
+from engram import Client
+from engram.memory import Policy
 from engram.schemas import CANDIDATE_QUALITIES, Decision, IngestOptions
-from engram.strip import Exemplars
-from engram_service.selection.embedding import OnnxEmbedder
+from engram.selection.images import ArrayImages
+from engram.selection.quality import choose
+from engram_service.embedder import OnnxEmbedder
 from engram_trainer import datasets, evaluation, stream
 from engram_trainer.datasets import ClassIds, Images
 from engram_trainer.extractor import to_onnx
-from engram_trainer.local_memory import LocalConfig, LocalMemory
+from engram_trainer.local_memory import LocalConfig, StripMemory
 from engram_trainer.local_service import local_service
-from engram_trainer.memory import Embed, Memory, NoMemory, ServiceMemory, empty_batch
+from engram_trainer.memory import Embed, Memory, NoMemory, ServiceMemory
 from engram_trainer.methods import Learner, joint, lucir
+from engram_trainer.plain_memory import PlainMemory
 
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 """Where Debian's package dataset-fashion-mnist puts it."""
@@ -148,13 +149,8 @@ class Run:
     seed: int
 
 
-class Strips:
-    """A `Memory` of packs, ranked, encoded and fitted by the service's selection in this process."""
-
-    def __init__(self, budget: int, options: IngestOptions) -> None:
-        self.budget, self.options = budget, options
-        self.decisions: dict[int, Decision] = {}
-        self._packs: dict[int, Exemplars] = {}
+class SelectedStrips(StripMemory):
+    """Strips as a service makes them, extractor process and all, in this process."""
 
     def add(
         self,
@@ -166,41 +162,21 @@ class Strips:
         embed: Embed | None,
         seed: int,
     ) -> None:
-        """Keep what selection keeps; shares are per class, so that earlier tasks stay as they are."""
-        options = self.options.model_copy(update={"seed": seed})
-        chosen = select(images_NHWC, class_ids, extractor, self.budget, options, adopt=first_quality(self.decisions))
-        self._packs[task], self.decisions[task] = chosen.exemplars, chosen.decision
-
-    def everything(self, *, exclude_tasks: tuple[int, ...] = ()) -> Batch:
-        """All exemplars, by task, class and rank."""
-        kept = {task: exemplars for task, exemplars in sorted(self._packs.items()) if task not in exclude_tasks}
-        if not kept:
-            return empty_batch()
-        return Batch(
-            images=np.concatenate([exemplars.decode() for exemplars in kept.values()]),
-            class_ids=np.concatenate([exemplars.class_ids for exemplars in kept.values()]),
-            tasks=np.concatenate([np.full(len(exemplars), task) for task, exemplars in kept.items()]),
-            rows=np.concatenate([np.arange(len(exemplars)) for exemplars in kept.values()]),
-        )
-
-    @property
-    def is_lossy(self) -> bool:
-        """Always: packs are JPEG."""
-        return True
-
-    @property
-    def used_bytes(self) -> int:
-        """Bytes of the packs."""
-        return sum(len(pack.to_bytes(exemplars)) for exemplars in self._packs.values())
+        """Keep what a service would keep."""
+        assert extractor is not None
+        with tempfile.NamedTemporaryFile(suffix=".onnx") as file:
+            file.write(extractor)
+            file.flush()
+            with OnnxEmbedder(Path(file.name), hashlib.sha256(extractor).hexdigest()) as embedder:
+                self.put(task, ArrayImages(images_NHWC, class_ids), embedder, seed=seed)
 
 
-class SelectedFiles(LocalMemory):
-    """One JPEG file for each exemplar, at the quality that selection chooses for strips of the same task."""
+class SelectedFiles(PlainMemory):
+    """One JPEG file for each exemplar, at the quality that selection chooses for strips in the same bytes."""
 
-    def __init__(self, config: LocalConfig, options: IngestOptions) -> None:
+    def __init__(self, config: LocalConfig, strips: SelectedStrips) -> None:
         super().__init__(config)
-        self.options = options
-        self.decisions: dict[int, Decision] = {}
+        self.strips = strips
 
     def add(
         self,
@@ -213,74 +189,21 @@ class SelectedFiles(LocalMemory):
         seed: int,
     ) -> None:
         """Choose the quality, then keep as many files as fit."""
-        options = self.options.model_copy(update={"seed": seed})
-        adopt = first_quality(self.decisions)
-        chosen = select(images_NHWC, class_ids, extractor, self.config.budget_bytes, options, adopt=adopt)
-        self.decisions[task] = chosen.decision
-        self.config = replace(self.config, quality=self.decisions[task].quality)
+        self.strips.add(task, images_NHWC, class_ids, extractor=extractor, embed=embed, seed=seed)
+        self.config = replace(self.config, quality=self.strips.quality)
         super().add(task, images_NHWC, class_ids, extractor=extractor, embed=embed, seed=seed)
-
-
-@dataclass(frozen=True, eq=False)
-class Uploaded:
-    """Images in memory as selection reads an upload."""
-
-    images: Images
-    class_ids: ClassIds
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """(H, W, C) of every image."""
-        height, width, channels = self.images.shape[1:]
-        return height, width, channels
-
-    def read(self, indices: ClassIds) -> Images:
-        """These images."""
-        return self.images[indices]
-
-
-def first_quality(decisions: Mapping[int, Decision]) -> int | None:
-    """What the first task chose for the whole buffer, as the service's worker has it."""
-    return next((decision.quality for decision in decisions.values()), None)
-
-
-def select(
-    images_NHWC: Images,
-    class_ids: ClassIds,
-    extractor: bytes | None,
-    budget: int,
-    options: IngestOptions,
-    *,
-    adopt: int | None,
-) -> selection.Selection:
-    """The service's selection, extractor process and all, on images of this process."""
-    assert extractor is not None
-    classes = [int(class_id) for class_id in np.unique(class_ids)]
-    leaves = shares.leaves(budget, per="class", share_by="class", classes_by_task={0: classes})
-    share_of = {class_id: share for (_, class_id), share in leaves.items()}
-    with tempfile.NamedTemporaryFile(suffix=".onnx") as file:
-        file.write(extractor)
-        file.flush()
-        with OnnxEmbedder(Path(file.name), hashlib.sha256(extractor).hexdigest()) as embedder:
-            return selection.select(
-                Uploaded(images_NHWC, class_ids),
-                shares=share_of,
-                options=options,
-                subsampling="4:2:0",
-                embedder=embedder,
-                adopt=adopt,
-            )
 
 
 def memory_of(run: Run, plan: Plan) -> Memory:
     """The memory of an arm."""
-    arm, options = run.arm, plan.options.model_copy(update={"quality": run.arm.quality})
+    arm = run.arm
     if not arm.has_memory:
         return NoMemory()
+    strips = SelectedStrips(Policy(run.budget, "class", quality=arm.quality), plan.options)
     if arm.kind == "strips":
-        return Strips(run.budget, options)  # type: ignore[return-value]  # draws are not needed here
+        return strips
     config = LocalConfig(kind="raw" if arm.kind == "raw" else "files", budget_bytes=run.budget, per="class")
-    return LocalMemory(config) if arm.kind == "raw" else SelectedFiles(config, options)
+    return PlainMemory(config) if arm.kind == "raw" else SelectedFiles(config, strips)
 
 
 def stream_of(plan: Plan, seed: int) -> stream.Stream:
@@ -336,7 +259,8 @@ def execute(run: Run, plan: Plan, base: Path, path: Path) -> dict[str, Any]:
         accuracies = [evaluation.accuracy(learner.scores, tasks, each, learned=task.index) for each in earlier]
         matrix.append([accuracy for accuracy in accuracies if accuracy is not None])
     metrics = evaluation.metrics(matrix, test_counts=[len(task.test_images) for task in tasks.tasks])
-    decisions: Mapping[int, Decision] = getattr(memory, "decisions", {})
+    selected = getattr(memory, "strips", memory) if run.arm.selects else None
+    decisions: Mapping[int, Decision] = getattr(selected, "decisions", {})
     result = {
         "arm": run.arm.name,
         "budget_bytes_per_class": run.budget,
@@ -347,7 +271,8 @@ def execute(run: Run, plan: Plan, base: Path, path: Path) -> dict[str, Any]:
         "matrix": matrix,
         "used_bytes": memory.used_bytes,
         "exemplars": len(memory.everything().class_ids),
-        "qualities": [decision.quality for _, decision in sorted(decisions.items())],
+        "quality": getattr(memory, "quality", None),
+        "qualities_alone": [choose([decision])[0] for _, decision in sorted(decisions.items())],
         "selection_seconds": sum(decision.seconds for decision in decisions.values()),
         "seconds": time.perf_counter() - start,
         "decisions": {str(task): decision.model_dump(mode="json") for task, decision in sorted(decisions.items())},
@@ -370,13 +295,11 @@ def code_version(arm: Arm) -> str:
     if arm.kind == "joint":
         names += ["methods/joint", "methods/finetune", "methods/linear"]
     if arm.kind in ("raw", "files"):
-        names.append("local_memory")
+        names.append("plain_memory")
     files = [trainer / f"{name}.py" for name in names] + [client / "strip.py", client / "shares.py"]
-    if arm.kind == "strips":
-        files += [trainer / "extractor.py", client / "pack.py", client / "huffman.py"]
-        files += [Path(selection.__file__).with_name(f"{name}.py") for name in ("ranking", "filling")]
-    if arm.selects:
-        files += sorted(Path(selection.__file__).parent.glob("*.py"))
+    if arm.is_jpeg:
+        files += [trainer / "extractor.py", trainer / "local_memory.py", client / "pack.py", client / "memory.py"]
+        files += sorted((client / "selection").glob("*.py"))
     digest = hashlib.sha256()
     for file in files:
         tree = ast.parse(file.read_text())
@@ -479,18 +402,18 @@ def tell(result: Mapping[str, Any]) -> None:
     line += (
         f" last {result['last']:5.1f} average {result['average_incremental']:5.1f} exemplars {result['exemplars']:5}"
     )
-    os.write(2, f"{line} {result['seconds']:4.0f} s {result['qualities']}\n".encode())
+    os.write(2, f"{line} {result['seconds']:4.0f} s {result['quality'] or ''} {result['qualities_alone']}\n".encode())
 
 
 def service_path_is_identical(plan: Plan, folder: Path) -> bool:
-    """Whether a real service, over HTTP, keeps the exemplars of the first task that `Strips` keeps."""
+    """Whether a real service, over HTTP, keeps the exemplars of the first task that `SelectedStrips` keeps."""
     seed, budget = plan.seeds[0], plan.budgets[0]
     run, tasks = Run(SELECTED, budget, seed), stream_of(plan, seed)
     base = base_path(run, plan, folder)
     learn_base(run, plan, base)
     learner = learner_of(run, plan, tasks)
     learner.load_state_dict(torch.load(base, weights_only=True))
-    here = Strips(budget, plan.options)
+    here = SelectedStrips(Policy(budget, "class"), plan.options)
     task, extractor = tasks.tasks[0], to_onnx(learner.extractor(), tasks.shape)
     with (
         tempfile.TemporaryDirectory() as scratch,
@@ -531,7 +454,11 @@ def print_budget(results: Sequence[Mapping[str, Any]], plan: Plan, budget: int) 
         found = of(results, arm, budget)
         if not found:
             continue
-        qualities = [" ".join(map(str, each["qualities"])) for each in found] if arm.quality is None else []
+        qualities = [
+            f"{each['quality']} ({' '.join(map(str, each['qualities_alone']))})"
+            for each in found
+            if each["qualities_alone"]
+        ]
         rows.append(
             [
                 arm.name,
@@ -543,7 +470,15 @@ def print_budget(results: Sequence[Mapping[str, Any]], plan: Plan, budget: int) 
                 len(found),
             ]
         )
-    columns = ("memory", "average incremental", "last", "exemplars/class", "bytes", "qualities by task; seed", "seeds")
+    columns = (
+        "memory",
+        "average incremental",
+        "last",
+        "exemplars/class",
+        "bytes",
+        "quality (by each task alone); seed",
+        "seeds",
+    )
     report.print_table(f"{budget:,} bytes per class: accuracy in percent, mean ± sd over seeds", columns, rows)
 
 

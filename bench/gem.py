@@ -27,7 +27,7 @@ from engram.client import Client
 from engram.schemas import IngestOptions
 from engram_trainer import datasets, methods, stream
 from engram_trainer.evaluation import Metrics, accuracy, metrics
-from engram_trainer.local_memory import LocalConfig, LocalMemory
+from engram_trainer.local_memory import LocalConfig
 from engram_trainer.local_service import local_service
 from engram_trainer.memory import Memory, NoMemory, ServiceMemory
 from engram_trainer.stream import Scenario, Stream, StreamConfig
@@ -103,7 +103,7 @@ def local(kind: str) -> Memory:
     """A memory in this process that keeps whatever it is given."""
     if kind == "none":
         return NoMemory()
-    return LocalMemory(
+    return local_memory(
         LocalConfig(
             kind="raw" if kind == "raw" else "strips",
             budget_bytes=AMPLE_BYTES,
@@ -117,8 +117,8 @@ def local(kind: str) -> Memory:
 def through_service(url: str, folder: Path, name: str) -> ServiceMemory:
     """The same exemplars in a service, ranked at random and encoded at the same quality."""
     client = Client(url)
-    client.create_buffer(name, budget_bytes=AMPLE_BYTES, share_by="task")
-    options = IngestOptions(quality=QUALITY, ranking="random")
+    client.create_buffer(name, budget_bytes=AMPLE_BYTES, share_by="task", quality=QUALITY)
+    options = IngestOptions(ranking="random")
     return ServiceMemory(client, name, options=options, run=name, folder=folder / name)
 
 

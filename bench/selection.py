@@ -22,7 +22,6 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, median, stdev
 from typing import get_args
@@ -31,11 +30,15 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from report import Cell, finish, parse_args, print_table
+from strip import cut_patches
 from torch import nn
 
-from engram.schemas import CANDIDATE_QUALITIES, IngestOptions, Ranking
-from engram_service.selection.embedding import BuiltinEmbedder, Embedder, OnnxEmbedder
-from engram_service.selection.quality import Selection, select
+from engram.memory import Content, Policy, Upload, add
+from engram.schemas import CANDIDATE_QUALITIES, Decision, IngestOptions, Ranking
+from engram.selection.embedding import BuiltinEmbedder, Embedder
+from engram.selection.images import ArrayImages
+from engram.strip import Exemplars
+from engram_service.embedder import OnnxEmbedder
 from engram_trainer import datasets, networks
 from engram_trainer.datasets import Dataset
 from engram_trainer.extractor import to_onnx
@@ -52,24 +55,6 @@ UInt8Array = npt.NDArray[np.uint8]
 IntArray = npt.NDArray[np.int64]
 
 
-@dataclass(frozen=True, eq=False)
-class Upload:
-    """Images in memory, as selection reads them."""
-
-    images: UInt8Array
-    class_ids: IntArray
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """(H, W, C) of every image."""
-        height, width, channels = self.images.shape[1:]
-        return height, width, channels
-
-    def read(self, indices: IntArray) -> UInt8Array:
-        """These images."""
-        return self.images[indices]
-
-
 def main() -> None:
     args = parse_args("what does quality selection cost, and does it agree with a grid search?")
     torch.set_num_threads(1)
@@ -79,6 +64,7 @@ def main() -> None:
         flat |= agreement(data, pairs=2, seeds=2, per_class=300, epochs=4, shares=(4_000,))
     else:
         flat |= agreement(data, pairs=5, seeds=5, per_class=1_500, epochs=GRID_EPOCHS, shares=(4_000, 16_000))
+    flat["cpu_seconds_300_images_224"] = photographs_cpu_seconds(repeats=3)
     finish(args, flat)
 
 
@@ -97,7 +83,7 @@ def cost(data: Dataset, sizes: Sequence[int], repeats: int) -> dict[str, Cell]:
             ]
             arms.append(("extractor", "herding", extractor))
             for name, ranking, embedder in arms:
-                took = [choose(upload, embedder, SHARE_BYTES, ranking).decision.seconds for _ in range(repeats)]
+                took = [keep(upload, embedder, SHARE_BYTES, ranking)[1].seconds for _ in range(repeats)]
                 seconds[name, ranking, size] = median(took)
         rows.append((size, *(seconds[name, ranking, size] for name, ranking, _ in arms), epochs[size]))
     columns = ("images per class", *(f"{name}, {ranking}" for name, ranking, _ in arms), "one epoch")
@@ -125,27 +111,37 @@ def cost(data: Dataset, sizes: Sequence[int], repeats: int) -> dict[str, Cell]:
     }
 
 
-def two_classes(data: Dataset, size: int) -> Upload:
+def photographs_cpu_seconds(repeats: int) -> float:
+    """CPU seconds of a selection of 300 patches of photographs, 224x224, three classes, a million bytes each."""
+    upload = ArrayImages(cut_patches(300, 224), np.repeat(np.arange(3), 100))
+    took = []
+    for _ in range(repeats):
+        start = time.process_time()
+        keep(upload, BuiltinEmbedder(upload.shape), 10**6)
+        took.append(time.process_time() - start)
+    return median(took)
+
+
+def two_classes(data: Dataset, size: int) -> ArrayImages:
     """`size` images of the even classes as class 0, of the odd ones as class 1; shifted copies if there are fewer."""
     parts = []
     for parity in (0, 1):
         pool = data.train_images[data.train_class_ids % 2 == parity]
         copies = -(-size // len(pool))
         parts.append(np.concatenate([np.roll(pool, shift, axis=2) for shift in range(copies)])[:size])
-    return Upload(np.concatenate(parts), np.repeat(np.arange(2), size))
+    return ArrayImages(np.concatenate(parts), np.repeat(np.arange(2), size))
 
 
-def choose(
-    upload: Upload, embedder: Embedder, share: int, ranking: Ranking = "herding", quality: int | None = None
-) -> Selection:
-    """What the service would keep of this upload."""
-    return select(
-        upload,
-        shares=dict.fromkeys(np.unique(upload.class_ids).tolist(), share),
-        options=IngestOptions(ranking=ranking, quality=quality),
-        subsampling="4:2:0",
-        embedder=embedder,
-    )
+def keep(
+    upload: ArrayImages, embedder: Embedder, share: int, ranking: Ranking = "herding", quality: int | None = None
+) -> tuple[Exemplars, Decision]:
+    """What a buffer would keep of this upload, and why."""
+    policy = Policy(share, "class", quality=quality)
+    task = add(Content(policy), Upload(0, upload, IngestOptions(ranking=ranking)), embedder).tasks[0]
+    exemplars, decision = task.load(), task.decision
+    assert exemplars is not None
+    assert decision is not None
+    return exemplars, decision
 
 
 @contextmanager
@@ -171,7 +167,7 @@ def agreement(
         classes = np.random.default_rng(pair).permutation(np.array(data.classes))[:4]
         tasks = [of_classes(small, classes[:2]), of_classes(small, classes[2:])]
         seen = data.test_class_ids[np.isin(data.test_class_ids, classes)]
-        tests = Upload(data.test_images[np.isin(data.test_class_ids, classes)], seen)
+        tests = ArrayImages(data.test_images[np.isin(data.test_class_ids, classes)], seen)
         for share in shares:
             scores: dict[int, list[float]] = {quality: [] for quality in CANDIDATE_QUALITIES}
             picks: list[int] = []
@@ -179,11 +175,11 @@ def agreement(
                 first = Learner(tasks[0].shape, classes, seed)
                 first.learn(tasks[0], None, epochs)
                 with running(first.network, tasks[0].shape) as extractor:
-                    picks.append(choose(tasks[0], extractor, share).decision.quality)
+                    picks.append(keep(tasks[0], extractor, share)[1].quality)
                     for quality in CANDIDATE_QUALITIES:
-                        kept = choose(tasks[0], extractor, share, quality=quality).exemplars
+                        kept, _ = keep(tasks[0], extractor, share, quality=quality)
                         second = copy.deepcopy(first)
-                        second.learn(tasks[1], Upload(kept.decode(), kept.class_ids), epochs)
+                        second.learn(tasks[1], ArrayImages(kept.decode(), kept.class_ids), epochs)
                         scores[quality].append(second.accuracy(tests))
             gap, noise = behind(scores, picks)
             agrees.append(gap <= max(1.0, noise))
@@ -205,10 +201,10 @@ def behind(scores: dict[int, list[float]], picks: Sequence[int]) -> tuple[float,
     return fmean(differences), 2 * stdev(differences) / len(differences) ** 0.5
 
 
-def of_classes(data: Dataset, classes: IntArray) -> Upload:
+def of_classes(data: Dataset, classes: IntArray) -> ArrayImages:
     """The training images of these classes."""
     rows = np.isin(data.train_class_ids, classes)
-    return Upload(data.train_images[rows], data.train_class_ids[rows])
+    return ArrayImages(data.train_images[rows], data.train_class_ids[rows])
 
 
 class Learner:
@@ -221,11 +217,11 @@ class Learner:
         self.seed = seed
         self.generator = torch.Generator().manual_seed(seed)
 
-    def learn(self, task: Upload, memory: Upload | None, epochs: int) -> None:
+    def learn(self, task: ArrayImages, memory: ArrayImages | None, epochs: int) -> None:
         """Half of every batch is replayed once there is something to replay."""
         images, labels = self.tensors(task)
-        coded = round_trip(task.images, CANDIDATE_QUALITIES, np.random.default_rng(self.seed))
-        both = torch.stack([images, self.tensors(Upload(coded, task.class_ids))[0]])
+        coded = round_trip(task.images_NHWC, CANDIDATE_QUALITIES, np.random.default_rng(self.seed))
+        both = torch.stack([images, self.tensors(ArrayImages(coded, task.class_ids))[0]])
         part = BATCH_SIZE if memory is None else BATCH_SIZE // 2
         steps = epochs * len(images) // part
         parameters = [*self.network.parameters(), *self.head.parameters()]
@@ -239,7 +235,7 @@ class Learner:
             is_coded = torch.randint(2, (part,), generator=self.generator)
             batch, targets = both[is_coded, rows], labels[rows]
             if memory is not None:
-                rows = torch.randint(len(memory.images), (BATCH_SIZE - part,), generator=self.generator)
+                rows = torch.randint(len(memory.images_NHWC), (BATCH_SIZE - part,), generator=self.generator)
                 batch, targets = torch.cat([batch, replayed[rows]]), torch.cat([targets, their_labels[rows]])
             loss = nn.functional.cross_entropy(self.head(self.network(batch.float() / 255)), targets)
             optimizer.zero_grad()
@@ -248,13 +244,13 @@ class Learner:
             schedule.step()
         self.network.eval()
 
-    def tensors(self, upload: Upload) -> tuple[torch.Tensor, torch.Tensor]:
+    def tensors(self, upload: ArrayImages) -> tuple[torch.Tensor, torch.Tensor]:
         """Images [N, C, H, W] and the places of their classes."""
-        images = torch.from_numpy(np.ascontiguousarray(upload.images.transpose(0, 3, 1, 2)))
+        images = torch.from_numpy(np.ascontiguousarray(upload.images_NHWC.transpose(0, 3, 1, 2)))
         return images, torch.from_numpy((upload.class_ids[:, None] == self.classes[None, :]).argmax(axis=1))
 
     @torch.no_grad()
-    def accuracy(self, tests: Upload) -> float:
+    def accuracy(self, tests: ArrayImages) -> float:
         """Percent of the test images that are classified rightly."""
         images, labels = self.tensors(tests)
         parts = torch.split(images, 512)
@@ -262,7 +258,7 @@ class Learner:
         return 100 * (scores.argmax(dim=1) == labels).float().mean().item()
 
 
-def epoch_seconds(network: nn.Module, upload: Upload) -> float:
+def epoch_seconds(network: nn.Module, upload: ArrayImages) -> float:
     """One pass of SGD over the images, in batches of 64."""
     learner = Learner(upload.shape, np.arange(2), seed=0)
     learner.network = copy.deepcopy(network)  # type: ignore[assignment]

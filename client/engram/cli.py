@@ -106,6 +106,9 @@ def create(
     per: Annotated[Per, typer.Option(help="Whether the budget is of the whole buffer or of each class.")] = "buffer",
     share_by: Annotated[ShareBy, typer.Option(help="Who gets equal shares: classes or tasks.")] = "class",
     subsampling: Annotated[Subsampling, typer.Option(help="Chroma subsampling of all exemplars.")] = "4:2:0",
+    quality: Annotated[
+        int | None, typer.Option(min=1, max=100, help="Fix the JPEG quality of all exemplars; else it is selected.")
+    ] = None,
     exist_ok: Annotated[bool, typer.Option("--exist-ok", help="Be content with an equal buffer.")] = False,
 ) -> None:
     """Create a buffer."""
@@ -116,6 +119,7 @@ def create(
             per=per,
             share_by=share_by,
             subsampling=subsampling,
+            quality=quality,
             exist_ok=exist_ok,
         )
         each = " for each class" if made.per == "class" else ""
@@ -132,12 +136,13 @@ def show(context: typer.Context, buffer: BufferArgument) -> None:
         _out().print(f"[bold]{found.name}[/bold]  generation {found.generation}, images {_buffer_cells(found)[5]}")
         _out().print(f"used {found.used_bytes:,} of {found.limit_bytes:,} bytes ({used:.1f} %)")
         _out().print(f"budget {found.budget_bytes:,} bytes{each}, shared by {found.share_by}, {found.subsampling}")
+        _out().print("no exemplars yet" if found.quality is None else f"quality {found.quality}, {found.quality_is}")
         table = Table(box=None)
-        for heading in ("task", "quality", "exemplars", "bytes", "classes"):
+        for heading in ("task", "exemplars", "bytes", "classes"):
             table.add_column(heading, justify="right")
         for number in found.tasks:
             task = client.task(buffer, number)
-            numbers = (task.task, task.quality, task.exemplars, task.bytes, len(task.classes))
+            numbers = (task.task, task.exemplars, task.bytes, len(task.classes))
             table.add_row(*(f"{value:,}" for value in numbers))
         _out().print(table)
 
@@ -148,9 +153,6 @@ def upload(
     buffer: BufferArgument,
     task: TaskArgument,
     path: Annotated[Path, typer.Argument(exists=True, help="A folder of class folders, or a WebDataset tar.")],
-    quality: Annotated[
-        int | None, typer.Option(min=1, max=100, help="Fix the JPEG quality; else it is selected.")
-    ] = None,
     ranking: Annotated[Ranking, typer.Option(help="How exemplars are ranked within a class.")] = "herding",
     definition: Annotated[Definition, typer.Option(help="How R, the ratio of volumes, is defined.")] = "raw",
     rule: Annotated[Rule, typer.Option(help="Which candidates must pass.")] = "any",
@@ -163,7 +165,6 @@ def upload(
     """Upload the images of a task and wait until its exemplars are stored."""
     with _client(context) as client:
         options = IngestOptions(
-            quality=quality,
             ranking=ranking,
             definition=definition,
             rule=rule,

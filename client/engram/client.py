@@ -188,9 +188,19 @@ class Client:
         per: Per = "buffer",
         share_by: ShareBy = "class",
         subsampling: Subsampling = "4:2:0",
+        quality: int | None = None,
         exist_ok: bool = False,
     ) -> Buffer:
         """A new, empty buffer; with `exist_ok`, the buffer of that name if it was created with the same definition.
+
+        Args:
+            name: lower-case letters, digits, dots, dashes, underscores.
+            budget_bytes: of the whole buffer, or of each class.
+            per: which of the two.
+            share_by: what gets equal shares: classes or tasks.
+            subsampling: of the colour planes.
+            quality: JPEG quality of all exemplars, for good; None lets selection find it.
+            exist_ok: whether the buffer may exist.
 
         Raises:
             Conflict: the name is taken (with `exist_ok`: by a buffer with another definition).
@@ -198,7 +208,12 @@ class Client:
         """
         try:
             wanted = BufferCreate(
-                name=name, budget_bytes=budget_bytes, per=per, share_by=share_by, subsampling=subsampling
+                name=name,
+                budget_bytes=budget_bytes,
+                per=per,
+                share_by=share_by,
+                subsampling=subsampling,
+                quality=quality,
             )
         except pydantic.ValidationError as error:
             first = error.errors()[0]
@@ -209,10 +224,11 @@ class Client:
             if not exist_ok:
                 raise
             found = self.buffer(name)
+            given = found.model_copy(update={"quality": found.quality if found.quality_is == "fixed" else None})
             differing = [
-                f"{field} {getattr(found, field)} (asked: {getattr(wanted, field)})"
-                for field in ("budget_bytes", "per", "share_by", "subsampling")
-                if getattr(found, field) != getattr(wanted, field)
+                f"{field} {getattr(given, field)} (asked: {getattr(wanted, field)})"
+                for field in ("budget_bytes", "per", "share_by", "subsampling", "quality")
+                if getattr(given, field) != getattr(wanted, field)
             ]
             if differing:
                 raise Conflict(f"buffer {name!r} exists with another definition: {', '.join(differing)}") from None
@@ -290,13 +306,13 @@ class Client:
             task: the task's number.
             images_NHWC: uint8 RGB or grey; `[N, H, W]` is grey.
             class_ids_N: N integers.
-            options: how images are ranked and encoded.
+            options: how images are ranked and measured.
             idempotency_key: the same key makes a repeated upload the same ingest; None makes a new one.
 
         Raises:
             ValueError: arrays of another type or shape, or of no images.
             NotFound: no such buffer.
-            Conflict: the task has another quality, the buffer other images, the key another body.
+            Conflict: the buffer has images of another shape, the key another body.
         """
         if not len(images_NHWC):
             raise ValueError("there are no images to upload")

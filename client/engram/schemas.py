@@ -19,6 +19,7 @@ Ranking = Literal["herding", "greedy_dpp", "reservoir", "ring", "random"]
 Definition = Literal["raw", "per_sample", "log_ratio"]
 Rule = Literal["all_higher", "any"]
 State = Literal["received", "selecting", "encoding", "committed", "failed", "cancelled"]
+QualityState = Literal["fixed", "provisional", "decided"]
 Strategy = Literal["uniform", "class_balanced", "task_balanced", "per_task", "epoch"]
 
 CANDIDATE_QUALITIES = (10, 25, 50, 75, 90)
@@ -52,7 +53,7 @@ class BufferCreate(Model):
 
     `budget_bytes` is the total when `per` is "buffer" (shares shrink as classes arrive) and the bytes of each class
     when `per` is "class" (the total grows). `share_by` says what is given an equal share: each class (LUCIR, iCaRL)
-    or each task (GEM).
+    or each task (GEM). `quality` fixes the JPEG quality of every exemplar; None leaves it to selection.
     """
 
     name: BufferName
@@ -60,6 +61,7 @@ class BufferCreate(Model):
     per: Per = "buffer"
     share_by: ShareBy = "class"
     subsampling: Subsampling = "4:2:0"
+    quality: Quality | None = None
 
 
 class BufferChange(Model):
@@ -69,7 +71,11 @@ class BufferChange(Model):
 
 
 class Buffer(Model):
-    """A buffer as it stands. `budget_bytes` is as given; `limit_bytes` is the total that `used_bytes` obeys."""
+    """A buffer as it stands. `budget_bytes` is as given; `limit_bytes` is the total that `used_bytes` obeys.
+
+    `quality` is that of every exemplar, None before the first. It was `fixed` when the buffer was made, or `decided` by
+    selection for good; while it is `provisional`, a later upload may revise it.
+    """
 
     name: str
     budget_bytes: int
@@ -77,6 +83,8 @@ class Buffer(Model):
     per: Per
     share_by: ShareBy
     subsampling: Subsampling
+    quality: int | None
+    quality_is: QualityState
     generation: int
     used_bytes: int
     exemplars: int
@@ -87,15 +95,16 @@ class Buffer(Model):
 
 
 class Candidate(Model):
-    """One candidate quality of a decision: how many exemplars fit and what their volume says.
+    """One candidate quality of a decision: how many of the upload's exemplars fit and what their volume says.
 
-    `ratio` holds R under each definition, None where no class had a block; `gaps` is the mean log-volume gap of each
+    `classes` counts those that keep something. `ratio` holds R under each definition, None where no class had a block; `gaps` is the mean log-volume gap of each
     class; a class in `singular_classes` had a block whose Gram matrix was numerically singular. Where an extractor was
     used, `pixel_ratio` is R under the built-in embedding, and a candidate passes only if both are near 1; else None.
     """
 
     quality: int
     exemplars: int
+    classes: int
     bytes: int
     ratio: dict[Definition, float | None]
     pixel_ratio: dict[Definition, float | None] | None = None
@@ -105,9 +114,12 @@ class Candidate(Model):
 
 
 class Decision(Model):
-    """What quality selection found for a task, for every candidate, and why it chose as it did.
+    """What an upload to a task said about every candidate quality, and why the buffer has the quality it has then.
 
-    `block` is how many exemplars each volume spans; `pixel_block` likewise for `Candidate.pixel_ratio`.
+    `block` is how many exemplars each volume spans; `pixel_block` likewise for `Candidate.pixel_ratio`. `blocks` counts
+    those compared of each class, under the built-in embedding. A task keeps the decision that rests on most blocks, the
+    latest of equals. `mean` says what `herding` went toward: the mean of all images seen, or one that was started again
+    from those kept, because the extractor is another one than before.
     """
 
     quality: int
@@ -117,8 +129,10 @@ class Decision(Model):
     epsilon: float
     block: int
     pixel_block: int | None = None
+    blocks: dict[int, int]
     delta: float
     ranking: Ranking
+    mean: Literal["seen", "kept"] | None = None
     embedder: str
     images: int
     seconds: float
@@ -132,16 +146,15 @@ class BufferList(Model):
 
 
 class IngestOptions(Model):
-    """How an upload is ranked and encoded: query parameters of the ingest route, same names.
+    """How an upload is ranked and measured: query parameters of the ingest route, same names.
 
-    `quality` None asks for selection among `candidates`; a buffer's first task decides, later ones adopt its quality
-    and record what they would have chosen. `extractor` names a registered ONNX model; None uses the
-    built-in embedding. `block` is the number of exemplars whose volume is compared at once; None takes the one that
-    suits the embedding (32 for the built-in one, 16 for an extractor), and a decision states it.
+    The quality is the buffer's; if it was not fixed there, it is chosen among `candidates`. `extractor` names a
+    registered ONNX model; None uses the built-in embedding. `block` is the number of exemplars whose volume is compared
+    at once; None takes the one that suits the embedding (32 for the built-in one, 16 for an extractor), and a decision
+    states it.
     """
 
-    quality: Quality | None = None
-    candidates: tuple[Quality, ...] = CANDIDATE_QUALITIES
+    candidates: Annotated[tuple[Quality, ...], Field(min_length=1)] = CANDIDATE_QUALITIES
     ranking: Ranking = "herding"
     extractor: Digest | None = None
     definition: Definition = "raw"

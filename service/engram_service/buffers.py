@@ -15,7 +15,7 @@ from sqlalchemy.orm import Session
 
 from engram import shares
 from engram.errors import Conflict, NotFound
-from engram.schemas import Buffer, BufferCreate, ClassSummary, Decision, Manifest, PackEntry, Task
+from engram.schemas import Buffer, BufferCreate, ClassSummary, Decision, Manifest, PackEntry, QualityState, Task
 
 from .tables import BufferRow, PackRow, TaskRow
 
@@ -28,7 +28,8 @@ def create(session: Session, wanted: BufferCreate) -> Buffer:
     """
     if session.get(BufferRow, wanted.name) is not None:
         raise Conflict(f"there is a buffer {wanted.name!r} already; delete it first or choose another name")
-    row = BufferRow(**wanted.model_dump(), generation=0, oldest_generation=0, created_at=time.time())
+    state: QualityState = "provisional" if wanted.quality is None else "fixed"
+    row = BufferRow(**wanted.model_dump(), quality_is=state, generation=0, oldest_generation=0, created_at=time.time())
     session.add(row)
     session.flush()
     return _describe(session, row)
@@ -138,7 +139,7 @@ def task(session: Session, name: str, number: int) -> Task:
     return Task(
         buffer=name,
         task=number,
-        quality=found.quality,
+        quality=row.quality,
         bytes=sum(pack.bytes for pack in own),
         exemplars=sum(pack.exemplars for pack in own),
         classes=[
@@ -221,6 +222,8 @@ def _describe(session: Session, row: BufferRow) -> Buffer:
         per=row.per,
         share_by=row.share_by,
         subsampling=row.subsampling,
+        quality=row.quality,
+        quality_is=row.quality_is,
         generation=row.generation,
         used_bytes=sum(pack.bytes for pack in packs),
         exemplars=sum(pack.exemplars for pack in packs),

@@ -1,6 +1,6 @@
 """This file is the extractors: ONNX models that trainers bring, checked once, kept under their SHA-256.
 
-A model is stored only after a bounded child process has run it (`selection.embedding.inspect`), so whatever an ingest
+A model is stored only after a bounded child process has run it (`embedder.inspect`), so whatever an ingest
 names later is known to work. Its file is durable before its row is committed, and the row before the response.
 """
 
@@ -22,7 +22,7 @@ from engram.errors import BadUpload, NotFound, TooLarge
 from engram.schemas import Extractor
 
 from .database import Database
-from .selection.embedding import ExtractorLimits, inspect
+from .embedder import ExtractorLimits, inspect
 from .settings import Settings
 from .storage import disk_errors, fsync_path
 from .tables import ExtractorRow

@@ -9,10 +9,21 @@ from __future__ import annotations
 
 from typing import Any
 
-from sqlalchemy import JSON, BigInteger, Float, ForeignKey, Index, Integer, MetaData, String, UniqueConstraint
+from sqlalchemy import (
+    JSON,
+    BigInteger,
+    Float,
+    ForeignKey,
+    Index,
+    Integer,
+    LargeBinary,
+    MetaData,
+    String,
+    UniqueConstraint,
+)
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
-from engram.schemas import Per, Ranking, ShareBy, State, Subsampling
+from engram.schemas import Per, QualityState, ShareBy, State, Subsampling
 
 
 class Base(DeclarativeBase):
@@ -38,6 +49,8 @@ class BufferRow(Base):
     per: Mapped[Per] = mapped_column(String(16))
     share_by: Mapped[ShareBy] = mapped_column(String(16))
     subsampling: Mapped[Subsampling] = mapped_column(String(8))
+    quality: Mapped[int | None] = mapped_column(Integer, default=None)
+    quality_is: Mapped[QualityState] = mapped_column(String(16))
     generation: Mapped[int] = mapped_column(Integer, default=0)
     # Older generations no longer answer: the collector raises this to the highest `until` of the rows it deletes.
     oldest_generation: Mapped[int] = mapped_column(Integer, default=0)
@@ -49,16 +62,18 @@ class BufferRow(Base):
 
 
 class TaskRow(Base):
-    """One step of a buffer's stream. `seen` maps class id (a string: JSON) to images uploaded so far."""
+    """One step of a buffer's stream. `seen` maps class id (a string: JSON) to images uploaded so far.
+
+    `means` is what herding goes toward, as `engram.memory.Means.to_bytes` writes it.
+    """
 
     __tablename__ = "tasks"
 
     buffer: Mapped[str] = mapped_column(ForeignKey("buffers.name", ondelete="CASCADE"), primary_key=True)
     task: Mapped[int] = mapped_column(BigInteger, primary_key=True)
-    quality: Mapped[int] = mapped_column(Integer)
-    ranking: Mapped[Ranking] = mapped_column(String(16))
     seen: Mapped[dict[str, int]] = mapped_column(JSON)
     decision: Mapped[dict[str, Any] | None] = mapped_column(JSON, default=None)
+    means: Mapped[bytes | None] = mapped_column(LargeBinary, default=None)
 
 
 class PackRow(Base):

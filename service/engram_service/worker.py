@@ -28,16 +28,17 @@ from pathlib import Path
 from secrets import token_hex
 from types import TracebackType
 
+from engram import memory
 from engram.errors import EngramError, NotFound, StorageFull, Unavailable
 from engram.schemas import State
+from engram.selection.embedding import BuiltinEmbedder, Embedder
 
 from . import extractors, ingest
 from .collect import collect
-from .commit import Upload, check_fits, commit, read_content, shares_with
+from .commit import commit
 from .database import Database
+from .embedder import OnnxEmbedder
 from .ingest import Claim, LeaseLost
-from .selection.embedding import BuiltinEmbedder, Embedder, OnnxEmbedder
-from .selection.quality import select
 from .settings import Settings
 from .spooled import SpooledImages
 from .storage import PackStore
@@ -227,37 +228,20 @@ def perform(database: Database, store: PackStore, settings: Settings, held: Clai
         Stopped: `stop` was set.
         StorageFull, Unavailable: worth another attempt.
     """
-    with Heartbeat(database, settings, held, stop) as beat:
-        with SpooledImages(held.spool, settings, beat.found) as images:
+    with (
+        Heartbeat(database, settings, held, stop) as beat,
+        SpooledImages(held.spool, settings, beat.found) as images,
+        embedder(settings, held, images.shape) as chosen,
+    ):
+        upload = memory.Upload(held.task, images, held.options)
+
+        def grow(content: memory.Content) -> memory.Content:
             beat.enter("selecting")
-            with database.reading() as session:
-                content = read_content(session, held.buffer)
-            check_fits(content, held.task, images.shape, held.options.quality)
-            before, seen = content.tasks.get(held.task), images.seen()
-            quality = held.options.quality if before is None else before.quality
-            first = next(iter(content.tasks.values()), None)
-            with embedder(settings, held, images.shape) as chosen:
-                selection = select(
-                    images,
-                    shares=shares_with(content, held.task, list(seen)),
-                    options=held.options,
-                    subsampling=content.buffer.subsampling,
-                    embedder=chosen,
-                    quality=quality,
-                    adopt=None if first is None else first.quality,
-                    advance=beat.advance,
-                )
-        beat.enter("encoding")
-        upload = Upload(
-            task=held.task,
-            exemplars=selection.exemplars,
-            seen=seen,
-            quality=selection.decision.quality,
-            ranking=held.options.ranking,
-            decision=selection.decision,
-            ingest=held,
-        )
-        return commit(database, store, upload)
+            after = memory.add(content, upload, chosen, advance=beat.advance)
+            beat.enter("encoding")
+            return after
+
+        return commit(database, store, held.buffer, grow, ingest=held)
 
 
 @contextmanager

@@ -30,10 +30,10 @@ class MemoryConfig:
     share_by: ShareBy = "class"
     """What is given equal shares: classes (LUCIR) or tasks (GEM)."""
     quality: int | None = None
-    """JPEG quality; None lets the service choose. Files and strips need a number; raw pixels have none."""
+    """JPEG quality; None lets selection choose. Files need a number; raw pixels have none."""
     subsampling: Subsampling = "4:2:0"
     ranking: Ranking = "herding"
-    """Which images are kept; memories in the trainer know `herding` and `random`."""
+    """Which images are kept; raw pixels and files know `herding` and `random`."""
     definition: Definition = "raw"
     rule: Rule = "any"
     epsilon: float = 0.3
@@ -47,15 +47,13 @@ class MemoryConfig:
     def __post_init__(self) -> None:
         if self.kind not in MEMORY_KINDS:
             raise ValueError(f"memory kind {self.kind!r} is not one of {', '.join(MEMORY_KINDS)}")
-        if self.kind in ("files", "strips") and self.quality is None:
-            raise ValueError(
-                f"memory kind {self.kind!r} needs a quality from 1 to 100; only the service can choose one"
-            )
+        if self.kind == "files" and self.quality is None:
+            raise ValueError("memory kind 'files' needs a quality from 1 to 100; only that of strips can be chosen")
         if self.quality is not None and not 1 <= self.quality <= 100:
             raise ValueError(f"quality must lie in 1..100, got {self.quality}")
         if self.budget_bytes < 1:
             raise ValueError(f"the budget must be at least 1 byte, got {self.budget_bytes}")
-        if self.kind in ("raw", "files", "strips") and self.ranking not in ("herding", "random"):
+        if self.kind in ("raw", "files") and self.ranking not in ("herding", "random"):
             raise ValueError(f"memory kind {self.kind!r} ranks by herding or random, not by {self.ranking!r}")
 
 

@@ -87,19 +87,18 @@ def _table(reports: dict[str, Report]) -> Table:
     # Narrow enough for a terminal of 80 columns.
     table = Table(box=box.SIMPLE_HEAD, padding=0, show_edge=False)
     table.add_column("\nmemory", no_wrap=True)
-    headings = ("\nexemplars", "\nbytes", "\nqualities", "accuracy:\naverage", "\nat end", "\ntask 1")
+    headings = ("\nexemplars", "\nbytes", "\nquality", "accuracy:\naverage", "\nat end", "\ntask 1")
     for heading in headings:
         table.add_column(heading, justify="right", no_wrap=True)
     for name, report in reports.items():
         metrics, memory = report.metrics, report.memory[-1]
         if metrics is None:
             continue
-        qualities = " ".join(str(quality) for quality in memory.get("qualities", {}).values())
         table.add_row(
             name,
             f"{memory['exemplars']:,}",
             f"{memory['used_bytes']:,}",
-            qualities or "-",
+            str(memory.get("quality") or "-"),
             f"{metrics.average_incremental:.1%}",
             f"[bold]{metrics.last:.1%}[/bold]",
             f"{report.matrix[-1][0]:.1%}",

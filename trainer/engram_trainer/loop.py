@@ -32,9 +32,10 @@ from engram.schemas import Ingest, IngestOptions
 from engram_trainer import datasets, extractor, methods, stream
 from engram_trainer.configuration import MemoryConfig, RunConfig, differences
 from engram_trainer.evaluation import accuracy
-from engram_trainer.local_memory import LocalConfig, LocalMemory
+from engram_trainer.local_memory import LocalConfig
 from engram_trainer.memory import Memory, NoMemory, ServiceMemory
 from engram_trainer.methods import Learner
+from engram_trainer.plain_memory import local_memory
 from engram_trainer.report import Report, describe_tasks, environment, plot, write_durably
 from engram_trainer.stream import Stream, Task
 
@@ -246,27 +247,27 @@ def _open_memory(config: MemoryConfig, *, run: str, folder: Path, is_new: bool, 
     if config.kind == "none":
         yield NoMemory()
         return
-    if config.kind != "service":
-        yield LocalMemory(
-            LocalConfig(
-                kind=config.kind,
-                budget_bytes=config.budget_bytes,
-                per=config.per,
-                share_by=config.share_by,
-                ranking="random" if config.ranking == "random" else "herding",
-                quality=config.quality or LocalConfig.quality,
-                subsampling=config.subsampling,
-            )
-        )
-        return
     options = IngestOptions(
-        quality=config.quality,
         ranking=config.ranking,
         definition=config.definition,
         rule=config.rule,
         epsilon=config.epsilon,
         block=config.block,
     )
+    if config.kind != "service":
+        yield local_memory(
+            LocalConfig(
+                kind=config.kind,
+                budget_bytes=config.budget_bytes,
+                per=config.per,
+                share_by=config.share_by,
+                ranking="random" if config.ranking == "random" else "herding",
+                quality=config.quality,
+                subsampling=config.subsampling,
+            ),
+            options,
+        )
+        return
     name = config.buffer or f"run-{run}"
     with Client(config.url) as client:
         _create_buffer(client, name, config, is_new=is_new)
@@ -287,6 +288,7 @@ def _create_buffer(client: Client, name: str, config: MemoryConfig, *, is_new: b
         per=config.per,
         share_by=config.share_by,
         subsampling=config.subsampling,
+        quality=config.quality,
         exist_ok=True,
     )
     if is_new and buffer.tasks:

@@ -1,7 +1,7 @@
 """This file is the replay memory as a method sees it, and the one that an Engram service keeps.
 
-`ServiceMemory` is a buffer of a service through `engram.Client`; `NoMemory` keeps nothing; `local_memory.LocalMemory`
-lives in this process. Images are uint8 `[N, H, W, C]`, features float32 `[N, D]`.
+`ServiceMemory` is a buffer of a service through `engram.Client`; `NoMemory` keeps nothing; those of `local_memory` live
+in this process. Images are uint8 `[N, H, W, C]`, features float32 `[N, D]`.
 """
 
 from __future__ import annotations
@@ -203,7 +203,7 @@ class ServiceMemory:
             "used_bytes": manifest.used_bytes,
             "exemplars": sum(entry.exemplars for entry in manifest.packs),
             "tasks": {str(number): task.exemplars for number, task in tasks.items()},
-            "qualities": {str(number): task.quality for number, task in tasks.items()},
+            "quality": self.client.buffer(self.buffer).quality,
             "decisions": {
                 str(number): task.decision.model_dump(mode="json") for number, task in tasks.items() if task.decision
             },

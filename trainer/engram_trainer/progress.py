@@ -68,8 +68,8 @@ class Bars:
         kept = ""
         if memory["exemplars"]:
             kept = f"; memory: {memory['exemplars']:,} exemplars in {memory['used_bytes']:,} bytes"
-            if memory.get("qualities"):
-                kept += f", quality {memory['qualities'][str(len(report.matrix) - 1)]} for this task"
+            if memory.get("quality"):
+                kept += f", quality {memory['quality']}"
         seconds = sum(report.seconds[-1].values())
         self._console.print(
             f"{self._name}: accuracy so far [bold]{metrics.last:.1%}[/bold] ({seconds:.1f} s){kept}",

@@ -1,15 +1,10 @@
-"""This file is the embeddings that selection compares images by: the built-in one, and ONNX models brought by trainers.
-
-Every embedder turns uint8 images [N, H, W, C] into float32 rows [N, D] of unit L2 norm.
-
-The built-in embedding is centred pixels under a fixed random projection: it keeps the geometry of pixels, knows
-nothing of classes, and is the lesser choice beside the features of the network that will replay the images.
+"""Extractors at work: ONNX models brought by trainers, each run in a child process.
 
 An extractor is a file from the network, so it never runs in the service's own process: `OnnxEmbedder` starts a child
-(`extractor.py`, where the demands on a model and the protocol of the pipes are written) and asks it batch by batch.
+(`extractor_child`, where the demands on a model and the protocol of the pipes are written) and asks it batch by batch.
 The child is killed by this process when one answer takes too long, and by the kernel when this process dies.
 
-Letters: N images, H height, W width, C channels, P values of a thumbnail, D dimensions.
+Letters: N images, H height, W width, C channels, D dimensions.
 """
 
 from __future__ import annotations
@@ -23,87 +18,23 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Protocol, TypeVar
+from typing import IO, Any, TypeVar
 
 import numpy as np
-import numpy.typing as npt
 
 from engram.errors import BadExtractor
-from engram_service.selection.extractor import BATCH, LENGTH, Orders, read_exactly
+from engram.selection.embedding import EXTRACTOR_BLOCK, FloatArray, UInt8Array, slices, unit_rows
 
-UInt8Array = npt.NDArray[np.uint8]
-FloatArray = npt.NDArray[np.float32]
-Shape = tuple[int, int, int]
+from .extractor_child import BATCH, LENGTH, Orders, read_exactly
+
 Answer = TypeVar("Answer")
 
-# A ratio of volumes grows exponentially with the block, so a block that suits one embedding is too blunt or too sharp
-# for another. Measured on ten orders of Fashion-MNIST's classes with epsilon 0.5: features of LUCIR networks that were
-# trained on images as stored choose 50 or 75 at 16 (75 or 90 at 32), which replay best; pixels choose 25 or 50 at 32
-# (10 or 25 at 16).
-BUILTIN_BLOCK = 32
-EXTRACTOR_BLOCK = 16
-
-_THUMBNAIL_SIDE = 32
-_CHUNK_VALUES = 2**21
+_CHUNK_VALUES = 2**22
 _CHUNK_IMAGES = 128
-# A flat image must not have its coding noise blown up to unit length: the constant added to every row weighs as much
-# as this many grey levels of contrast.
-_FLAT_LEVELS = 4.0
-_PROJECTION_KEY = 0x656E6772616D  # "engram"
 _MAX_ANSWER_BYTES = 2**16
-
-
-class Embedder(Protocol):
-    """What selection needs of an embedding. `name` is "builtin" or the SHA-256 of the model."""
-
-    @property
-    def name(self) -> str:
-        """What a decision records."""
-        ...
-
-    @property
-    def block(self) -> int:
-        """How many exemplars a block holds if the ingest does not say."""
-        ...
-
-    def embed(self, images_NHWC: UInt8Array) -> FloatArray:
-        """One row per image, unit L2 norm."""
-        ...
-
-
-class BuiltinEmbedder:
-    """Centred pixels of a thumbnail (at most 32x32) under a fixed random projection."""
-
-    name = "builtin"
-    block = BUILTIN_BLOCK
-
-    def __init__(self, shape: Shape, dimensions: int = 128) -> None:
-        height, width, channels = shape
-        self._shape = shape
-        self._thumbnail = (min(height, _THUMBNAIL_SIDE), min(width, _THUMBNAIL_SIDE))
-        pixels = self._thumbnail[0] * self._thumbnail[1] * channels
-        signs = _random_signs((pixels + 1) * dimensions).reshape(pixels + 1, dimensions)
-        # Columns that sum to zero ignore the brightness of an image, which saves subtracting it.
-        self._projection_PD = signs[:-1] - signs[:-1].mean(axis=0)
-        self._flat_D = signs[-1] * np.float32(_FLAT_LEVELS * np.sqrt(pixels))
-
-    def embed(self, images_NHWC: UInt8Array) -> FloatArray:
-        """One row per image, unit L2 norm.
-
-        Raises:
-            ValueError: the images have another shape.
-        """
-        if images_NHWC.shape[1:] != self._shape:
-            raise ValueError(f"images are {images_NHWC.shape[1:]}, this embedder is for {self._shape}")
-        features_ND = np.empty((len(images_NHWC), len(self._flat_D)), np.float32)
-        for rows in _chunks(len(images_NHWC), self._shape, _CHUNK_VALUES):
-            pixels_NP = _shrink(images_NHWC[rows], *self._thumbnail).reshape(-1, len(self._projection_PD))
-            np.matmul(pixels_NP, self._projection_PD, out=features_ND[rows])
-        features_ND += self._flat_D
-        return _unit_rows(features_ND)
 
 
 @dataclass(frozen=True)
@@ -168,9 +99,9 @@ class OnnxEmbedder:
         """
         features_ND = np.empty((len(images_NHWC), self.info.dimensions), np.float32)
         shape = images_NHWC.shape[1], images_NHWC.shape[2], images_NHWC.shape[3]
-        for rows in _chunks(len(images_NHWC), shape, 2 * _CHUNK_VALUES, _CHUNK_IMAGES):
+        for rows in slices(len(images_NHWC), shape, _CHUNK_VALUES, _CHUNK_IMAGES):
             features_ND[rows] = self._child.ask(images_NHWC[rows])
-        return _unit_rows(features_ND)
+        return unit_rows(features_ND)
 
 
 def inspect(path: Path, limits: ExtractorLimits | None = None) -> ExtractorInfo:
@@ -185,46 +116,6 @@ def inspect(path: Path, limits: ExtractorLimits | None = None) -> ExtractorInfo:
         return child.info
     finally:
         child.stop()
-
-
-def _random_signs(count: int) -> FloatArray:
-    """+1 and -1 from raw Philox bits: numpy promises the bits for ever, not what it makes of them."""
-    words = np.random.Philox(key=_PROJECTION_KEY).random_raw(-(-count // 64)).astype("<u8")
-    bits = np.unpackbits(words.view(np.uint8), bitorder="little")[:count]
-    return bits.astype(np.float32) * 2 - 1
-
-
-def _chunks(n: int, shape: Shape, values: int, images: int = 2**16) -> Iterator[slice]:
-    """Slices of 0..n of at most so many values and images each."""
-    step = max(1, min(images, values // (shape[0] * shape[1] * shape[2])))
-    for start in range(0, n, step):
-        yield slice(start, min(n, start + step))
-
-
-def _shrink(images_NHWC: UInt8Array, height: int, width: int) -> FloatArray:
-    """Each output pixel is the mean of its cell of whole input pixels; equal sizes are only converted."""
-    n, h, w, c = images_NHWC.shape
-    if (h, w) == (height, width):
-        return images_NHWC.astype(np.float32)
-    rows = np.arange(height) * h // height
-    columns = np.arange(width) * w // width
-    # Rows first, summed as integers over whole lines: one pass over the bytes of the image.
-    sums = np.add.reduceat(images_NHWC.reshape(n, h, w * c), rows, axis=1, dtype=np.uint32)
-    thumbnails = np.add.reduceat(sums.reshape(n, height, w, c), columns, axis=2).astype(np.float32)
-    heights = np.diff(rows, append=h)
-    widths = np.diff(columns, append=w)
-    thumbnails /= (heights[:, None] * widths[None, :])[None, :, :, None].astype(np.float32)
-    return thumbnails
-
-
-def _unit_rows(features_ND: FloatArray) -> FloatArray:
-    """The rows scaled to unit length, in place; a row of zeros becomes a diagonal, equal to every other such row."""
-    with np.errstate(over="ignore"):
-        norms_N = np.linalg.norm(features_ND.astype(np.float64), axis=1)
-    features_ND[norms_N == 0] = 1
-    norms_N[norms_N == 0] = np.sqrt(features_ND.shape[1])
-    features_ND /= norms_N[:, None]
-    return features_ND
 
 
 class _Child:
@@ -252,7 +143,7 @@ class _Child:
         )
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 - closed by stop()
         self._process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "engram_service.selection.extractor", orders.to_json()],
+            [sys.executable, "-P", "-m", "engram_service.extractor_child", orders.to_json()],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._stderr,

@@ -1,6 +1,6 @@
 """This file is the process that runs one extractor: an ONNX model from the network, kept away from the service.
 
-`python -m engram_service.selection.extractor ORDERS` limits its own memory, lets the kernel kill it when its parent
+`python -m engram_service.extractor_child ORDERS` limits its own memory, lets the kernel kill it when its parent
 dies, can write no file beyond a few words to standard error, checks the model, and answers batches until its input
 ends. What a model must be:
 

@@ -1,0 +1,409 @@
+"""The memory: content and an upload make new content, under a byte budget. No SQL, no HTTP, no files.
+
+A memory holds tasks; a task holds exemplars of classes in rank order, so that every prefix of a class is a valid
+memory. An upload to a task goes this way:
+
+1. every class of it is ranked over what is stored of the class and what came (`selection.ranking`);
+2. the memory's quality is settled (below);
+3. each class is encoded along its ranking until its share is spent (`selection.filling`); what is stored of the task at
+   that quality is copied;
+4. every other task that exceeds its shares as they are now is cut back to a prefix per class. Nothing is decoded.
+
+**One quality for all of a memory**, because a network learns to tell tasks by unequal artefacts. It is fixed by the
+policy or decided by selection, and then it must suit a budget that later tasks will share. So nothing is decided while
+nothing has to go: as long as everything ever uploaded fits at quality 90 it is kept at 90. What does not fit any more
+brings the choice (`selection.quality`), and all packs are encoded once more, together: from 90 that costs 0.03 dB
+against encoding the originals. The choice is provisional until every class seen has had two blocks compared; then it is
+made again, and stays.
+
+A task's exemplars are asked for only when they are needed: `Task.load` may read a file.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from time import perf_counter
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from engram import pack, shares
+from engram.errors import BudgetExceeded, Conflict, InvalidRequest, NotFound
+from engram.schemas import Decision, IngestOptions, Per, ShareBy, Subsampling
+from engram.selection import ranking
+from engram.selection.embedding import BUILTIN_BLOCK, Embedder, FloatArray, Shape
+from engram.selection.filling import fill, smallest
+from engram.selection.images import NO_IMAGES, Images, Pool, Progress
+from engram.selection.quality import choose, is_enough, measure
+from engram.selection.volume import DELTA, ENOUGH_BLOCKS
+from engram.strip import Exemplars, runs_of
+
+IntArray = npt.NDArray[np.int64]
+Orders = dict[int, IntArray]
+
+ROOMY_QUALITY = 90
+"""What is kept while everything fits: encoding again from it costs next to nothing."""
+
+_FEWEST_BYTES = 7  # of an exemplar: a marker, a checksum and one byte
+_RANKING_PART = 0.5  # of the progress reported
+
+
+@dataclass(frozen=True)
+class Policy:
+    """How a memory shares its bytes and finds its quality.
+
+    `roomy_quality` None decides at the first upload, whether something has to go or not.
+    """
+
+    budget_bytes: int
+    per: Per = "buffer"
+    share_by: ShareBy = "class"
+    subsampling: Subsampling = "4:2:0"
+    quality: int | None = None
+    roomy_quality: int | None = ROOMY_QUALITY
+
+
+@dataclass(frozen=True, eq=False)
+class Means:
+    """The mean feature of all images seen of each class, under one embedder: what herding goes toward."""
+
+    embedder: str
+    of_class: Mapping[int, FloatArray]
+
+    def to_bytes(self) -> bytes:
+        """A line of JSON, then float32 [classes, D], little-endian."""
+        head = json.dumps({"embedder": self.embedder, "classes": list(self.of_class)}).encode()
+        rows = [np.asarray(mean, "<f4").tobytes() for mean in self.of_class.values()]
+        return head + b"\n" + b"".join(rows)
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Means:
+        """The inverse of `to_bytes`."""
+        head, _, rows = data.partition(b"\n")
+        found = json.loads(head)
+        means = np.frombuffer(rows, "<f4").reshape(len(found["classes"]), -1)
+        return cls(found["embedder"], dict(zip(found["classes"], means, strict=True)))
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """What a memory holds of one task.
+
+    Args:
+        seen: how many images of each class were ever uploaded; every class here has a share.
+        kept: how many exemplars of each class are stored.
+        pack_bytes: of the pack that holds them, 0 if there is none.
+        load: the exemplars, classes ascending, in rank order within a class; None if there are none.
+        decision: what the task's images said about quality.
+        means: what herding goes toward when more images come.
+    """
+
+    seen: Mapping[int, int]
+    kept: Mapping[int, int]
+    pack_bytes: int
+    load: Callable[[], Exemplars | None] = field(repr=False)
+    decision: Decision | None = field(default=None, repr=False)
+    means: Means | None = field(default=None, repr=False)
+
+    def holding(self, exemplars: Exemplars | None) -> Task:
+        """The same task with these exemplars."""
+        if exemplars is None or len(exemplars) == 0:
+            return replace(self, kept={}, pack_bytes=0, load=lambda: None)
+        runs = runs_of(exemplars.class_ids)
+        size = pack.size(exemplars.form, runs, exemplars.sizes)
+        return replace(self, kept=dict(runs), pack_bytes=size, load=lambda: exemplars)
+
+
+NOTHING = Task({}, {}, 0, lambda: None)
+
+
+@dataclass(frozen=True, eq=False)
+class Content:
+    """A memory as it stands. `quality` is that of every exemplar, None while there has been none."""
+
+    policy: Policy
+    tasks: Mapping[int, Task] = field(default_factory=dict)
+    quality: int | None = None
+    is_provisional: bool = True
+    shape: Shape | None = None
+
+    def classes(self) -> dict[int, list[int]]:
+        """The classes each task has ever seen, stored or not: all of them have shares."""
+        return {number: sorted(task.seen) for number, task in self.tasks.items()}
+
+    def decisions(self, last: int | None = None) -> list[Decision]:
+        """Those of all tasks in which candidates were measured, that of task `last` at the end."""
+        ordered = sorted(self.tasks, key=lambda number: (number == last, number))
+        found = [self.tasks[number].decision for number in ordered]
+        return [decision for decision in found if decision is not None and decision.candidates]
+
+    @property
+    def keeps_everything(self) -> bool:
+        """Whether nothing that was ever uploaded has been dropped."""
+        return all(Counter(task.kept) == Counter(task.seen) for task in self.tasks.values())
+
+    @property
+    def is_roomy(self) -> bool:
+        """Whether nothing has had to go yet, so that the quality is still open."""
+        policy = self.policy
+        if policy.quality is not None or policy.roomy_quality is None or not self.is_provisional:
+            return False
+        return self.quality in (None, policy.roomy_quality) and self.keeps_everything
+
+
+@dataclass(frozen=True)
+class Upload:
+    """Images for one task, and how to rank and measure them."""
+
+    task: int
+    images: Images
+    options: IngestOptions
+
+
+def add(
+    content: Content, upload: Upload, embedder: Embedder, *, advance: Callable[[int], None] = lambda count: None
+) -> Content:
+    """The content with as many of the upload's images as its shares hold; deterministic.
+
+    Args:
+        content: as it stands.
+        upload: at least one image.
+        embedder: not asked if neither the ranking nor the choice of a quality needs it.
+        advance: called often, with how many images further the work is; the counts sum to N. What it raises ends it.
+
+    Raises:
+        BudgetExceeded: not one exemplar of the task fits; `details` has `budget_bytes` and `needed_bytes`.
+        Conflict: the images have another shape than the memory's.
+        InvalidRequest: there are no images.
+    """
+    start = perf_counter()
+    images, options = upload.images, upload.options
+    if len(images.class_ids) == 0:
+        raise InvalidRequest("0 images: at least one is needed")
+    check_shape(content, images.shape)
+    before = content.tasks.get(upload.task, NOTHING)
+    progress = Progress(len(images.class_ids), advance)
+    pool = Pool(before.load(), images, content.policy.subsampling, progress)
+    came = Counter[int](np.asarray(images.class_ids).tolist())
+    seen = dict(sorted((came + Counter(before.seen)).items()))
+    share = shares_of(content.policy, {**content.classes(), upload.task: list(seen)})
+    order, means, mean_is = _rank(pool, before, came, share[upload.task], options, embedder)
+    progress.reach(_RANKING_PART)
+    decision = Decision(
+        quality=content.policy.quality or ROOMY_QUALITY,
+        reason="",
+        definition=options.definition,
+        rule=options.rule,
+        epsilon=options.epsilon,
+        block=options.block or embedder.block,
+        blocks={},
+        delta=DELTA,
+        ranking=options.ranking,
+        mean=mean_is,
+        embedder=embedder.name,
+        images=len(images.class_ids),
+        seconds=0,
+        candidates=[],
+    )
+    if content.policy.quality is None:
+        own = {class_id: order[class_id][order[class_id] >= pool.stored] for class_id in came}
+        # What was kept while everything fits is as good as an original.
+        comparable = order if content.is_roomy else own
+        measured = measure(pool, own, comparable, share[upload.task], options=options, embedder=embedder)
+        decision = decision.model_copy(update=vars(measured))
+    if before.decision is not None and sum(before.decision.blocks.values()) > sum(decision.blocks.values()):
+        decision = before.decision
+    grown = replace(before, seen=seen, means=means, decision=decision)
+    joined = replace(content, shape=images.shape, tasks=dict(sorted({**content.tasks, upload.task: grown}.items())))
+    exemplars, settled, reason = _settle(content, joined, upload.task, pool, order, share)
+    if len(exemplars) == 0:
+        raise _exceeded(pool, order, share[upload.task], settled.quality or 0)
+    decision = decision.model_copy(
+        update={"quality": settled.quality, "reason": reason, "seconds": perf_counter() - start}
+    )
+    tasks = {**settled.tasks, upload.task: replace(grown, decision=decision).holding(exemplars)}
+    progress.reach(1)
+    return _cut(replace(settled, tasks=tasks), share)
+
+
+def reshare(content: Content, *, budget_bytes: int | None = None, without_task: int | None = None) -> Content:
+    """The content with this budget and without this task.
+
+    A smaller budget cuts the tails of every class. A larger one is filled by later uploads: what was dropped is gone.
+
+    Raises:
+        NotFound: there is no such task.
+    """
+    tasks = dict(content.tasks)
+    if without_task is not None and tasks.pop(without_task, None) is None:
+        raise NotFound(f"there is no task {without_task}; there are {sorted(tasks)}", task=without_task)
+    policy = content.policy if budget_bytes is None else replace(content.policy, budget_bytes=budget_bytes)
+    changed = replace(content, policy=policy, tasks=tasks)
+    if not tasks:
+        return replace(changed, quality=None, is_provisional=True)
+    share = shares_of(policy, changed.classes())
+    if content.is_roomy and not _fits(changed, share):
+        changed = _encode_again(*_chosen(changed, changed.decisions()))
+    return _cut(changed, share)
+
+
+def shares_of(policy: Policy, classes_by_task: Mapping[int, list[int]]) -> dict[int, dict[int, int]]:
+    """Bytes of each class of each task."""
+    leaves = shares.leaves(
+        policy.budget_bytes, per=policy.per, share_by=policy.share_by, classes_by_task=classes_by_task
+    )
+    found: dict[int, dict[int, int]] = {task: {} for task in classes_by_task}
+    for (task, class_id), share in leaves.items():
+        found[task][class_id] = share
+    return found
+
+
+def check_shape(content: Content, shape: Shape) -> None:
+    """Returns if images of this shape can join.
+
+    Raises:
+        Conflict: the memory holds images of another shape.
+    """
+    if content.shape not in (None, shape):
+        raise Conflict(
+            f"the images are {_text(shape)} (height x width x channels), the buffer holds {_text(content.shape)}; "
+            "resize them or use another buffer",
+            image_shape=list(shape),
+            buffer_shape=list(content.shape),
+        )
+
+
+def _rank(
+    pool: Pool,
+    before: Task,
+    came: Mapping[int, int],
+    share: Mapping[int, int],
+    options: IngestOptions,
+    embedder: Embedder,
+) -> tuple[Orders, Means | None, Literal["seen", "kept"] | None]:
+    """Numbers of the pool of every class, best first, deeper than could ever fit; and the means they went toward."""
+    is_herding = options.ranking == "herding"
+    known = before.means.of_class if before.means is not None and before.means.embedder == embedder.name else {}
+    means: dict[int, FloatArray] = dict(known) if is_herding else {}
+    most = max(sum(share.values()) // _FEWEST_BYTES, ENOUGH_BLOCKS * max(BUILTIN_BLOCK, options.block or 0)) + 1
+    by_class = np.argsort(pool.class_ids, kind="stable")
+    order: Orders = {}
+    restarted, done = False, 0
+    for class_id, held in runs_of(pool.class_ids[by_class]):
+        numbers = by_class[done : done + held]
+        done += held
+        stored, new, seen = held - came.get(class_id, 0), came.get(class_id, 0), before.seen.get(class_id, 0)
+        if not new:
+            order[class_id] = numbers
+        elif not ranking.needs_features(options.ranking):
+            words = np.random.Philox(key=np.array([options.seed, class_id], np.uint64), counter=[0, seen, 0, 0])
+            rng = np.random.Generator(words)
+            order[class_id] = numbers[ranking.order(stored, new, seen=seen, method=options.ranking, rng=rng)[:most]]
+        else:
+            parts = ranking.groups(held)
+            picks, means_GD, weights_G = [], [], []
+            for part in parts:
+                features_ND, is_new_N = pool.embed(numbers[part], embedder), numbers[part] >= pool.stored
+                mean_D, weight = ranking.mean_seen(features_ND, is_new_N, known.get(class_id), seen / len(parts))
+                count = min(len(part), -(-(most + stored) // len(parts)))
+                picks.append(part[ranking.rank(features_ND, count, method=options.ranking, mean_D=mean_D)])
+                means_GD.append(mean_D)
+                weights_G.append(weight)
+            order[class_id] = numbers[ranking.deal(picks, most + stored)]
+            if is_herding:
+                means[class_id] = np.average(means_GD, axis=0, weights=weights_G).astype(np.float32)
+                restarted |= stored > 0 and class_id not in known
+        pool.progress.reach(_RANKING_PART * done / len(by_class))
+    if not is_herding:
+        return order, None, None
+    return order, Means(embedder.name, means), "kept" if restarted else "seen"
+
+
+def _settle(
+    content: Content, joined: Content, number: int, pool: Pool, order: Orders, share: Mapping[int, Mapping[int, int]]
+) -> tuple[Exemplars, Content, str]:
+    """The uploaded task's exemplars, the content at the quality that is right from now on, and why it is."""
+    policy = content.policy
+    if policy.quality is not None:
+        settled = replace(joined, quality=policy.quality, is_provisional=False)
+        return fill(pool, order, share[number], policy.quality), settled, "this quality was fixed with the buffer"
+    if content.is_roomy and policy.roomy_quality is not None:
+        exemplars = fill(pool, order, share[number], policy.roomy_quality)
+        others = replace(joined, tasks={task: held for task, held in joined.tasks.items() if task != number})
+        if len(exemplars) == len(pool.class_ids) and _fits(others, share):
+            reason = (
+                "everything uploaded so far fits at this quality; it is chosen anew when something would have to go"
+            )
+            return exemplars, replace(joined, quality=policy.roomy_quality), reason
+    decisions = joined.decisions(last=number)
+    chosen, reason = _chosen(joined, decisions)
+    if content.is_provisional and (content.quality is None or content.is_roomy or not chosen.is_provisional):
+        settled = _encode_again(chosen, reason, but=number)
+    else:
+        kind = "provisional" if content.is_provisional else "decided earlier"
+        alone = choose(decisions[-1:])[1]
+        settled, reason = joined, f"quality {content.quality} is the buffer's, {kind}; for this task alone, {alone}"
+    assert settled.quality is not None, "a content with exemplars has a quality"
+    return fill(pool, order, share[number], settled.quality), settled, reason
+
+
+def _chosen(content: Content, decisions: Sequence[Decision]) -> tuple[Content, str]:
+    """The content with the quality that its decisions ask for; its packs are as they were."""
+    quality, reason = choose(decisions)
+    classes = {class_id for task in content.tasks.values() for class_id in task.seen}
+    return replace(content, quality=quality, is_provisional=not is_enough(decisions, classes)), reason
+
+
+def _encode_again(content: Content, reason: str, *, but: int | None = None) -> Content:
+    """Every pack, but that of one task, is encoded at the content's quality."""
+    assert content.quality is not None, "a quality was chosen"
+    tasks = dict(content.tasks)
+    for number, task in tasks.items():
+        exemplars = None if number == but else task.load()
+        if exemplars is None or exemplars.form.quality == content.quality:
+            continue
+        pool = Pool(exemplars, NO_IMAGES, content.policy.subsampling)
+        decision = task.decision and task.decision.model_copy(
+            update={"quality": content.quality, "reason": f"encoded again with the whole buffer: {reason}"}
+        )
+        tasks[number] = replace(task, decision=decision).holding(
+            pool.encode(np.arange(len(exemplars)), content.quality)
+        )
+    return replace(content, tasks=tasks)
+
+
+def _fits(content: Content, share: Mapping[int, Mapping[int, int]]) -> bool:
+    """Whether every task is within its shares."""
+    return all(task.pack_bytes <= sum(share[number].values()) for number, task in content.tasks.items())
+
+
+def _cut(content: Content, share: Mapping[int, Mapping[int, int]]) -> Content:
+    """Every task that exceeds its shares is cut back to a prefix per class.
+
+    A task within the sum of its shares stays as it is, unread, even if one of its classes lives off another's.
+    """
+    tasks = dict(content.tasks)
+    for number, task in tasks.items():
+        if task.pack_bytes > sum(share[number].values()):
+            exemplars = task.load()
+            tasks[number] = task.holding(None if exemplars is None else pack.fit(exemplars, share[number]))
+    return replace(content, tasks=tasks)
+
+
+def _exceeded(pool: Pool, order: Orders, share: Mapping[int, int], quality: int) -> BudgetExceeded:
+    total, needed = sum(share.values()), smallest(pool, order, quality)
+    return BudgetExceeded(
+        f"not one exemplar fits: the classes of this task have {total:,} bytes together, and the smallest exemplar at "
+        f"the head of a class needs {needed:,} at quality {quality}; raise the budget",
+        budget_bytes=total,
+        needed_bytes=needed,
+        quality=quality,
+    )
+
+
+def _text(shape: Shape) -> str:
+    return "x".join(map(str, shape))

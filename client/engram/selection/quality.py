@@ -1,0 +1,186 @@
+"""The choice of a buffer's quality: the lowest whose exemplars still span the volume of their originals.
+
+Every candidate is tried for real: as many of each class's ranking as fit its share are encoded (`filling`), and the
+volume that images span once encoded, and decoded as replay decodes them, is compared with that of their originals
+(`volume`); R is 1 where nothing was lost.
+
+A candidate passes if |R - 1| < epsilon: blur lowers a volume, noise raises it. With an extractor it must pass under the
+built-in embedding as well. Features learned for the first classes are blind to what tells later ones apart: after a
+task of two classes they found nothing wrong with quality 10, whose exemplars then cost 6 to 14 points of accuracy
+(Fashion-MNIST, LUCIR); pixels see that damage, and features see what matters now. The choice is the lowest candidate
+that passes: the paper's rule, `any`. By the rule `all_higher` every candidate above it must pass too, because blur and
+noise can cancel at a low quality. If none passes, the highest is taken. How much fits does not matter, because later
+tasks will share the budget; only a candidate that leaves a class without any exemplar cannot win while another leaves
+some to more classes.
+
+Once several tasks have been seen, R of pixels is averaged over all of them and decides alone: under a learner's own
+features R drifts from task to task (CIFAR-10, LUCIR: R(10) = 0.75 at the first task, 3.7 to 13.7 at the fifth), of
+pixels it is stable.
+
+Source: Wang et al., Memory Replay with Data Compression for Continual Learning (ICLR 2022), section 4.2. `all_higher`
+and the second embedding are this project's.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from engram import pack
+from engram.schemas import Candidate, Decision, Definition, IngestOptions, Rule
+from engram.selection.embedding import BUILTIN_BLOCK, BuiltinEmbedder, Embedder
+from engram.selection.filling import fill
+from engram.selection.images import Pool
+from engram.selection.volume import ENOUGH_BLOCKS, Comparison, ratios
+from engram.strip import runs_of
+
+IntArray = npt.NDArray[np.int64]
+
+DEFAULT_QUALITY = 50
+"""Where nothing can be compared the candidate nearest to this is taken: in the middle of where accuracy is flat."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What an upload says about every candidate, ascending. The rest is as in `Decision`."""
+
+    candidates: list[Candidate]
+    blocks: dict[int, int]
+    block: int
+    pixel_block: int | None
+
+
+def measure(
+    pool: Pool,
+    order: Mapping[int, IntArray],
+    originals: Mapping[int, IntArray],
+    shares: Mapping[int, int],
+    *,
+    options: IngestOptions,
+    embedder: Embedder,
+) -> Measured:
+    """N and R of every candidate.
+
+    Args:
+        pool: what the numbers stand for.
+        order: the upload's images of every class, best first: how many fit is counted of these.
+        originals: what may be compared, of every class, best first.
+        shares: bytes of each class.
+        options: of the ingest.
+        embedder: an extractor, or the built-in one.
+    """
+    judges: list[tuple[Embedder, int]] = [(embedder, options.block or embedder.block)]
+    if embedder.name != BuiltinEmbedder.name:
+        judges.append((BuiltinEmbedder(pool.shape), BUILTIN_BLOCK))
+    comparisons: list[Comparison] = []
+    candidates: list[Candidate] = []
+    for quality in sorted({*options.candidates}):
+        kept = fill(pool, order, shares, quality)
+        runs = runs_of(kept.class_ids)
+        if not comparisons:  # the cheapest candidate says how many images of each class are compared
+            comparisons = [
+                Comparison(pool, originals, dict(runs), block=block, embedder=judge) for judge, block in judges
+            ]
+        volumes = [comparison.volumes(quality) for comparison in comparisons]
+        found = [ratios(list(each.values()), by.block) for each, by in zip(volumes, comparisons, strict=True)]
+        candidates.append(
+            Candidate(
+                quality=quality,
+                exemplars=len(kept),
+                classes=len(runs),
+                bytes=pack.size(kept.form, runs, kept.sizes) if runs else 0,
+                ratio=found[0],
+                pixel_ratio=found[1] if len(found) > 1 else None,
+                passes=all(_is_near_one(ratio[options.definition], options.epsilon) for ratio in found),
+                gaps={class_id: each.gap for class_id, each in volumes[0].items()},
+                singular_classes=[class_id for class_id, each in volumes[0].items() if each.is_singular],
+            )
+        )
+    return Measured(
+        candidates,
+        {class_id: len(numbers) for class_id, numbers in comparisons[-1].numbers.items()},
+        comparisons[0].block,
+        comparisons[1].block if len(comparisons) > 1 else None,
+    )
+
+
+def is_enough(decisions: Iterable[Decision], classes: Iterable[int]) -> bool:
+    """Whether every class has had enough blocks compared for a choice that stays."""
+    blocks = Counter[int]()
+    for decision in decisions:
+        blocks.update(decision.blocks)
+    return all(blocks[class_id] >= ENOUGH_BLOCKS for class_id in classes)
+
+
+def choose(decisions: Sequence[Decision]) -> tuple[int, str]:
+    """The quality for a buffer with these decisions of its tasks, and a sentence that says why.
+
+    Candidates, definition, rule and epsilon are those of the last one.
+    """
+    latest = decisions[-1]
+    most = max(candidate.classes for candidate in latest.candidates)
+    able = [candidate for candidate in latest.candidates if candidate.classes == most]
+    if len(decisions) == 1:
+        found = {candidate.quality: candidate.ratio[latest.definition] for candidate in able}
+        passes = {candidate.quality: candidate.passes for candidate in able}
+    else:
+        found = _pooled(decisions, latest.definition, [candidate.quality for candidate in able])
+        passes = {quality: _is_near_one(ratio, latest.epsilon) for quality, ratio in found.items()}
+    if all(ratio is None for ratio in found.values()):
+        quality = min(found, key=lambda candidate: abs(candidate - DEFAULT_QUALITY))
+        return quality, f"no class has a block of images to compare yet, so {quality} is taken for now"
+    said = {quality: _said(ratio, quality, decisions) for quality, ratio in found.items()}
+    passing = _passing(passes, latest.rule)
+    if not passing:
+        quality = max(found)
+        listed = ", ".join(f"{text} at {each}" for each, text in said.items())
+        return quality, (
+            f"no candidate has R within {latest.epsilon:g} of 1 ({listed}), so the highest, {quality}, is taken"
+        )
+    quality = min(passing)
+    reason = f"quality {quality} has {said[quality]}, within {latest.epsilon:g} of 1"
+    below = max((each for each in found if each < quality), default=None)
+    if below is None:
+        return quality, f"{reason}; it is the lowest candidate"
+    return quality, f"{reason}; at {below} {said[below]}" + ("" if passes[below] else " is not")
+
+
+def _passing(passes: Mapping[int, bool], rule: Rule) -> list[int]:
+    if rule == "any":
+        return [quality for quality, does in passes.items() if does]
+    failing = [quality for quality, does in passes.items() if not does]
+    return [quality for quality in passes if quality > max(failing, default=0)]
+
+
+def _pooled(decisions: Sequence[Decision], definition: Definition, qualities: Sequence[int]) -> dict[int, float | None]:
+    """R of pixels at each quality, the mean over the classes of all tasks that were compared."""
+    pooled: dict[int, float | None] = {}
+    for quality in qualities:
+        seen = [
+            (ratio, len(decision.blocks))
+            for decision in decisions
+            for candidate in decision.candidates
+            if candidate.quality == quality
+            and (ratio := (candidate.pixel_ratio or candidate.ratio)[definition]) is not None
+        ]
+        weight = sum(classes for _, classes in seen)
+        pooled[quality] = sum(ratio * classes for ratio, classes in seen) / weight if weight else None
+    return pooled
+
+
+def _said(ratio: float | None, quality: int, decisions: Sequence[Decision]) -> str:
+    if ratio is None:
+        return "R unknown"
+    if len(decisions) > 1:
+        return f"R = {ratio:.3g} of pixels over {len(decisions)} tasks"
+    of_pixels = next(each.pixel_ratio for each in decisions[-1].candidates if each.quality == quality)
+    pixels = None if of_pixels is None else of_pixels[decisions[-1].definition]
+    return f"R = {ratio:.3g}" if pixels is None else f"R = {ratio:.3g} ({pixels:.3g} of pixels)"
+
+
+def _is_near_one(ratio: float | None, epsilon: float) -> bool:
+    return ratio is not None and abs(ratio - 1) < epsilon
