@@ -30,6 +30,7 @@ from engram_trainer.evaluation import Metrics, accuracy, metrics
 from engram_trainer.local_memory import LocalConfig
 from engram_trainer.local_service import local_service
 from engram_trainer.memory import Memory, NoMemory, ServiceMemory
+from engram_trainer.plain_memory import local_memory
 from engram_trainer.stream import Scenario, Stream, StreamConfig
 
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")

@@ -16,7 +16,7 @@ def upgrade() -> None:
     if packs:
         raise Conflict(
             f"this data folder holds {packs} packs of format version 1, which Engram 0.1 wrote and this version does "
-            "not read: export its buffers with Engram 0.1 (`engram export`), start with an empty data folder, upload them"
+            "not read: export its buffers with Engram 0.1 (`engram export`), start with an empty folder, upload them"
         )
     with op.batch_alter_table("buffers") as buffers:
         buffers.add_column(sa.Column("quality", sa.Integer(), nullable=True))

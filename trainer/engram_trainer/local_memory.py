@@ -18,15 +18,15 @@ import numpy.typing as npt
 import torch
 
 from engram import memory, pack
-from engram.batch import Batch
-from engram.draw import Layout, Request, plan
+from engram.batch import Batch, collect, from_parts
+from engram.draw import Layout, Plan, Request, plan
 from engram.errors import Conflict
 from engram.memory import Content, Means, Policy, Task, Upload
 from engram.schemas import Decision, IngestOptions, PackEntry, Per, ShareBy, Strategy, Subsampling
 from engram.selection.embedding import EXTRACTOR_BLOCK, BuiltinEmbedder, Embedder, unit_rows
 from engram.selection.images import ArrayImages
 from engram_trainer.datasets import ClassIds, Images
-from engram_trainer.memory import Embed, empty_batch
+from engram_trainer.memory import Embed, all_rows, empty_batch
 
 Kind = Literal["raw", "files", "strips"]
 LocalRanking = Literal["herding", "random"]
@@ -76,8 +76,8 @@ class LocalMemory(ABC):
         """
 
     @abstractmethod
-    def decode(self, task: int, rows: Rows) -> Images:
-        """The pixels of some exemplars."""
+    def batch(self, chosen: Plan) -> Batch:
+        """The exemplars that a plan names."""
 
     @abstractmethod
     def state_dict(self) -> dict[str, Any]:
@@ -101,24 +101,12 @@ class LocalMemory(ABC):
     ) -> Batch:
         """A replay minibatch, drawn as the service draws."""
         request = Request(size=size, seed=seed, step=step, strategy=strategy, exclude_tasks=exclude_tasks)
-        return self._batch([(self.entries[index], rows) for index, rows in plan(self._layout, request)])
+        return self.batch(plan(self._layout, request))
 
     def everything(self, *, exclude_tasks: tuple[int, ...] = ()) -> Batch:
         """All exemplars, by task, class and rank."""
-        kept = [entry for entry in self.entries if entry.task not in exclude_tasks]
-        return self._batch([(entry, np.arange(entry.exemplars)) for entry in kept])
-
-    def _batch(self, chosen: list[tuple[PackEntry, Rows]]) -> Batch:
-        if not chosen:
-            return empty_batch()
-        return Batch(
-            images=np.concatenate([self.decode(entry.task, rows) for entry, rows in chosen]),
-            class_ids=np.concatenate(
-                [np.repeat([c for c, _ in entry.runs], [n for _, n in entry.runs])[rows] for entry, rows in chosen]
-            ),
-            tasks=np.repeat([entry.task for entry, _ in chosen], [len(rows) for _, rows in chosen]),
-            rows=np.concatenate([rows for _, rows in chosen]),
-        )
+        chosen = all_rows(self.entries, exclude_tasks)
+        return self.batch(chosen) if len(chosen.rows) else empty_batch()
 
     @property
     def is_lossy(self) -> bool:
@@ -181,8 +169,8 @@ class StripMemory(LocalMemory):
     kind = "strips"
 
     def __init__(self, policy: Policy, options: IngestOptions) -> None:
-        self.content, self.options = Content(policy), options
-        self._hold([])
+        self.options = options
+        self._become(Content(policy))
 
     def add(
         self,
@@ -212,6 +200,8 @@ class StripMemory(LocalMemory):
 
     def _become(self, content: Content) -> None:
         self.content = content
+        loaded = [task.load() for task in content.tasks.values()]
+        self._packs = [exemplars for exemplars in loaded if exemplars is not None]
         self._hold((number, task.pack_bytes, list(task.kept.items())) for number, task in content.tasks.items())
 
     @property
@@ -224,11 +214,9 @@ class StripMemory(LocalMemory):
         """Of all exemplars."""
         return self.content.quality
 
-    def decode(self, task: int, rows: Rows) -> Images:
-        """The pixels of some exemplars."""
-        exemplars = self.content.tasks[task].load()
-        assert exemplars is not None, "only rows that are kept are decoded"
-        return exemplars.select(rows).decode()
+    def batch(self, chosen: Plan) -> Batch:
+        """The exemplars that a plan names."""
+        return from_parts(collect(self._packs, chosen))
 
     def state_dict(self) -> dict[str, Any]:
         """All packs as tensors, and what is known about them."""

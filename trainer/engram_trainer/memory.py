@@ -6,7 +6,7 @@ in this process. Images are uint8 `[N, H, W, C]`, features float32 `[N, D]`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,11 +14,12 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from engram.batch import Batch, from_parts
+from engram.batch import Batch, collect, from_parts
 from engram.client import Client
+from engram.draw import Plan
 from engram.errors import Conflict
 from engram.mirror import Mirror
-from engram.schemas import Ingest, IngestOptions, Strategy
+from engram.schemas import Ingest, IngestOptions, PackEntry, Strategy
 from engram_trainer.datasets import ClassIds, Images
 
 Embed = Callable[[Images], npt.NDArray[np.float32]]
@@ -174,12 +175,8 @@ class ServiceMemory:
     def everything(self, *, exclude_tasks: tuple[int, ...] = ()) -> Batch:
         """All exemplars, by task, class and rank."""
         snapshot = self._mirror.snapshot()
-        parts = [
-            (entry.task, exemplars, np.arange(len(exemplars)))
-            for entry, exemplars in zip(snapshot.manifest.packs, snapshot.packs, strict=True)
-            if entry.task not in exclude_tasks and len(exemplars)
-        ]
-        return from_parts(parts) if parts else empty_batch()
+        plan = all_rows(snapshot.manifest.packs, exclude_tasks)
+        return from_parts(collect(snapshot.packs, plan)) if len(plan.rows) else empty_batch()
 
     @property
     def is_lossy(self) -> bool:
@@ -230,6 +227,17 @@ def empty_batch() -> Batch:
     """A batch of no exemplars."""
     none = np.zeros(0, np.int64)
     return Batch(images=np.zeros((0, 1, 1, 1), np.uint8), class_ids=none, tasks=none, rows=none)
+
+
+def all_rows(packs: Sequence[PackEntry], exclude_tasks: tuple[int, ...]) -> Plan:
+    """Every exemplar of the packs but those of some tasks, in order."""
+    kept = [(index, entry) for index, entry in enumerate(packs) if entry.task not in exclude_tasks and entry.exemplars]
+    counts = [entry.exemplars for _, entry in kept]
+    return Plan(
+        np.repeat(np.array([index for index, _ in kept], np.int64), counts),
+        np.concatenate([np.arange(0), *(np.arange(count) for count in counts)]),
+        np.repeat(np.array([entry.task for _, entry in kept], np.int64), counts),
+    )
 
 
 def by_task(batch: Batch) -> dict[int, Batch]:

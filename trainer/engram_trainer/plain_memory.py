@@ -21,6 +21,8 @@ import torch
 from PIL import Image
 
 from engram import memory
+from engram.batch import Batch
+from engram.draw import Plan
 from engram.errors import BudgetExceeded
 from engram.memory import Policy
 from engram.schemas import IngestOptions, Subsampling
@@ -242,9 +244,15 @@ class PlainMemory(LocalMemory):
         """Of all files."""
         return None if self.kind == "raw" else self.config.quality
 
-    def decode(self, task: int, rows: Rows) -> Images:
-        """The pixels of some exemplars."""
-        return self._kept[task].decode(rows)
+    def batch(self, chosen: Plan) -> Batch:
+        """The exemplars that a plan names."""
+        parts = [(self._kept[int(task)], chosen.rows[chosen.tasks == task]) for task in np.unique(chosen.tasks)]
+        return Batch(
+            images=np.concatenate([kept.decode(rows) for kept, rows in parts]),
+            class_ids=np.concatenate([kept.class_ids[rows] for kept, rows in parts]),
+            tasks=chosen.tasks,
+            rows=chosen.rows,
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """All exemplars as tensors."""
