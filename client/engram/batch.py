@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -17,9 +18,21 @@ import numpy.typing as npt
 from engram.draw import Plan
 from engram.errors import InvalidRequest, StripCorrupt
 from engram.form import Form
-from engram.strip import Bytes, Exemplars, Markers, UInt8Array, as_images, decode_strip, gather, parse, pixel_buffer
+from engram.strip import (
+    Bytes,
+    Exemplars,
+    Loose,
+    Markers,
+    UInt8Array,
+    as_images,
+    decode_strip,
+    gather,
+    parse,
+    pixel_buffer,
+)
 
 IntArray = npt.NDArray[np.int64]
+Labels = tuple[IntArray, IntArray, IntArray]
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,7 +55,7 @@ class Batch:
 class Part(NamedTuple):
     """Exemplars of one form that a draw delivers, the task of each and its row in its pack."""
 
-    exemplars: Exemplars
+    exemplars: Loose
     tasks: IntArray
     rows: IntArray
 
@@ -64,17 +77,14 @@ def collect(
         places: where the rows are in `packs`, if that is not their number (rows of a damaged pack).
     """
     places = plan.rows if places is None else places
-    touched = plan.packs[np.flatnonzero(np.diff(plan.packs, prepend=-1))].tolist()
-    forms: dict[Form, set[int]] = {}
-    for index in touched:
-        forms.setdefault(packs[index].form, set()).add(index)
-    if len(forms) == 1:
-        return [Part(gather(packs, plan.packs.tolist(), places.tolist()), plan.tasks, plan.rows)]
+    forms: dict[Form, list[int]] = {}
+    for index in np.unique(plan.packs).tolist():
+        forms.setdefault(packs[index].form, []).append(index)
     parts = []
     for members in forms.values():
-        here = np.isin(plan.packs, list(members))
-        exemplars = gather(packs, plan.packs[here].tolist(), places[here].tolist())
-        parts.append(Part(exemplars, plan.tasks[here], plan.rows[here]))
+        here = slice(None) if len(forms) == 1 else np.isin(plan.packs, members)
+        which, rows, class_ids = plan.packs[here].tolist(), places[here].tolist(), plan.class_ids[here]
+        parts.append(Part(gather(packs, which, rows, class_ids), plan.tasks[here], plan.rows[here]))
     return parts
 
 
@@ -89,14 +99,8 @@ def picture(parts: Sequence[Part]) -> bytes:
     Raises:
         InvalidRequest: they do not fit one picture.
     """
-    count = sum(len(part.exemplars) for part in parts)
-    most = parts[0].exemplars.form.max_images if len(parts) == 1 else 0
-    if not 1 <= count <= most:
-        raise InvalidRequest(
-            f"one picture holds 1 to {most} exemplars of one form, this draw has {count} of {len(parts)} forms: ask "
-            "for another size, or for strips",
-            max_images=most,
-        )
+    if len(parts) != 1:
+        raise InvalidRequest(f"one picture holds exemplars of one form, this draw has {len(parts)}: ask for strips")
     return parts[0].exemplars.picture()
 
 
@@ -106,13 +110,12 @@ def from_parts(parts: Sequence[Part]) -> Batch:
     Raises:
         StripCorrupt: the decoder refuses the data, or images differ in size or subsampling.
     """
-    flat, image_bytes = _buffer([part.exemplars for part in parts])
-    done = 0
+    flat = _buffer([(part.exemplars.form, len(part.rows)) for part in parts])
+    form, done = parts[0].exemplars.form, 0
     for part in parts:
-        end = done + len(part.exemplars)
-        part.exemplars.decode(flat[done * image_bytes : end * image_bytes])
-        done = end
-    return _batch(flat, parts)
+        part.exemplars.decode(flat[done:])
+        done += len(part.rows) * form.image_bytes
+    return _batch(flat, form, [(part.exemplars.class_ids, part.tasks, part.rows) for part in parts])
 
 
 def decode(body: Bytes) -> Batch:
@@ -123,44 +126,39 @@ def decode(body: Bytes) -> Batch:
         TooLarge: an image is declared larger than 64 Mi pixels.
     """
     markers = Markers(body)
-    strips = []
-    starts = [0]
-    while starts[-1] < len(body):
-        strip = parse(body, starts[-1], markers=markers)
+    exemplars: list[Exemplars] = []
+    labels: list[Labels] = []
+    ends = [0]
+    while ends[-1] < len(body):
+        strip = parse(body, ends[-1], markers=markers)
         if strip.tasks is None or strip.rows is None:
-            raise StripCorrupt(f"the strip at byte {starts[-1]} is part of a pack, not of a draw")
-        strips.append(Part(strip.exemplars, strip.tasks, strip.rows))
-        starts.append(strip.end)
-    flat, image_bytes = _buffer([part.exemplars for part in strips])
-    done = 0
-    view = memoryview(body)
-    for at, end, part in zip(starts, starts[1:], strips, strict=False):
-        after = done + len(part.exemplars) * image_bytes
-        decode_strip(view[at:end], part.exemplars.form, flat[done:after])
+            raise StripCorrupt(f"the strip at byte {ends[-1]} is part of a pack, not of a draw")
+        exemplars.append(strip.exemplars)
+        labels.append((strip.exemplars.class_ids, strip.tasks, strip.rows))
+        ends.append(strip.end)
+    flat = _buffer([(part.form, len(part)) for part in exemplars])
+    form, done = exemplars[0].form, 0
+    for part, (at, end) in zip(exemplars, pairwise(ends), strict=True):
+        after = done + len(part) * form.image_bytes
+        decode_strip(memoryview(body)[at:end], part.form, flat[done:after])
         done = after
-    return _batch(flat, strips)
+    return _batch(flat, form, labels)
 
 
-def _buffer(parts: Sequence[Exemplars]) -> tuple[UInt8Array, int]:
-    """Room for the pixels of all parts, and how much an image takes of it."""
+def _buffer(parts: Sequence[tuple[Form, int]]) -> UInt8Array:
+    """Room for the pixels of so many images of these forms, which must be alike."""
     if not parts:
         raise StripCorrupt("the draw has no strip in it")
-    form = parts[0].form
-    # 4:2:0 and 4:4:4 pad to different heights; a buffer has one subsampling, a batch of several would be a mix of two
-    # buffers.
-    for other in parts[1:]:
-        if other.form.shape != form.shape or other.form.padded_height != form.padded_height:
-            raise StripCorrupt(f"the strips of the draw hold images of different sizes: {form} and {other.form}")
-    image_bytes = form.padded_height * form.width * form.channels
-    return pixel_buffer(sum(map(len, parts)) * image_bytes), image_bytes
+    form = parts[0][0]
+    for other, _ in parts:
+        # 4:2:0 and 4:4:4 pad to different heights; a buffer has one subsampling, a batch of several would be a mix of
+        # two buffers.
+        if other.shape != form.shape or other.padded_height != form.padded_height:
+            raise StripCorrupt(f"the strips of the draw hold images of different sizes: {form} and {other}")
+    return pixel_buffer(sum(count for _, count in parts) * form.image_bytes)
 
 
-def _batch(flat: UInt8Array, parts: Sequence[Part]) -> Batch:
-    if len(parts) == 1:
-        (exemplars, tasks, rows), class_ids = parts[0], parts[0].exemplars.class_ids
-        return Batch(as_images(flat, exemplars.form, len(rows)), class_ids, tasks, rows)
-    class_ids, tasks, rows = (
-        np.concatenate(columns)
-        for columns in zip(*((part.exemplars.class_ids, part.tasks, part.rows) for part in parts), strict=True)
-    )
-    return Batch(as_images(flat, parts[0].exemplars.form, len(rows)), class_ids, tasks, rows)
+def _batch(flat: UInt8Array, form: Form, labels: Sequence[Labels]) -> Batch:
+    """The batch of these pixels; `labels` are class ids, tasks and rows of each part."""
+    class_ids, tasks, rows = labels[0] if len(labels) == 1 else map(np.concatenate, zip(*labels, strict=True))
+    return Batch(as_images(flat, form, len(rows)), class_ids, tasks, rows)

@@ -90,6 +90,7 @@ class Plan(NamedTuple):
     packs: IntArray
     rows: IntArray
     tasks: IntArray
+    class_ids: IntArray
 
 
 class Layout:
@@ -101,12 +102,10 @@ class Layout:
     def __init__(self, packs: Sequence[PackEntry]) -> None:
         self.pack_starts: IntArray = np.cumsum([0, *(pack.exemplars for pack in packs)])
         self.count = int(self.pack_starts[-1])
-        self.pack_tasks = np.array([pack.task for pack in packs], np.int64)
-        self.tasks: list[int] = np.unique(self.pack_tasks).tolist()
-        runs = [(pack.task, class_id, count) for pack in packs for class_id, count in pack.runs]
-        self._run_tasks = np.array([task for task, _, _ in runs], np.int64)
-        self._run_classes = np.array([class_id for _, class_id, _ in runs], np.int64)
-        self._run_counts = np.array([count for _, _, count in runs], np.int64)
+        self.tasks = sorted({pack.task for pack in packs})
+        runs = [(at, pack.task, *run) for at, pack in enumerate(packs) for run in pack.runs]
+        columns = np.array(runs, np.int64).reshape(-1, 4).T.copy()
+        self._run_packs, self._run_tasks, self._run_classes, self._run_counts = columns
         self._run_starts = np.cumsum(self._run_counts) - self._run_counts
         if int(self._run_counts.sum()) != self.count:
             raise ValueError(f"the packs' runs sum to {self._run_counts.sum()} exemplars, the packs to {self.count}")
@@ -127,6 +126,12 @@ class Layout:
                 self._groups.clear()
             self._groups[key] = found
         return found
+
+    def locate(self, rows: IntArray) -> Plan:
+        """Where these global rows, ascending, are."""
+        runs = np.searchsorted(self._run_starts, rows, side="right") - 1
+        packs = self._run_packs[runs]
+        return Plan(packs, rows - self.pack_starts[packs], self._run_tasks[runs], self._run_classes[runs])
 
     def _make_groups(self, by: str, tasks: tuple[int, ...] | None, exclude_tasks: tuple[int, ...]) -> Groups:
         known = set(self.tasks)
@@ -159,8 +164,7 @@ def plan(layout: Layout, request: Request) -> Plan:
     by = {"uniform": "all", "epoch": "all", "class_balanced": "class"}.get(request.strategy, "task")
     groups = layout.groups(by, request.tasks, request.exclude_tasks)
     rows = np.sort(_epoch(groups, request) if request.strategy == "epoch" else _sample(groups, request))
-    packs = np.searchsorted(layout.pack_starts, rows, side="right") - 1
-    return Plan(packs, rows - layout.pack_starts[packs], layout.pack_tasks[packs])
+    return layout.locate(rows)
 
 
 def _below(words: WordArray, bounds: IntArray) -> IntArray:

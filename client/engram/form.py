@@ -84,6 +84,11 @@ class Form:
         return -(-self.height // self.mcu_side) * self.mcu_side
 
     @cached_property
+    def image_bytes(self) -> int:
+        """Bytes of one image's pixels as a strip decodes to them, with the rows of padding."""
+        return self.padded_height * self.width * self.channels
+
+    @cached_property
     def mcus(self) -> int:
         """Minimum coded units of one image, the restart interval."""
         return (self.padded_height // self.mcu_side) * -(-self.width // self.mcu_side)

@@ -28,7 +28,7 @@ Bytes, in this order and no other (numbers are big-endian, as everywhere in JPEG
              row:4 * count                         only if flags & 1: each image's row in its pack
 
 Flag 1 marks what a draw delivers. `payload_crc` is the CRC-32 of the payload after it. There is no DHT segment:
-decoders assume the tables of T.81 Annex K when none are given; `Exemplars.picture` writes them for those that do not.
+decoders assume the tables of T.81 Annex K when none are given; `Loose.picture` writes them for those that do not.
 
 Why each check exists: a reader computes the only header that the form allows and compares, so that no foreign table
 ever reaches a decoder; declared sizes are compared with limits before memory is taken (a 100-byte file can claim 65,535
@@ -47,7 +47,7 @@ Shapes: images are uint8 [N, H, W, C], C = 1 or 3 (RGB).
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import pairwise
@@ -58,7 +58,7 @@ import numpy as np
 import numpy.typing as npt
 import simplejpeg
 
-from engram.errors import StripCorrupt, TooLarge
+from engram.errors import InvalidRequest, StripCorrupt, TooLarge
 from engram.form import MAX_SIDE, MAX_STRIP_PIXELS, Form
 from engram.schemas import MAX_CLASS_ID, Subsampling
 
@@ -132,48 +132,17 @@ class Exemplars:
             self.checksums[index],
         )
 
-    def to_strips(self, *, tasks: npt.ArrayLike | None = None, rows: npt.ArrayLike | None = None) -> list[bytes]:
-        """These exemplars as strips of at most `form.max_images`.
+    def loose(self) -> Loose:
+        """All of them, their bytes copied out of `data`."""
+        return Loose(self.form, self.segments(), self.class_ids, self.checksums)
 
-        Args:
-            tasks: of each exemplar, for what a draw delivers.
-            rows: of each exemplar in its pack, given exactly if `tasks` are.
-        """
-        n, room = len(self), self.form.max_images
-        marks: list[IntArray] = [np.asarray(mark, dtype=np.int64) for mark in (tasks, rows) if mark is not None]
-        if len(marks) == 1 or any(len(mark) != n for mark in marks):
-            raise ValueError(f"{n} exemplars need as many tasks and row numbers, or neither")
-        if 0 < n <= room:
-            return [_assemble(self, marks)]
-        parts = (slice(at, at + room) for at in range(0, n, room))
-        return [_assemble(self._slice(part), [mark[part] for mark in marks]) for part in parts]
+    def to_strips(self) -> list[bytes]:
+        """As `Loose.to_strips`."""
+        return self.loose().to_strips()
 
     def decode(self, out: UInt8Array | None = None) -> UInt8Array:
-        """Pixels, uint8 [N, H, W, C], by one decoder call per strip.
-
-        Args:
-            out: flat buffer of at least N * padded height * W * C bytes to decode into; one is made if None
-                (`pixel_buffer` makes a well-aligned one). The result is a view of it: rows of padding are skipped by
-                stride.
-        """
-        form, n = self.form, len(self)
-        image_bytes = form.padded_height * form.width * form.channels
-        flat = pixel_buffer(n * image_bytes) if out is None else out
-        for at in range(0, n, form.max_images):
-            part = self._slice(slice(at, at + form.max_images))
-            picture = b"".join([b"\xff\xd8", form.head(len(part)), *_scan(part)])
-            decode_strip(picture, form, flat[at * image_bytes : (at + len(part)) * image_bytes])
-        return as_images(flat, form, n)
-
-    def picture(self) -> bytes:
-        """All exemplars as one JPEG that any viewer opens, stacked from top to bottom.
-
-        Raises:
-            ValueError: no exemplars, or more than `form.max_images`.
-        """
-        if not 1 <= len(self) <= self.form.max_images:
-            raise ValueError(f"a picture holds 1 to {self.form.max_images} exemplars, got {len(self)}")
-        return b"".join([self.form.picture_head(len(self)), *_scan(self)])
+        """As `Loose.decode`."""
+        return self.loose().decode(out)
 
     def jpeg(self, row: int) -> bytes:
         """One exemplar as a stand-alone JPEG file.
@@ -183,9 +152,69 @@ class Exemplars:
         """
         return self.form.picture_head(1) + self.segment(row) + _EOI
 
-    def _slice(self, rows: slice) -> Exemplars:
-        columns = (self.starts[rows], self.lengths[rows], self.class_ids[rows], self.checksums[rows])
-        return Exemplars(self.form, self.data, *columns)
+
+class Loose(NamedTuple):
+    """n entropy-coded images of one form, each in bytes of its own, whatever they were copied out of."""
+
+    form: Form
+    segments: list[Bytes]
+    class_ids: IntArray
+    checksums: ChecksumArray
+
+    def to_strips(self, *, tasks: npt.ArrayLike | None = None, rows: npt.ArrayLike | None = None) -> list[bytes]:
+        """Strips of at most `form.max_images`.
+
+        Args:
+            tasks: of each exemplar, for what a draw delivers.
+            rows: of each exemplar in its pack, given exactly if `tasks` are.
+        """
+        n = len(self.segments)
+        marks: list[IntArray] = [np.asarray(mark, dtype=np.int64) for mark in (tasks, rows) if mark is not None]
+        if len(marks) == 1 or any(len(mark) != n for mark in marks):
+            raise ValueError(f"{n} exemplars need as many tasks and row numbers, or neither")
+        return [_assemble(part, [mark[rows] for mark in marks]) for rows, part in self._cut()]
+
+    def decode(self, out: UInt8Array | None = None) -> UInt8Array:
+        """Pixels, uint8 [N, H, W, C], by one decoder call per strip.
+
+        Args:
+            out: flat buffer of at least N * padded height * W * C bytes to decode into; one is made if None
+                (`pixel_buffer` makes a well-aligned one). The result is a view of it: rows of padding are skipped by
+                stride.
+        """
+        form, n = self.form, len(self.segments)
+        flat = pixel_buffer(n * form.image_bytes) if out is None else out
+        for rows, part in self._cut():
+            picture = b"".join([b"\xff\xd8", form.head(len(part.segments)), *_scan(part.segments)])
+            decode_strip(picture, form, flat[rows.start * form.image_bytes : rows.stop * form.image_bytes])
+        return as_images(flat, form, n)
+
+    def picture(self) -> bytes:
+        """One JPEG that any viewer opens, the images stacked from top to bottom.
+
+        Raises:
+            InvalidRequest: no images, or more than one picture holds.
+        """
+        count, most = len(self.segments), self.form.max_images
+        if not 1 <= count <= most:
+            raise InvalidRequest(
+                f"one picture holds 1 to {most} exemplars of {self.form.height}x{self.form.width}, not {count}: ask for "
+                "another number, or for strips",
+                max_images=most,
+            )
+        return b"".join([self.form.picture_head(count), *_scan(self.segments)])
+
+    def files(self) -> Iterator[bytes]:
+        """Each image as a stand-alone JPEG file."""
+        head = self.form.picture_head(1)
+        return (b"".join((head, segment, _EOI)) for segment in self.segments)
+
+    def _cut(self) -> Iterator[tuple[slice, Loose]]:
+        """Parts that fit one strip each, and which rows they are."""
+        n, room = len(self.segments), self.form.max_images
+        for at in range(0, n, room):
+            rows = slice(at, min(at + room, n))
+            yield rows, Loose(self.form, self.segments[rows], self.class_ids[rows], self.checksums[rows])
 
 
 class Strip(NamedTuple):
@@ -255,21 +284,23 @@ def concat(parts: Sequence[Exemplars]) -> Exemplars:
 
 
 def gather(
-    parts: Sequence[Exemplars] | Mapping[int, Exemplars], which: Sequence[int], rows: Sequence[int]
-) -> Exemplars:
-    """Exemplar i is row `rows[i]` of `parts[which[i]]`, copied; the parts that are named share one form.
+    parts: Sequence[Exemplars] | Mapping[int, Exemplars],
+    which: Sequence[int],
+    rows: Sequence[int],
+    class_ids: IntArray,
+) -> Loose:
+    """Exemplar i, of class `class_ids[i]`, is row `rows[i]` of `parts[which[i]]`; these parts share one form.
 
     The time grows with the exemplars and not with the parts.
     """
     segments: list[Bytes] = []
-    labels: list[tuple[int, int]] = []
+    checksums: list[int] = []
     for index, row in zip(which, rows, strict=True):
         part = parts[index]
         start = part.starts.item(row)
         segments.append(part.data[start : start + part.lengths.item(row)])
-        labels.append((part.class_ids.item(row), part.checksums.item(row)))
-    class_ids, checksums = zip(*labels, strict=True)
-    return _exemplars(parts[which[0]].form, segments, np.array(class_ids, np.int64), np.array(checksums, np.uint32))
+        checksums.append(part.checksums.item(row))
+    return Loose(parts[which[0]].form, segments, class_ids, np.array(checksums, np.uint32))
 
 
 def parse(data: Bytes, offset: int = 0, *, markers: Markers | None = None) -> Strip:
@@ -386,10 +417,8 @@ def pixel_buffer(size: int) -> UInt8Array:
 
 def as_images(flat: UInt8Array, form: Form, count: int) -> UInt8Array:
     """A decoded flat buffer as uint8 [N, H, W, C], padding rows skipped by stride."""
-    row = form.width * form.channels
-    return flat[: count * form.padded_height * row].reshape(count, form.padded_height, form.width, form.channels)[
-        :, : form.height
-    ]
+    padded = flat[: count * form.image_bytes].reshape(count, form.padded_height, form.width, form.channels)
+    return padded[:, : form.height]
 
 
 def strip_overhead(form: Form, runs: Sequence[tuple[int, int]]) -> int:
@@ -429,23 +458,22 @@ def _exemplars(form: Form, segments: list[Bytes], class_ids: IntArray, checksums
     return Exemplars(form, b"".join(segments), np.cumsum(lengths) - lengths, lengths, class_ids, checksums)
 
 
-def _assemble(exemplars: Exemplars, marks: Sequence[IntArray]) -> bytes:
+def _assemble(part: Loose, marks: Sequence[IntArray]) -> bytes:
     """A strip; `marks` are the tasks and rows of a draw, or nothing."""
-    form, n = exemplars.form, len(exemplars)
+    form, n = part.form, len(part.segments)
     numbers = (form.height, form.width, form.channels, _SAMPLING[form.subsampling], form.quality, n)
-    labels = _write_runs([*marks[:1], exemplars.class_ids]) + exemplars.checksums.astype(">u4").tobytes()
+    labels = _write_runs([*marks[:1], part.class_ids]) + part.checksums.astype(">u4").tobytes()
     payload = _FIXED.pack(VERSION, 0, _DRAWN if marks else 0, *numbers) + labels
     payload += b"".join(rows.astype(">u4").tobytes() for rows in marks[1:])
     payload = payload[:1] + crc32(payload[_CRC_END:]).to_bytes(4, "big") + payload[_CRC_END:]
-    return b"".join([b"\xff\xd8", _app15(payload), form.head(n), *_scan(exemplars)])
+    return b"".join([b"\xff\xd8", _app15(payload), form.head(n), *_scan(part.segments)])
 
 
-def _scan(exemplars: Exemplars) -> list[Bytes]:
+def _scan(segments: list[Bytes]) -> list[Bytes]:
     """Everything after SOS: the segments, markers between them, EOI."""
-    n = len(exemplars)
-    parts: list[Bytes] = [b""] * (2 * n)
-    parts[0::2] = exemplars.segments()
-    parts[1::2] = _RST[:n]
+    parts: list[Bytes] = [b""] * (2 * len(segments))
+    parts[0::2] = segments
+    parts[1::2] = _RST[: len(segments)]
     parts[-1] = _EOI
     return parts
 

@@ -23,7 +23,7 @@ from engram import batch, tar
 from engram.draw import Layout, Plan, Request, plan
 from engram.errors import InvalidRequest, NotFound, Unavailable
 from engram.schemas import Exemplar, ExemplarPage, Manifest, PackEntry
-from engram.strip import Exemplars
+from engram.strip import Loose
 
 from . import buffers
 from .database import Database
@@ -213,11 +213,11 @@ class Replay:
                     **{name: most},
                 )
 
-    def _every_pack(self, view: View) -> Iterator[Exemplars]:
+    def _every_pack(self, view: View) -> Iterator[Loose]:
         for entry in view.manifest.packs:
             exemplars = self.cache.get(entry.digest, entry.exemplars).exemplars
             if exemplars is not None:
-                yield exemplars
+                yield exemplars.loose()
 
     def _describe(self, entry: PackEntry, rows: Iterator[tuple[int, int, int]], limit: int) -> list[Exemplar]:
         wanted = list(islice(rows, limit))
@@ -244,10 +244,10 @@ def tar_of(parts: Sequence[batch.Part]) -> bytes:
     return b"".join(tar.write_encoded(_files(part.exemplars for part in parts)))
 
 
-def _files(packs: Iterable[Exemplars]) -> Iterator[tuple[str, bytes, int]]:
+def _files(packs: Iterable[Loose]) -> Iterator[tuple[str, bytes, int]]:
     for exemplars in packs:
-        for row, class_id in enumerate(exemplars.class_ids.tolist()):
-            yield "jpg", exemplars.jpeg(row), class_id
+        for file, class_id in zip(exemplars.files(), exemplars.class_ids.tolist(), strict=True):
+            yield "jpg", file, class_id
 
 
 def _rows_after(

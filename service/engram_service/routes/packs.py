@@ -9,10 +9,11 @@ from typing import Annotated
 from fastapi import APIRouter, Header, HTTPException, Path, Request, Response
 from fastapi.responses import FileResponse
 
+from engram.errors import Unavailable
 from engram.schemas import STRIPS_MEDIA_TYPE
 
 from .. import buffers
-from .parts import CachePart, DatabasePart, etag, matches
+from .parts import JPEG_MEDIA_TYPE, CachePart, DatabasePart, asks_for_picture, etag, matches
 
 router = APIRouter(prefix="/v1/packs", tags=["packs"])
 
@@ -25,7 +26,12 @@ FOREVER = "private, max-age=31536000, immutable"
     "/{sha256}",
     response_class=FileResponse,
     responses={
-        200: {"content": {STRIPS_MEDIA_TYPE: {"schema": {"type": "string", "format": "binary"}}}},
+        200: {
+            "content": {
+                media_type: {"schema": {"type": "string", "format": "binary"}}
+                for media_type in (STRIPS_MEDIA_TYPE, JPEG_MEDIA_TYPE)
+            }
+        },
         206: {"description": "The range that was asked for."},
         304: {"description": "The client holds the pack."},
         416: {"description": "The range lies outside the pack."},
@@ -36,24 +42,31 @@ def read_pack(
     request: Request,
     database: DatabasePart,
     cache: CachePart,
+    accept: Annotated[str, Header()] = "",
     if_none_match: Annotated[str | None, Header()] = None,
 ) -> Response:
-    """Read a pack. A damaged one comes as it is on disk, with `Engram-Damaged`, and must not be cached."""
+    """Read a pack, or with `Accept: image/jpeg` a picture of it. A damaged one has `Engram-Damaged` and no ETag."""
     path = cache.store.path(sha256)
     with database.reading() as session:
         count = buffers.exemplars_of_pack(session, sha256)
-    tag = etag(sha256)
     loaded = cache.get(sha256, count)
+    exemplars = loaded.exemplars
+    as_picture = asks_for_picture(accept)
+    tag = etag(f"{sha256}-picture" if as_picture else sha256)
+    headers = {"Cache-Control": FOREVER, "ETag": tag, "Vary": "Accept"}
     if loaded.is_damaged:
-        damaged = count - len(loaded.exemplars or ())
         cache.store.get(sha256)  # raises NotFound if there is no file at all
+        damaged = count - (0 if exemplars is None else len(exemplars))
         headers = {"Cache-Control": "no-store", "Engram-Damaged": str(damaged)}
-        return FileResponse(path, media_type=STRIPS_MEDIA_TYPE, headers=headers)
-    if matches(if_none_match, tag):
-        return Response(status_code=304, headers={"ETag": tag, "Cache-Control": FOREVER})
-    digest = base64.b64encode(bytes.fromhex(sha256)).decode()
-    headers = {"ETag": tag, "Cache-Control": FOREVER, "Repr-Digest": f"sha-256=:{digest}:"}
-    _check_range(request, path.stat().st_size)
+    elif matches(if_none_match, tag):
+        return Response(status_code=304, headers=headers)
+    if as_picture:
+        if exemplars is None:
+            raise Unavailable(f"no exemplar of pack {sha256} is intact on disk", digest=sha256)
+        return Response(exemplars.loose().picture(), media_type=JPEG_MEDIA_TYPE, headers=headers)
+    if not loaded.is_damaged:
+        headers["Repr-Digest"] = f"sha-256=:{base64.b64encode(bytes.fromhex(sha256)).decode()}:"
+        _check_range(request, path.stat().st_size)
     return FileResponse(path, media_type=STRIPS_MEDIA_TYPE, headers=headers)
 
 
