@@ -340,6 +340,11 @@ def _key(arm: Arm, plan: Plan, *more: object) -> str:
     ]
     if arm.selects or arm.kind == "strips":
         parts.append(plan.options if arm.selects else (arm.quality, plan.options.ranking))
+    return digest(parts)
+
+
+def digest(*parts: object) -> str:
+    """Names a configuration."""
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:12]
 
 

@@ -105,8 +105,8 @@ class LocalMemory(ABC):
 
     def everything(self, *, exclude_tasks: tuple[int, ...] = ()) -> Batch:
         """All exemplars, by task, class and rank."""
-        chosen = all_rows(self.entries, exclude_tasks)
-        return self.batch(chosen) if len(chosen.rows) else empty_batch()
+        chosen = all_rows(self._layout, exclude_tasks)
+        return empty_batch() if chosen is None else self.batch(chosen)
 
     @property
     def is_lossy(self) -> bool:

@@ -6,7 +6,7 @@ in this process. Images are uint8 `[N, H, W, C]`, features float32 `[N, D]`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,10 +16,10 @@ import numpy.typing as npt
 
 from engram.batch import Batch, collect, from_parts
 from engram.client import Client
-from engram.draw import Plan
+from engram.draw import Layout, Plan, Request, plan
 from engram.errors import Conflict
 from engram.mirror import Mirror
-from engram.schemas import Ingest, IngestOptions, PackEntry, Strategy
+from engram.schemas import Ingest, IngestOptions, Strategy
 from engram_trainer.datasets import ClassIds, Images
 
 Embed = Callable[[Images], npt.NDArray[np.float32]]
@@ -175,8 +175,8 @@ class ServiceMemory:
     def everything(self, *, exclude_tasks: tuple[int, ...] = ()) -> Batch:
         """All exemplars, by task, class and rank."""
         snapshot = self._mirror.snapshot()
-        plan = all_rows(snapshot.manifest.packs, exclude_tasks)
-        return from_parts(collect(snapshot.packs, plan)) if len(plan.rows) else empty_batch()
+        chosen = all_rows(snapshot.layout, exclude_tasks)
+        return empty_batch() if chosen is None else from_parts(collect(snapshot.packs, chosen))
 
     @property
     def is_lossy(self) -> bool:
@@ -229,15 +229,11 @@ def empty_batch() -> Batch:
     return Batch(images=np.zeros((0, 1, 1, 1), np.uint8), class_ids=none, tasks=none, rows=none)
 
 
-def all_rows(packs: Sequence[PackEntry], exclude_tasks: tuple[int, ...]) -> Plan:
-    """Every exemplar of the packs but those of some tasks, in order."""
-    kept = [(index, entry) for index, entry in enumerate(packs) if entry.task not in exclude_tasks and entry.exemplars]
-    counts = [entry.exemplars for _, entry in kept]
-    return Plan(
-        np.repeat(np.array([index for index, _ in kept], np.int64), counts),
-        np.concatenate([np.arange(0), *(np.arange(count) for count in counts)]),
-        np.repeat(np.array([entry.task for _, entry in kept], np.int64), counts),
-    )
+def all_rows(layout: Layout, exclude_tasks: tuple[int, ...]) -> Plan | None:
+    """Every exemplar but those of some tasks, in order; None if there is none."""
+    if not set(layout.tasks) - set(exclude_tasks):
+        return None
+    return plan(layout, Request(size=layout.count, strategy="epoch", exclude_tasks=exclude_tasks))
 
 
 def by_task(batch: Batch) -> dict[int, Batch]:

@@ -1,0 +1,275 @@
+"""What becomes of a memory that is fed bit by bit, and which policy of quality does best by it?
+
+**Herding.** Images of ten classes come in 300 uploads of 20 under a fixed total budget. How far is the mean of what is
+kept from the mean of all images, class by class, in the built-in embedding? Against one upload of all of them (joint
+herding), and a random choice; with the quality and the number of exemplars along the way.
+
+**Policies of quality.** LUCIR learns five tasks of two classes with one total budget, which later tasks share; tasks
+come whole, or in uploads of 20 images. The policies: keep everything at 90 while it fits, then choose and encode once
+more (what Engram does); choose at the first upload; take what fits best at the first upload (Engram 0.1: with small
+uploads that is 90 for ever); beside them each fixed quality. A policy's gap is what it loses in last accuracy to the
+best policy or fixed quality, paired over seeds.
+
+Data are CIFAR-10 (`--cifar10 DIR`), else Fashion-MNIST, else the sample that ships with the trainer. A finished run is
+a JSON file in `--out`: the same command goes on after an interruption.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import sqrt
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+import budget
+import cifar10
+import numpy as np
+import report
+import torch
+from scipy.stats import t as student
+
+from engram.memory import ROOMY_QUALITY, Content, Policy, Upload, add
+from engram.schemas import IngestOptions
+from engram.selection.embedding import BuiltinEmbedder
+from engram.selection.images import ArrayImages
+from engram_trainer import datasets, evaluation, stream
+from engram_trainer.datasets import ClassIds, Dataset, Images
+from engram_trainer.local_memory import NetworkEmbedder, StripMemory
+from engram_trainer.memory import Embed
+from engram_trainer.methods import lucir
+
+UPLOAD_IMAGES = 20
+TOTAL_BYTES = 160_000
+HERDING_BYTES = 60_000
+QUALITIES = (25, 50, 75, 90)
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One policy of quality on one kind of stream; `upload_images` None sends tasks whole."""
+
+    name: str
+    upload_images: int | None
+    quality: int | None = None
+    roomy_quality: int | None = ROOMY_QUALITY
+
+
+KEPT = "90, then chosen"
+POLICIES = (
+    *(Arm(KEPT, size) for size in (None, UPLOAD_IMAGES)),
+    # A whole task never fits at 90 here, so there it would be the same.
+    Arm("chosen at once", UPLOAD_IMAGES, roomy_quality=None),
+    *(Arm(f"fixed {quality}", size, quality) for size in (None, UPLOAD_IMAGES) for quality in QUALITIES),
+)
+
+
+class Bits(StripMemory):
+    """Strips that take a task in uploads of a few images."""
+
+    def __init__(self, arm: Arm, total_bytes: int) -> None:
+        policy = Policy(total_bytes, quality=arm.quality, roomy_quality=arm.roomy_quality)
+        super().__init__(policy, IngestOptions())
+        self.upload_images = arm.upload_images
+
+    def add(
+        self,
+        task: int,
+        images_NHWC: Images,
+        class_ids: ClassIds,
+        *,
+        extractor: bytes | None,
+        embed: Embed | None,
+        seed: int,
+    ) -> None:
+        """Upload after upload, in an order of the seed's."""
+        assert embed is not None
+        rows = np.random.default_rng([seed, task]).permutation(len(images_NHWC))
+        size = self.upload_images or len(rows)
+        embedder = NetworkEmbedder(embed, f"{seed} {task}".encode())
+        for at in range(0, len(rows), size):
+            some = rows[at : at + size]
+            self.put(task, ArrayImages(images_NHWC[some], class_ids[some]), embedder, seed=seed)
+
+
+def main() -> None:
+    def more(parser: argparse.ArgumentParser) -> None:
+        parser.add_argument("--cifar10", type=Path, help="folder with CIFAR-10's binary files")
+        parser.add_argument("--out", type=Path, default=Path("runs/stream"), help="folder of finished runs")
+        parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+        parser.add_argument("--jobs", type=int, default=2, help="processes, of one thread each")
+
+    args = report.parse_args("what becomes of a memory that is fed bit by bit?", more)
+    torch.set_num_threads(1)
+    data = load(args.cifar10)
+    flat = herding(data, uploads=60 if args.quick else 300)
+    if args.quick:
+        config = stream.StreamConfig(tasks=5, train_per_class=100, test_per_class=100)
+        arms = [arm for arm in POLICIES if arm.name in (KEPT, "fixed 50", "fixed 90") and arm.upload_images]
+        method, total, seeds = lucir.Config(epochs=3, batch_size=32), TOTAL_BYTES // 10, args.seeds[:1]
+    else:
+        config = stream.StreamConfig(tasks=5, train_per_class=1_500, test_per_class=300)
+        arms, method, total, seeds = list(POLICIES), budget.LUCIR, TOTAL_BYTES, args.seeds
+    results = collect(args, arms, config, method, total, seeds)
+    flat |= compare(results, seeds)
+    flat["seeds"] = len(seeds)
+    report.finish(args, flat)
+
+
+def load(folder: Path | None) -> Dataset:
+    """The photographs if there are any."""
+    if folder is not None:
+        return cifar10.load(folder)
+    return datasets.load(str(budget.FASHION_MNIST) if budget.FASHION_MNIST.is_dir() else "sample")
+
+
+def herding(data: Dataset, uploads: int) -> dict[str, report.Cell]:
+    """Distances of means after many small uploads, against one upload of everything."""
+    rows = np.random.default_rng(0).permutation(len(data.train_images))[: uploads * UPLOAD_IMAGES]
+    images, class_ids = data.train_images[rows], data.train_class_ids[rows]
+    embedder = BuiltinEmbedder((images.shape[1], images.shape[2], images.shape[3]))
+    features_ND = embedder.embed(images)
+
+    def off(content: Content) -> float:
+        exemplars = content.tasks[0].load()
+        assert exemplars is not None
+        kept_ND = embedder.embed(exemplars.decode())
+        return fmean(
+            float(np.linalg.norm(kept_ND[exemplars.class_ids == c].mean(0) - features_ND[class_ids == c].mean(0)))
+            for c in np.unique(class_ids)
+        )
+
+    options, content = IngestOptions(), Content(Policy(HERDING_BYTES))
+    line: list[tuple[report.Cell, ...]] = []
+    for number in range(uploads):
+        some = slice(number * UPLOAD_IMAGES, (number + 1) * UPLOAD_IMAGES)
+        content = add(content, Upload(0, ArrayImages(images[some], class_ids[some]), options), embedder)
+        if number in (0, 2, 4, 9, 19, 49, 99, 199, uploads - 1):
+            state = "provisional" if content.is_provisional else "decided"
+            count = sum(content.tasks[0].kept.values())
+            line.append((number + 1, content.quality, state, count, content.tasks[0].pack_bytes))
+    columns = ("uploads", "quality", "which is", "exemplars", "bytes")
+    report.print_table(f"Uploads of {UPLOAD_IMAGES} images, {HERDING_BYTES:,} bytes in all, {data.name}", columns, line)
+    whole, fixed = ArrayImages(images, class_ids), Content(Policy(HERDING_BYTES, quality=content.quality))
+    joint = off(add(fixed, Upload(0, whole, options), embedder))
+    random = off(add(fixed, Upload(0, whole, IngestOptions(ranking="random")), embedder))
+    rows_ = [("joint herding", joint, 1.0), ("herding, upload by upload", off(content), off(content) / joint)]
+    report.print_table(
+        "Distance of the kept mean from the mean of all images, mean over classes",
+        ("choice", "distance", "over joint herding"),
+        [*rows_, ("random", random, random / joint)],
+    )
+    return {
+        "herding_distance_ratio": off(content) / joint,
+        "random_distance_ratio": random / joint,
+        "stream_quality": content.quality,
+        "stream_exemplars": sum(content.tasks[0].kept.values()),
+    }
+
+
+def collect(
+    args: argparse.Namespace,
+    arms: Sequence[Arm],
+    config: stream.StreamConfig,
+    method: lucir.Config,
+    total: int,
+    seeds: Sequence[int],
+) -> list[dict[str, Any]]:
+    """The results of all runs, from the folder where they are there already."""
+    args.out.mkdir(parents=True, exist_ok=True)
+    with budget.workers(args.jobs) as pool:
+        return list(
+            pool.map(
+                execute,
+                *zip(
+                    *(
+                        (arm, args.cifar10, replace(config, seed=seed), method, total, args.out)
+                        for seed in seeds
+                        for arm in arms
+                    ),
+                    strict=True,
+                ),
+            )
+        )
+
+
+def execute(
+    arm: Arm, folder: Path | None, config: stream.StreamConfig, method: lucir.Config, total: int, out: Path
+) -> dict[str, Any]:
+    """One run of LUCIR."""
+    torch.set_num_threads(1)
+    data = load(folder)
+    name = f"{data.name}-{arm.name}-{arm.upload_images}-{config.seed}-{budget.digest(config, method, total)}.json"
+    path = out / name.replace(" ", "-").replace(",", "")
+    if path.exists():
+        found: dict[str, Any] = json.loads(path.read_text())
+        return found
+    tasks = stream.build(data, config)
+    learner = lucir.Lucir(tasks, method, network=budget.NETWORK, seed=config.seed)
+    memory = Bits(arm, total)
+    matrix: list[list[float]] = []
+    qualities: list[int | None] = []
+    for task in tasks.tasks:
+        learner.learn(task, memory, budget.ignore)
+        images = task.train_images, task.train_class_ids
+        memory.add(task.index, *images, extractor=None, embed=learner.embed, seed=config.seed)
+        learner.balance(task, memory, budget.ignore)
+        earlier = [evaluation.accuracy(learner.scores, tasks, each, learned=task.index) for each in tasks.tasks]
+        matrix.append([accuracy for accuracy in earlier[: task.index + 1] if accuracy is not None])
+        qualities.append(memory.quality)
+    metrics = evaluation.metrics(matrix, test_counts=[len(task.test_images) for task in tasks.tasks])
+    result = {
+        "policy": arm.name,
+        "upload_images": arm.upload_images,
+        "seed": config.seed,
+        "last": 100 * metrics.last,
+        "average_incremental": 100 * metrics.average_incremental,
+        "qualities": qualities,
+        "exemplars": len(memory.everything()),
+        "used_bytes": memory.used_bytes,
+    }
+    budget.write(path, lambda temporary: temporary.write_text(json.dumps(result)))
+    return result
+
+
+def compare(results: Sequence[Mapping[str, Any]], seeds: Sequence[int]) -> dict[str, report.Cell]:
+    """Each stream's table; the gap of what Engram does to the best, and the worst of both streams."""
+    flat: dict[str, report.Cell] = {}
+    gaps = []
+    for size in sorted({result["upload_images"] for result in results}, key=str):
+        last: dict[str, list[float]] = {}
+        for result in results:
+            if result["upload_images"] == size:
+                last.setdefault(result["policy"], []).append(result["last"])
+        best = max(last, key=lambda name: fmean(last[name]))
+        rows = []
+        for name, scores in last.items():
+            own = [each for each in results if each["policy"] == name and each["upload_images"] == size]
+            gap = [top - score for top, score in zip(last[best], scores, strict=True)]
+            qualities = "; ".join(" ".join(map(str, each["qualities"])) for each in own)
+            rows.append(
+                (name, fmean(scores), fmean(gap), half_width(gap), fmean(e["exemplars"] for e in own), qualities)
+            )
+        title = "Tasks come whole" if size is None else f"Uploads of {size} images"
+        columns = ("policy", "last accuracy", "behind the best", "± 95 %", "exemplars", "quality after each task; seed")
+        report.print_table(f"{title}, LUCIR, {len(seeds)} seeds, percent", columns, rows)
+        kind = "whole" if size is None else "small"
+        gaps.append(fmean(last[best]) - fmean(last[KEPT]))
+        flat[f"policy_gap_points_{kind}"] = gaps[-1]
+        flat |= {f"last_{kind}_{name.replace(',', '').replace(' ', '_')}": fmean(each) for name, each in last.items()}
+    flat["policy_gap_points"] = max(gaps)
+    return flat
+
+
+def half_width(values: Sequence[float]) -> float | None:
+    """Half of the 95 % t-interval of a mean."""
+    if len(values) < 2:
+        return None
+    return float(student.ppf(0.975, len(values) - 1)) * stdev(values) / sqrt(len(values))
+
+
+if __name__ == "__main__":
+    main()
