@@ -198,8 +198,8 @@ class Loose(NamedTuple):
         count, most = len(self.segments), self.form.max_images
         if not 1 <= count <= most:
             raise InvalidRequest(
-                f"one picture holds 1 to {most} exemplars of {self.form.height}x{self.form.width}, not {count}: ask for "
-                "another number, or for strips",
+                f"one picture holds 1 to {most} exemplars of {self.form.height}x{self.form.width}, not {count}: ask "
+                "for another number, or for strips",
                 max_images=most,
             )
         return b"".join([self.form.picture_head(count), *_scan(self.segments)])

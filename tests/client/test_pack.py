@@ -99,7 +99,7 @@ def test_a_broken_header_costs_its_strip_and_the_others_keep_their_rows() -> Non
     data = bytearray(pack.to_bytes(stored))
     assert stored.form.max_images == 8
     second = bytes(data).index(b"\xff\xd8\xff\xef", 4)
-    data[second + 40] ^= 0xFF
+    data[second + 30] ^= 0xFF
     rest, rows = pack.salvage(bytes(data), 20)
     assert rest is not None
     assert rows.tolist() == [*range(8), *range(16, 20)]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import struct
 import tracemalloc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from zlib import crc32
@@ -19,13 +19,16 @@ from hypothesis import strategies as st
 
 from engram import batch, pack, strip
 from engram.errors import StripCorrupt, TooLarge
+from engram.form import Form
+from engram.schemas import Subsampling
 
-LIMITS = strip.Limits(max_pixels=2**20)
-# Offsets in a strip whose APP15 segment is its first: payload, header checksum in it.
-PAYLOAD, CHECKSUM = 13, 21
+# Offsets in a strip whose APP15 segment is its first: payload, its checksum, what that covers.
+PAYLOAD, CHECKSUM, COVERED = 13, 14, 18
+# In a payload: the form, the count, the runs.
+FORM, COUNT, RUNS = 6, 13, 15
 
 
-def sample(count: int = 5, *, channels: int = 3, sampling: strip.Subsampling = "4:2:0") -> strip.Exemplars:
+def sample(count: int = 5, *, channels: int = 3, sampling: Subsampling = "4:2:0") -> strip.Exemplars:
     rng = np.random.default_rng(count)
     coarse = rng.integers(0, 256, (count, 5, 7, channels), dtype=np.uint8)
     images = coarse.repeat(4, 1).repeat(4, 2)[:, :18, :27]
@@ -34,51 +37,52 @@ def sample(count: int = 5, *, channels: int = 3, sampling: strip.Subsampling = "
 
 def samples() -> list[bytes]:
     """Strips of every kind: colour and grey, drawn and stored, one image and several."""
-    return [
-        sample().to_strips()[0],
-        sample(3, sampling="4:4:4").to_strips(task=3, rows=[7, 1, 2])[0],
-        sample(4, channels=1).to_strips(task=0)[0],
-        sample(1).to_strips()[0],
-    ]
+    drawn = sample(3, sampling="4:4:4").loose().to_strips(tasks=[3, 500, 500], rows=[7, 1, 2])
+    grey = sample(4, channels=1).loose().to_strips(tasks=[0] * 4, rows=range(4))
+    return [sample().to_strips()[0], drawn[0], grey[0], sample(1).to_strips()[0]]
 
 
-def tables_start(data: bytes) -> int:
+def made_of(form: Form, segments: Sequence[bytes]) -> bytes:
+    """A well-formed strip of this form with these for image data."""
+    checksums = np.array([crc32(segment) for segment in segments], np.uint32)
+    (data,) = strip.Loose(form, list(segments), np.zeros(len(segments), np.int64), checksums).to_strips()
+    return data
+
+
+def head_start(data: bytes) -> int:
     return 4 + int.from_bytes(data[4:6], "big")
 
 
-def header_end(data: bytes) -> int:
-    """The offset after SOS, as far as the segments' lengths lead there."""
-    at = 2
-    for _ in range(12):
-        marker, at = data[at : at + 2], at + 2 + int.from_bytes(data[at + 2 : at + 4], "big")
-        if marker == b"\xff\xda":
-            break
-    return min(at, len(data))
+def head_end(data: bytes) -> int:
+    """The offset after SOS."""
+    return data.index(b"\x00\x3f\x00", head_start(data)) + 3
 
 
 def signed(data: bytes) -> bytes:
-    """These bytes with a header checksum that matches."""
-    blank = data[:CHECKSUM] + bytes(4) + data[CHECKSUM + 4 :]
-    return data[:CHECKSUM] + struct.pack(">I", crc32(blank[: header_end(data)])) + data[CHECKSUM + 4 :]
+    """These bytes with a checksum that matches the payload."""
+    return data[:CHECKSUM] + struct.pack(">I", crc32(data[COVERED : head_start(data)])) + data[COVERED:]
 
 
 def with_payload(data: bytes, payload: bytes) -> bytes:
     """The strip with another APP15 payload, signed."""
-    app15 = b"\xff\xef" + struct.pack(">H", 9 + len(payload)) + strip.SIGNATURE + payload
-    return signed(data[:2] + app15 + data[tables_start(data) :])
+    return signed(data[:2] + app15(payload) + data[head_start(data) :])
 
 
 def payload_of(data: bytes) -> bytes:
-    return data[PAYLOAD : tables_start(data)]
+    return data[PAYLOAD : head_start(data)]
+
+
+def app15(payload: bytes) -> bytes:
+    return b"\xff\xef" + struct.pack(">H", 9 + len(payload)) + strip.SIGNATURE + payload
 
 
 def judge(data: bytes) -> strip.Strip | None:
     """What `parse` makes of the bytes; what it accepts must be written again exactly as it was, and may be decoded."""
     try:
-        read = strip.parse(data, limits=LIMITS)
+        read = strip.parse(data)
     except (StripCorrupt, TooLarge):
         return None
-    assert read.exemplars.to_strips(task=read.task, rows=read.rows) == [data[: read.end]]
+    assert read.exemplars.loose().to_strips(tasks=read.tasks, rows=read.rows) == [data[: read.end]]
     with suppress(StripCorrupt):
         assert read.exemplars.decode().shape == (len(read.exemplars), *read.exemplars.form.shape)
     return read
@@ -114,14 +118,61 @@ def test_every_truncation_is_found_even_if_it_is_signed() -> None:
     for data in samples():
         for end in range(len(data)):
             assert judge(data[:end]) is None
-            assert end < CHECKSUM + 4 or judge(signed(data[:end])) is None
+            assert end < COVERED or judge(signed(data[:end])) is None
 
 
 def test_every_header_byte_may_be_anything() -> None:
     for data in samples():
-        for at in range(header_end(data)):
+        for at in range(head_end(data)):
             for value in {0x00, 0x01, 0x7F, 0xFF, data[at] ^ 0x01, data[at] ^ 0x80, data[at] ^ 0x10} - {data[at]}:
                 judge(signed(data[:at] + bytes([value]) + data[at + 1 :]))
+
+
+def mutated(data: bytes, rng: np.random.Generator) -> bytes:
+    """One to three accidents: bits flipped, bytes replaced, put in, taken out, repeated, moved, or the end cut off."""
+    for _ in range(rng.integers(1, 4)):
+        at, other = sorted(rng.integers(0, len(data) + 1, 2).tolist())
+        length = int(rng.integers(1, 30))
+        piece = data[at : at + length]
+        match rng.integers(7):
+            case 0:
+                flipped = bytearray(data)
+                for where in rng.integers(0, len(data), rng.integers(1, 9)):
+                    flipped[where] ^= 1 << rng.integers(8)
+                data = bytes(flipped)
+            case 1:
+                data = data[:at] + rng.bytes(len(piece)) + data[at + length :]
+            case 2:
+                data = data[:at] + rng.bytes(length) + data[at:]
+            case 3:
+                data = data[:at] + data[at + length :]
+            case 4:
+                data = data[:other] + piece + data[other:]
+            case 5:
+                data = data[:at] + data[at + length : other] + piece + data[max(other, at + length) :]
+            case 6:
+                data = data[: rng.integers(len(data) // 2, len(data))]
+        if len(data) < COVERED:
+            break
+    return data
+
+
+@pytest.mark.parametrize("count", [4_000, pytest.param(60_000, marks=pytest.mark.slow)])
+def test_a_mutated_strip_is_refused_or_the_strip_that_it_was(count: int) -> None:
+    rng = np.random.default_rng(count)
+    kinds = samples()
+    unchanged = 0
+    for index in range(count):
+        data = kinds[index % len(kinds)]
+        mangled = mutated(data, rng)
+        read = judge(mangled)
+        if read is not None and read.end == len(mangled):
+            assert mangled == data
+            unchanged += 1
+        # The same by an attacker, who can compute a checksum.
+        if len(mangled) >= COVERED:
+            judge(signed(mangled))
+    assert unchanged < count // 20
 
 
 @settings(max_examples=400, deadline=None)
@@ -135,7 +186,7 @@ def test_bytes_cut_repeated_and_replaced_anywhere(data: st.DataObject, kind: int
         skipped = data.draw(st.integers(0, 40))
         mangled = mangled[:at] + piece + mangled[at + skipped :]
     judge(mangled)
-    if len(mangled) >= CHECKSUM + 4:
+    if len(mangled) >= COVERED:
         judge(signed(mangled))
 
 
@@ -143,26 +194,27 @@ def test_bytes_cut_repeated_and_replaced_anywhere(data: st.DataObject, kind: int
 @given(data=st.data(), kind=st.integers(0, 3))
 def test_image_data_of_any_content_decodes_or_is_refused(data: st.DataObject, kind: int) -> None:
     good = strip.parse(samples()[kind]).exemplars
-    segments = good.segments()
+    segments = [bytes(segment) for segment in good.segments()]
     row = data.draw(st.integers(0, len(segments) - 1))
-    content = data.draw(st.one_of(st.binary(max_size=300), st.just(bytes(segments[row])[:-3])))
+    content = data.draw(st.one_of(st.binary(max_size=300), st.just(segments[row][:-3])))
     segments[row] = content.replace(b"\xff", b"\xff\x00")
-    (mangled,) = strip.from_segments(good.form, segments, good.class_ids).to_strips()
-    judge(mangled)
+    judge(made_of(good.form, segments))
 
 
-def replace_at(payload: bytes, at: int, new: bytes) -> bytes:
-    return payload[:at] + new + payload[at + len(new) :]
+def replace_at(data: bytes, at: int, new: bytes) -> bytes:
+    return data[:at] + new + data[at + len(new) :]
 
 
-@pytest.mark.parametrize("count", [0, 1, 4, 6, 8191, 65_535, 2**31, 2**32 - 1])
+@pytest.mark.parametrize("count", [0, 1, 4, 6, 2046, 2047, 8188, 65_535])
 def test_a_count_that_is_not_the_number_of_segments_is_refused(count: int) -> None:
-    data = samples()[0]
-    payload = replace_at(payload_of(data), 4, struct.pack(">I", count))
-    # Checksums for as many as are claimed, as far as one segment has room.
-    payload += bytes(4 * min(max(count - 5, 0), 16_000))
+    good = sample()
+    data = good.to_strips()[0]
+    # Runs, checksums and a header for as many as are claimed.
+    runs = strip._write_runs([np.zeros(max(count, 1), np.int64)])
+    payload = replace_at(payload_of(data)[:RUNS], COUNT, struct.pack(">H", count)) + runs + bytes(4 * count)
+    body = good.form.head(max(1, min(count, good.form.max_images))) + data[head_end(data) :]
     with little_memory():
-        assert judge(with_payload(data, payload)) is None
+        assert judge(signed(data[:2] + app15(payload[:65_526]) + body)) is None
 
 
 @pytest.mark.parametrize(
@@ -173,8 +225,10 @@ def test_a_count_that_is_not_the_number_of_segments_is_refused(count: int) -> No
         b"\x00\x00\x00\x05",
         b"\x00\xff\xff\xff\xff\x0f",
         b"\x00\xff\xff\xff\xff\xff\xff\xff\xff\x7f",
+        b"\x00\xff\xff\xff\xff\x7f" * 9,
         b"\xff" * 60,
         b"\x80\x80\x80\x80\x10\x05",
+        b"\x00\x05\x80",
         b"\x00",
         b"",
         # The same labels written differently: two names for one content.
@@ -186,54 +240,93 @@ def test_a_count_that_is_not_the_number_of_segments_is_refused(count: int) -> No
 def test_runs_that_overflow_fall_short_or_are_written_oddly_are_refused(runs: bytes) -> None:
     (data,) = sample().select([0, 0, 0, 0, 0]).to_strips()
     payload = payload_of(data)
-    assert payload[12:14] == b"\x00\x05"
+    assert payload[RUNS : RUNS + 2] == b"\x00\x05"
     with little_memory():
-        assert judge(with_payload(data, payload[:12] + runs + payload[14:])) is None
+        assert judge(with_payload(data, payload[:RUNS] + runs + payload[RUNS + 2 :])) is None
 
 
-def claiming(height: int, width: int, segment: bytes, *, channels: int = 3) -> bytes:
-    """A well-formed strip of one image of this size, with this for image data."""
-    form = replace(sample(1, channels=channels).form, height=height, width=width)
-    (data,) = strip.from_segments(form, [segment], np.zeros(1, np.int64)).to_strips()
-    return data
+def test_neighbouring_runs_of_a_draw_differ_in_task_or_class() -> None:
+    loose = sample(4).select([0, 0, 0, 2]).loose()
+    (data,) = loose.to_strips(tasks=[1, 1, 2, 2], rows=[0, 1, 2, 3])
+    payload = payload_of(data)
+    runs = b"\x01\x00\x02" + b"\x02\x00\x01" + b"\x02\xac\x02\x01"
+    assert payload[RUNS : RUNS + len(runs)] == runs
+    split = b"\x01\x00\x01" * 2 + runs[3:]
+    assert judge(with_payload(data, payload.replace(runs, split))) is None
+
+
+@pytest.mark.parametrize(
+    ("at", "value"),
+    [
+        *((at, value) for at in (FORM, FORM + 2) for value in (b"\0\0", b"\xff\xdd", b"\xff\xff")),
+        *((FORM + 4, bytes([channels])) for channels in (0, 2, 4, 255)),
+        *((FORM + 5, bytes([sampling])) for sampling in (0, 0x12, 0x21, 0x44)),
+        *((FORM + 6, bytes([quality])) for quality in (0, 101, 255)),
+    ],
+)
+def test_numbers_that_make_no_form_are_refused(at: int, value: bytes) -> None:
+    data = samples()[0]
+    with little_memory(), pytest.raises(StripCorrupt, match="declares"):
+        strip.parse(with_payload(data, replace_at(payload_of(data), at, value)))
+
+
+@pytest.mark.parametrize("flags", [2, 3, 0x80, 0xFF])
+def test_flags_of_a_later_version_are_refused(flags: int) -> None:
+    for data in samples():
+        with pytest.raises(StripCorrupt, match="flags"):
+            strip.parse(with_payload(data, replace_at(payload_of(data), 5, bytes([flags]))))
+
+
+DHT = bytes.fromhex("ffc4001f0000010501010101010100000000000000000102030405060708090a0b")
+JFIF = bytes.fromhex("ffe000104a46494600010100000100010000")
+ADOBE = bytes.fromhex("ffee000e41646f62650064000000000000")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda head: DHT + head,
+        lambda head: JFIF + head,
+        lambda head: head.replace(b"\xff\xc0", ADOBE + b"\xff\xc0"),
+        lambda head: head.replace(b"\xff\xc0", b"\xff\xc1"),
+        lambda head: head.replace(b"\xff\xc0", b"\xff\xc2"),
+        lambda head: head.replace(b"\xff\xdd\x00\x04", b"\xff\xdd\x00\x05\x00"),
+        lambda head: head.replace(b"\x00\x3f\x00", b"\x00\x3e\x00"),
+        lambda head: head[:30] + b"\x01" + head[31:],
+        lambda head: head[140:] + head[:140],
+        lambda head: b"",
+    ],
+)
+def test_a_header_that_is_not_the_one_of_its_form_is_refused(change: Callable[[bytes], bytes]) -> None:
+    data = samples()[0]
+    start, end = head_start(data), head_end(data)
+    assert change(data[start:end]) != data[start:end]
+    with pytest.raises(StripCorrupt, match="header"):
+        strip.parse(data[:start] + change(data[start:end]) + data[end:])
 
 
 @pytest.mark.parametrize("size", [(65_535, 65_535), (65_500, 65_500), (65_535, 1), (1, 65_535), (8192, 8192)])
 @pytest.mark.parametrize("channels", [1, 3])
 def test_a_small_strip_that_declares_an_enormous_image_takes_no_memory(size: tuple[int, int], channels: int) -> None:
-    data = claiming(*size, sample(1, channels=channels).segment(0), channels=channels)
-    with little_memory():
-        for limits in (LIMITS, strip.Limits()):
-            with pytest.raises((StripCorrupt, TooLarge)):
-                strip.parse(data, limits=limits)
+    good = sample(1, channels=channels)
+    data = made_of(replace(good.form, height=size[0], width=size[1]), [good.segment(0)])
+    with little_memory(), pytest.raises((StripCorrupt, TooLarge)):
+        strip.parse(data)
 
 
 @pytest.mark.parametrize("size", [(65_501, 1), (1, 65_535)])
 def test_sides_that_the_decoder_cannot_read_are_refused_however_much_data_there_is(size: tuple[int, int]) -> None:
     with pytest.raises(StripCorrupt, match="declares"):
-        strip.parse(claiming(*size, bytes(200_000)))
-
-
-def test_an_image_beyond_the_limit_is_too_large() -> None:
-    height = width = 2048
-    data = strip.encode(np.zeros((1, height, width, 1), np.uint8), [0], quality=50).to_strips()[0]
-    assert len(strip.parse(data).exemplars) == 1
-    with pytest.raises(TooLarge, match="2048x2048"):
-        strip.parse(data, limits=LIMITS)
+        strip.parse(made_of(Form(*size, 1, "4:4:4", 50), [bytes(200_000)]))
 
 
 @pytest.mark.parametrize("side", [8, 16, 500])
 def test_segments_too_short_for_their_image_are_refused_before_pixels_are_made(side: int) -> None:
     flat = strip.encode(np.full((2, side, side, 3), 9, np.uint8), [0, 0], quality=1)
     assert judge(flat.to_strips()[0]) is not None
-    units = flat.form.mcus
-    short = strip.from_segments(flat.form, [flat.segment(0), bytes(units)], flat.class_ids)
+    short = made_of(flat.form, [flat.segment(0), bytes(flat.form.mcus)])
     with little_memory(), pytest.raises(StripCorrupt, match="exemplar 1"):
-        strip.parse(short.to_strips()[0])
-
-
-def app15(payload: bytes) -> bytes:
-    return b"\xff\xef" + struct.pack(">H", 9 + len(payload)) + strip.SIGNATURE + payload
+        strip.parse(short)
 
 
 @pytest.mark.parametrize(
@@ -252,49 +345,33 @@ def app15(payload: bytes) -> bytes:
 )
 def test_headers_cut_into_many_segments_are_refused(headers: Callable[[bytes], bytes]) -> None:
     data = samples()[0]
-    mangled = data[:2] + headers(payload_of(data)) + data[tables_start(data) :]
+    mangled = data[:2] + headers(payload_of(data)) + data[head_start(data) :]
     with little_memory(2**20 + 3 * len(mangled)):
         assert judge(mangled) is None
-
-
-def test_long_tables_are_not_remembered() -> None:
-    data = samples()[0]
-    at = tables_start(data)
-    with little_memory(2**21):
-        for index in range(200):
-            filler = struct.pack(">I", index) * 16_000
-            head = data[at : at + 2] + struct.pack(">H", 2 + len(filler)) + filler
-            assert judge(signed(data[:at] + head + data[at:])) is None
 
 
 @pytest.mark.parametrize("fill", [b"\xff", b"\xff\xd0", b"\xff\xd9", b"\xff\xd8\xff\xef", b"\x00"])
 def test_a_flood_of_markers_is_refused(fill: bytes) -> None:
     data = samples()[0]
-    end = header_end(data)
+    end = head_end(data)
     assert judge(data[:end] + fill * 50_000) is None
     assert judge(data[:end] + fill * 50_000 + data[end:]) is None
-
-
-@pytest.mark.parametrize("symbol", [12, 15, 16, 255])
-def test_a_dc_symbol_that_baseline_jpeg_does_not_have_is_refused(symbol: int) -> None:
-    data = samples()[0]
-    first = data.index(b"\xff\xc4") + 4 + 17
-    assert judge(signed(data[:first] + bytes([symbol]) + data[first + 1 :])) is None
 
 
 def test_a_pack_is_refused_or_written_again_as_it_was() -> None:
     exemplars = sample(6)
     data = pack.to_bytes(exemplars)
-    drawn = exemplars.to_strips(task=1, rows=range(6))[0]
-    for mangled in [data + data, data + b"\0", data[:-1], b"", drawn, exemplars.select([4, 0]).to_strips()[0]]:
+    drawn = exemplars.loose().to_strips(tasks=[1] * 6, rows=range(6))[0]
+    other = sample(6, sampling="4:4:4").to_strips()[0]
+    unordered = exemplars.select([4, 0]).to_strips()[0]
+    for mangled in [data + data, data + other, data + b"\0", data[:-1], b"", drawn, unordered]:
         with pytest.raises(StripCorrupt):
             pack.parse(mangled)
     rng = np.random.default_rng(0)
     for _ in range(500):
-        at, value = int(rng.integers(len(data))), int(rng.integers(256))
-        mangled = signed(data[:at] + bytes([value]) + data[at + 1 :])
+        mangled = signed(mutated(data, rng))
         try:
-            read = pack.parse(mangled, limits=LIMITS)
+            read = pack.parse(mangled)
         except (StripCorrupt, TooLarge):
             continue
         assert pack.to_bytes(read) == mangled
@@ -318,7 +395,7 @@ def test_what_is_salvaged_of_a_damaged_pack_is_what_was_stored() -> None:
 
 
 def test_a_pack_that_claims_to_be_huge_cannot_be_salvaged_either() -> None:
-    assert pack.salvage(claiming(60_000, 60_000, b"\x12" * 99), 1)[0] is None
+    assert pack.salvage(made_of(Form(60_000, 60_000, 3, "4:2:0", 40), [b"\x12" * 99]), 1)[0] is None
 
 
 @settings(max_examples=150, deadline=None)
@@ -328,7 +405,7 @@ def test_a_draw_of_mangled_strips_is_refused_or_decoded(data: st.DataObject) -> 
     at = data.draw(st.integers(0, len(strips)))
     body = b"".join(strips[:at]) + data.draw(st.binary(max_size=8)) + b"".join(strips[at:])
     try:
-        drawn = batch.decode(body, limits=LIMITS)
+        drawn = batch.decode(body)
     except (StripCorrupt, TooLarge):
         return
     assert len(drawn.images) == len(drawn) == len(drawn.tasks) == len(drawn.rows) > 0

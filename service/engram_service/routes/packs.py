@@ -45,7 +45,7 @@ def read_pack(
     accept: Annotated[str, Header()] = "",
     if_none_match: Annotated[str | None, Header()] = None,
 ) -> Response:
-    """Read a pack, or with `Accept: image/jpeg` a picture of it. A damaged one has `Engram-Damaged` and no ETag."""
+    """Read a pack, or with `Accept: image/jpeg` a picture of it. `Engram-Damaged` counts what a damaged one lacks."""
     path = cache.store.path(sha256)
     with database.reading() as session:
         count = buffers.exemplars_of_pack(session, sha256)
