@@ -51,7 +51,7 @@ class Finetune(LinearLearner):
             self.model.parameters(), config.lr, momentum=config.momentum, weight_decay=config.weight_decay
         )
         schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, [max(1, config.epochs * 2 // 3)])
-        labels, columns = self.targets(class_ids), self.competing(task_index)
+        labels, seen = self.targets(class_ids), self.stream.seen(task_index)
         self.model.train()
         steps = -(-len(images_NHWC) // config.batch_size) * config.epochs
         done = 0
@@ -59,7 +59,7 @@ class Finetune(LinearLearner):
             for rows in batches(len(images_NHWC), config.batch_size, order):
                 images = pixels(images_NHWC[rows], self.device)
                 images = augment(images, padding=config.padding, flip=config.flip, generator=noise)
-                loss = self.loss(images, labels[rows], columns)
+                loss = self.loss(images, labels[rows], seen)
                 optimizer.zero_grad()
                 loss.backward()  # type: ignore[no-untyped-call]
                 optimizer.step()

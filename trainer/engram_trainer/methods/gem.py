@@ -54,7 +54,11 @@ class Config:
     gamma: float | None = None
     """Least weight of every earlier task's gradient in a corrected step; None is 1/k for k earlier tasks."""
     average: bool = False
-    """A-GEM: one constraint, on the mean gradient of a random batch of all exemplars. gamma is then not used."""
+    """A-GEM: one constraint, on the mean gradient of a random batch of all exemplars. gamma is then not used.
+
+    Class-incremental streams need that margin, or many small steps. Digits, 5 tasks, 3 seeds: two passes end at 84 to
+    95 % with gamma 1/k, at 17 to 23 % with 0 or A-GEM; A-GEM in 20 passes at a learning rate of 0.01 at 53 to 62 %.
+    """
     replay_batch: int | None = None
     """Exemplars drawn for each gradient and step; None takes all of a task (GEM) or 256 of all tasks (A-GEM)."""
 
@@ -79,13 +83,13 @@ class Gem(LinearLearner):
         kept = by_task(memory.everything(exclude_tasks=(task.index,)))
         parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         optimizer = torch.optim.SGD(parameters, config.lr)
-        labels, columns = self.targets(task.train_class_ids), self.competing(task.index)
+        labels, seen = self.targets(task.train_class_ids), self.stream.seen(task.index)
         self.model.train()
         steps = -(-len(task.train_images) // config.batch_size) * config.epochs
         done = 0
         for _ in range(config.epochs):
             for rows in batches(len(task.train_images), config.batch_size, order):
-                loss = self.loss(pixels(task.train_images[rows], self.device), labels[rows], columns)
+                loss = self.loss(pixels(task.train_images[rows], self.device), labels[rows], seen)
                 gradient = flat(torch.autograd.grad(loss, parameters))
                 if kept:
                     gradient = self._corrected(gradient, self._references(kept, memory, task, draws, done, parameters))
@@ -119,22 +123,16 @@ class Gem(LinearLearner):
         size = self.config.replay_batch
         if self.config.average:
             drawn = memory.draw(size or AGEM_BATCH, seed=seed, step=step, exclude_tasks=(task.index,))
-            return self._gradient(by_task(drawn), parameters)[None]
+            return self._gradient(drawn, task, parameters)[None]
         if size is not None:
             kept = by_task(memory.draw(size, seed=seed, step=step, strategy="per_task", exclude_tasks=(task.index,)))
-        return torch.stack([self._gradient({place: batch}, parameters) for place, batch in kept.items()])
+        return torch.stack([self._gradient(batch, task, parameters) for batch in kept.values()])
 
-    def _gradient(self, parts: dict[int, Batch], parameters: list[nn.Parameter]) -> torch.Tensor:
-        """Gradient of the mean loss over all images of the parts; each part's own labels compete."""
-        count = sum(len(batch) for batch in parts.values())
+    def _gradient(self, replay: Batch, task: Task, parameters: list[nn.Parameter]) -> torch.Tensor:
+        """Gradient of the mean loss on exemplars once the classes of `task` compete too, as they will in the test."""
+        images, labels = pixels(replay.images, self.device), self.targets(replay.class_ids)
         with frozen_statistics(self.model):
-            loss = torch.stack(
-                [
-                    self.loss(pixels(batch.images, self.device), self.targets(batch.class_ids), self.competing(place))
-                    * (len(batch) / count)
-                    for place, batch in parts.items()
-                ]
-            ).sum()
+            loss = self.loss(images, labels, self.stream.seen(task.index))
             return flat(torch.autograd.grad(loss, parameters))
 
 

@@ -1,6 +1,7 @@
 """This file is a feature extractor under one linear classifier: what finetune, joint and gem have in common.
 
-The classifier has a column for every label of the stream from the start; a loss looks only at the columns that compete.
+The classifier has a column for every label of the stream from the start. In a loss all labels seen by now compete, for
+an old image as for a new one; where an image comes with its task, only the labels of that task do.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ class LinearLearner:
 
     def __init__(self, stream: Stream, *, network: str, seed: int, device: str) -> None:
         self.stream, self.network, self.seed, self.device = stream, network, seed, torch.device(device)
+        self.task_of_label = torch.tensor([task.index for task in stream.tasks for _ in task.classes]).to(self.device)
+        """Which task brought each label; not read where tasks bring none."""
         self.reset()
 
     def reset(self) -> None:
@@ -58,19 +61,13 @@ class LinearLearner:
         """Take them back."""
         self.model.load_state_dict(state["model"])
 
-    def competing(self, task_index: int) -> slice | torch.Tensor:
-        """Columns that compete for an image of a task: the task's own where tasks are given, else all seen so far."""
+    def loss(self, images_NCHW: torch.Tensor, labels_N: torch.Tensor, seen: int) -> torch.Tensor:
+        """Mean cross-entropy over the first `seen` labels, or over those of each image's own task where it is given."""
+        logits_NC = self.model(images_NCHW)[:, :seen]
         if self.stream.task_is_given:
-            task = self.stream.tasks[task_index]
-            return torch.from_numpy(np.sort(self.stream.labels(np.array(task.classes)))).to(self.device)
-        return slice(0, self.stream.seen(task_index))
-
-    def loss(self, images_NCHW: torch.Tensor, labels: torch.Tensor, columns: slice | torch.Tensor) -> torch.Tensor:
-        """Mean cross-entropy over the competing columns."""
-        logits = self.model(images_NCHW)[:, columns]
-        if isinstance(columns, torch.Tensor):
-            labels = torch.searchsorted(columns, labels)
-        return functional.cross_entropy(logits, labels)
+            is_foreign_NC = self.task_of_label[labels_N, None] != self.task_of_label[:seen]
+            logits_NC = logits_NC.masked_fill(is_foreign_NC, -torch.inf)
+        return functional.cross_entropy(logits_NC, labels_N)
 
     def targets(self, class_ids: ClassIds) -> torch.Tensor:
         """Labels of class ids, on the device."""
