@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
 
 from engram import strip
-from engram.schemas import BufferCreate, IngestOptions
-from engram_service import buffers, ingest
-from engram_service.commit import Upload, commit
+from engram.memory import Content, Task
+from engram.schemas import BufferCreate
+from engram_service import buffers
+from engram_service.commit import commit
 from engram_service.database import Database
 from engram_service.settings import Settings
 from engram_service.storage import PackStore
@@ -47,14 +49,10 @@ def fill(
     """Commit `counts[c]` pictures of each class c to a task, as a worker would; returns the pixels they decode to."""
     class_ids = np.repeat(sorted(counts), [counts[class_id] for class_id in sorted(counts)])
     exemplars = strip.encode(pictures(task if seed is None else seed, len(class_ids), shape), class_ids, quality=50)
-    spooled = ingest.Upload(settings.spool_dir)
-    spooled.write(b"a tar")
-    spooled.seal(None)
-    ingest.enqueue(database, spooled, buffer=name, task=task, options=IngestOptions(), key=None)
-    claim = ingest.claim(database, settings, owner="test")
-    assert claim is not None
-    upload = Upload(
-        task=task, exemplars=exemplars, seen=dict(counts), quality=50, ranking="herding", decision=None, ingest=claim
-    )
-    commit(database, PackStore(settings.packs_dir), upload)
+
+    def grow(content: Content) -> Content:
+        held = Task(counts, {}, 0, lambda: None).holding(exemplars)
+        return replace(content, tasks={**content.tasks, task: held}, quality=50, shape=shape)
+
+    commit(database, PackStore(settings.packs_dir), name, grow)
     return exemplars.decode()

@@ -39,12 +39,11 @@ def send(
     task: int,
     class_ids: list[int],
     *,
-    quality: int | None = 60,
     ranking: Ranking = "ring",
 ) -> UInt8Array:
     """Upload one picture for each class id and wait; returns the pictures."""
     images = pictures(task, len(class_ids))
-    options = IngestOptions(quality=quality, ranking=ranking)
+    options = IngestOptions(ranking=ranking)
     client.wait(client.upload(buffer, task, images, class_ids, options=options))
     return images
 
@@ -63,7 +62,7 @@ class Filled:
 def filled(engram_client: Client) -> Filled:
     """Read-only: tests that change a buffer make their own."""
     name = "filled"
-    engram_client.create_buffer(name, budget_bytes=10**6)
+    engram_client.create_buffer(name, budget_bytes=10**6, quality=60)
     class_ids = {task: np.repeat([2 * task, 2 * task + 1], 12) for task in range(3)}
     images = {task: send(engram_client, name, task, class_ids[task].tolist()) for task in range(3)}
     return Filled(engram_client, name, images, class_ids)

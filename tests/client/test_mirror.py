@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import engram
-from engram import Batch, Client, Mirror, batch
+from engram import Batch, Client, Mirror, batch, pack
 from engram.draw import STRATEGIES, Request
 from tests.client.conftest import Filled, Make, send
 from tests.client.faults import faulty
@@ -92,6 +92,16 @@ def test_a_second_mirror_of_the_folder_downloads_nothing(filled: Filled, connect
         second = Mirror(connect(proxy.url), filled.name, tmp_path)
         assert proxy.requests == 2
     assert same(first.draw(20), second.draw(20))
+
+
+def test_a_pack_of_version_1_in_the_folder_is_fetched_again(filled: Filled, tmp_path: Path) -> None:
+    expected = Mirror(filled.client, filled.name, tmp_path).draw(20)
+    old = (Path(__file__).parents[1] / "golden" / "version_1.strip.jpg").read_bytes()
+    saved = tmp_path / "manifest.json"
+    current = sorted((tmp_path / "packs").iterdir())[0].name
+    (tmp_path / "packs" / pack.digest(old)).write_bytes(old)
+    saved.write_text(saved.read_text().replace(current, pack.digest(old)))
+    assert same(Mirror(filled.client, filled.name, tmp_path).draw(20), expected)
 
 
 @pytest.mark.parametrize("what", ["flipped", "cut", "missing", "no manifest", "bad manifest"])

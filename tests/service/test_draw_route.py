@@ -12,6 +12,7 @@ from urllib.parse import quote
 import httpx
 import numpy as np
 import pytest
+import simplejpeg
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
@@ -74,10 +75,10 @@ def test_a_draw_delivers_what_the_plan_says(client: httpx.Client, pixels: dict[i
     drawn = batch.decode(answer.content)
     wanted = Request(12, seed=5, step=3, strategy=strategy, rank=1, world_size=2)  # type: ignore[arg-type]
     planned = plan(Layout(manifest.packs), wanted)
-    tasks = [manifest.packs[index].task for index, rows in planned for _ in rows]
-    assert drawn.tasks.tolist() == tasks
-    assert drawn.rows.tolist() == [row for _, rows in planned for row in rows.tolist()]
-    expected = np.stack([pixels[task][row] for task, row in zip(tasks, drawn.rows.tolist(), strict=True)])
+    for name in ("tasks", "rows", "class_ids"):
+        assert np.array_equal(getattr(drawn, name), getattr(planned, name))
+    assert answer.content.count(b"\xff\xd8\xff\xef") == 1
+    expected = np.stack([pixels[task][row] for task, row in zip(drawn.tasks, drawn.rows, strict=True)])
     assert np.array_equal(drawn.images, expected)
     assert answer.headers["Engram-Exemplars"] == str(len(drawn))
     assert answer.headers["Engram-Generation"] == "3"
@@ -151,6 +152,31 @@ def test_a_tar_holds_the_same_exemplars(client: httpx.Client, pixels: dict[int, 
     with tarfile.open(fileobj=io.BytesIO(answer.content)) as opened:
         names = opened.getnames()
     assert names[:2] == [members[0].key + ".jpg", members[0].key + ".cls"]
+
+
+@pytest.mark.parametrize("accept", ["image/jpeg", "image/avif,image/webp,image/*,*/*;q=0.8"])
+def test_a_picture_shows_the_same_exemplars_from_top_to_bottom(
+    client: httpx.Client, pixels: dict[int, UInt8Array], accept: str
+) -> None:
+    url = f"{DRAW}?size=12&seed=4&strategy=task_balanced"
+    drawn = batch.decode(client.get(url).content)
+    answer = client.get(url, headers={"Accept": accept})
+    assert answer.headers["Content-Type"] == "image/jpeg"
+    assert answer.headers["Engram-Exemplars"] == "12"
+    assert b"\xff\xc4" in answer.content, "a decoder may know no standard Huffman tables"
+    shown = simplejpeg.decode_jpeg(answer.content, fastupsample=True)
+    assert np.array_equal(shown, drawn.images.reshape(12 * 16, 16, 3))
+
+
+def test_what_does_not_fit_one_picture_is_a_problem_that_says_so(client: httpx.Client, served: ServiceThread) -> None:
+    create(served.state.database)
+    fill(served.state.database, served.settings, 0, {0: 3}, shape=(20_000, 8, 3))
+    answer = client.get(f"{DRAW}?size=4", headers={"Accept": "image/jpeg"})
+    assert (answer.status_code, answer.json()["max_images"]) == (422, 3)
+    assert "one picture holds 1 to 3 exemplars of 20000x8, not 4" in answer.json()["detail"]
+    assert client.get(f"{DRAW}?size=3", headers={"Accept": "image/jpeg"}).status_code == 200
+    digest = client.get("/v1/buffers/b/manifest").json()["packs"][0]["digest"]
+    assert client.get(f"/v1/packs/{digest}", headers={"Accept": "image/jpeg"}).status_code == 200
 
 
 def test_of_a_damaged_pack_the_intact_exemplars_are_served(
@@ -282,5 +308,5 @@ def test_the_pack_of_a_manifest_is_what_draws_are_made_of(client: httpx.Client, 
     manifest = Manifest.model_validate(client.get("/v1/buffers/b/manifest").json())
     packs = [pack.parse(client.get(f"/v1/packs/{entry.digest}").content) for entry in manifest.packs]
     wanted = Request(16, seed=1, strategy="task_balanced")
-    parts = [(manifest.packs[index].task, packs[index], rows) for index, rows in plan(Layout(manifest.packs), wanted)]
+    parts = batch.collect(packs, plan(Layout(manifest.packs), wanted))
     assert client.get(f"{DRAW}?size=16&seed=1&strategy=task_balanced").content == batch.assemble(parts)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import io
 
 import httpx
 import pytest
+from PIL import Image
 
+from engram import pack
 from engram.schemas import Manifest, PackEntry
 from tests.contents import create, fill
 from tests.servers import ServiceThread
@@ -37,6 +40,29 @@ def test_a_pack_that_the_client_holds_is_not_sent_again(client: httpx.Client, en
         again = client.get(f"/v1/packs/{entry.digest}", headers={"If-None-Match": held})
         assert (again.status_code, again.content) == (304, b"")
     assert client.get(f"/v1/packs/{entry.digest}", headers={"If-None-Match": '"other"'}).status_code == 200
+
+
+def test_a_pack_is_a_picture_too(client: httpx.Client, entry: PackEntry) -> None:
+    url, asked = f"/v1/packs/{entry.digest}", {"Accept": "image/jpeg"}
+    plain, answer = client.get(url), client.get(url, headers=asked)
+    assert answer.headers["Content-Type"] == "image/jpeg"
+    assert {plain.headers["Vary"], answer.headers["Vary"]} == {"Accept"}
+    exemplars = pack.parse(plain.content)
+    assert answer.content == exemplars.loose().picture()
+    assert Image.open(io.BytesIO(answer.content)).size == (16, 20 * 16)
+    held = answer.headers["ETag"]
+    assert held != plain.headers["ETag"]
+    assert client.get(url, headers=asked | {"If-None-Match": held}).status_code == 304
+    assert client.get(url, headers={"If-None-Match": held}).status_code == 200
+
+
+def test_a_pack_beyond_one_picture_is_a_problem_as_a_picture(client: httpx.Client, served: ServiceThread) -> None:
+    create(served.state.database)
+    fill(served.state.database, served.settings, 0, {0: 4}, shape=(20_000, 8, 3))
+    digest = client.get("/v1/buffers/b/manifest").json()["packs"][0]["digest"]
+    assert client.get(f"/v1/packs/{digest}").status_code == 200
+    problem = client.get(f"/v1/packs/{digest}", headers={"Accept": "image/jpeg"}).json()
+    assert (problem["status"], problem["max_images"]) == (422, 3)
 
 
 @pytest.mark.parametrize(
@@ -89,6 +115,22 @@ def test_a_damaged_pack_is_marked_and_must_not_be_kept(
     assert answer.headers["Cache-Control"] == "no-store"
     assert answer.headers.get("ETag") != f'"{entry.digest}"'
     assert client.get("/healthz").json()["damaged_packs"] == [entry.digest]
+    picture = client.get(f"/v1/packs/{entry.digest}", headers={"Accept": "image/jpeg"})
+    assert (picture.status_code, picture.json()["type"].rpartition("/")[2]) == (503, "unavailable")
+
+
+def test_the_picture_of_a_damaged_pack_shows_what_is_intact(
+    client: httpx.Client, served: ServiceThread, entry: PackEntry
+) -> None:
+    path = served.state.store.path(entry.digest)
+    data = bytearray(path.read_bytes())
+    first, length = (int(column[7]) for column in (pack.parse(bytes(data)).starts, pack.parse(bytes(data)).lengths))
+    at = next(at for at in range(first + 1, first + length) if data[at - 1] < 0xE0 and data[at] < 0xE0)
+    data[at] ^= 0x10
+    path.write_bytes(data)
+    picture = client.get(f"/v1/packs/{entry.digest}", headers={"Accept": "image/jpeg"})
+    assert Image.open(io.BytesIO(picture.content)).size == (16, 19 * 16)
+    assert (picture.headers["Engram-Damaged"], picture.headers["Cache-Control"]) == ("1", "no-store")
 
 
 def test_a_pack_without_a_file_is_not_found_and_shows_in_health(
