@@ -1,18 +1,19 @@
-"""This file is content for tests: pictures that compress like photographs, and buffers filled without a worker."""
+"""Content for tests: pictures that compress like photographs, and buffers filled without a worker."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
 
-from engram import strip
-from engram.memory import Content, Task
-from engram.schemas import BufferCreate
-from engram_service import buffers
-from engram_service.commit import commit
+from engram import memory
+from engram.schemas import BufferCreate, IngestOptions, Ranking
+from engram.selection.embedding import BuiltinEmbedder
+from engram.selection.images import ArrayImages
+from engram_service import buffers, ingest
+from engram_service.commit import commit, read_content
 from engram_service.database import Database
 from engram_service.settings import Settings
 from engram_service.storage import PackStore
@@ -30,10 +31,30 @@ def pictures(seed: int, count: int, shape: tuple[int, int, int] = (16, 16, 3)) -
     return images
 
 
-def create(database: Database, name: str = "b", *, budget_bytes: int = 10**6) -> None:
+def create(database: Database, name: str = "b", *, budget_bytes: int = 10**6, quality: int | None = 50) -> None:
     """An empty buffer."""
     with database.session() as session:
-        buffers.create(session, BufferCreate(name=name, budget_bytes=budget_bytes))
+        buffers.create(session, BufferCreate(name=name, budget_bytes=budget_bytes, quality=quality))
+
+
+def claim(database: Database, settings: Settings, task: int, *, name: str = "b") -> ingest.Claim:
+    """An ingest that a worker holds; its body is of no interest."""
+    spooled = ingest.Upload(settings.spool_dir)
+    spooled.write(b"a tar")
+    spooled.seal(None)
+    ingest.enqueue(database, spooled, buffer=name, task=task, options=IngestOptions(), key=None)
+    held = ingest.claim(database, settings, owner="test")
+    assert held is not None
+    return held
+
+
+def adding(
+    task: int, images: UInt8Array, class_ids: npt.ArrayLike, *, ranking: Ranking = "ring"
+) -> partial[memory.Content]:
+    """The change of a content that a worker makes of these images."""
+    sent = ArrayImages(images, np.asarray(class_ids, np.int64))
+    upload = memory.Upload(task, sent, IngestOptions(ranking=ranking))
+    return partial(memory.add, upload=upload, embedder=BuiltinEmbedder(sent.shape))
 
 
 def fill(
@@ -46,13 +67,12 @@ def fill(
     seed: int | None = None,
     shape: tuple[int, int, int] = (16, 16, 3),
 ) -> UInt8Array:
-    """Commit `counts[c]` pictures of each class c to a task, as a worker would; returns the pixels they decode to."""
+    """Commit `counts[c]` pictures of each class c to a task; returns the pixels of what it stores then, row by row."""
+    store = PackStore(settings.packs_dir)
     class_ids = np.repeat(sorted(counts), [counts[class_id] for class_id in sorted(counts)])
-    exemplars = strip.encode(pictures(task if seed is None else seed, len(class_ids), shape), class_ids, quality=50)
-
-    def grow(content: Content) -> Content:
-        held = Task(counts, {}, 0, lambda: None).holding(exemplars)
-        return replace(content, tasks={**content.tasks, task: held}, quality=50, shape=shape)
-
-    commit(database, PackStore(settings.packs_dir), name, grow)
-    return exemplars.decode()
+    change = adding(task, pictures(task if seed is None else seed, len(class_ids), shape), class_ids)
+    commit(database, store, name, change, ingest=claim(database, settings, task, name=name))
+    with database.reading() as session:
+        stored = read_content(session, store, buffers.find(session, name)).tasks[task].load()
+    assert stored is not None
+    return stored.decode()
