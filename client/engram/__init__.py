@@ -28,7 +28,7 @@ from engram.loader import ReplayLoader
 from engram.mirror import Mirror
 from engram.schemas import Buffer, Decision, Ingest, IngestOptions, Manifest, Task
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "BadExtractor",

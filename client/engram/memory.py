@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from time import perf_counter
 from typing import Literal
@@ -35,7 +35,7 @@ from engram import pack, shares
 from engram.errors import BudgetExceeded, Conflict, InvalidRequest, NotFound
 from engram.schemas import Decision, IngestOptions, Per, ShareBy, Subsampling
 from engram.selection import ranking
-from engram.selection.embedding import BUILTIN_BLOCK, Embedder, FloatArray, Shape
+from engram.selection.embedding import BUILTIN_BLOCK, BuiltinEmbedder, Embedder, FloatArray, Shape
 from engram.selection.filling import fill, smallest
 from engram.selection.images import NO_IMAGES, Images, Pool, Progress
 from engram.selection.quality import choose, is_enough, measure
@@ -211,23 +211,16 @@ def add(
     )
     if content.policy.quality is None:
         own = {class_id: order[class_id][order[class_id] >= pool.stored] for class_id in came}
-        # What was kept while everything fits is as good as an original.
-        comparable = order if content.is_roomy else own
-        measured = measure(pool, own, comparable, share[upload.task], options=options, embedder=embedder)
-        decision = decision.model_copy(update=vars(measured))
-    if before.decision is not None and sum(before.decision.blocks.values()) > sum(decision.blocks.values()):
-        decision = before.decision
-    grown = replace(before, seen=seen, means=means, decision=decision)
+        decision = _measured(decision, pool, own, own, share[upload.task], options, embedder)
+    grown = replace(before, seen=seen, means=means, decision=_weightier(before.decision, decision))
     joined = replace(content, shape=images.shape, tasks=dict(sorted({**content.tasks, upload.task: grown}.items())))
-    exemplars, settled, reason = _settle(content, joined, upload.task, pool, order, share)
+    exemplars, settled, reason = _settle(content, joined, upload, pool, order, share, embedder)
     if len(exemplars) == 0:
         raise _exceeded(pool, order, share[upload.task], settled.quality or 0)
-    decision = decision.model_copy(
-        update={"quality": settled.quality, "reason": reason, "seconds": perf_counter() - start}
-    )
-    tasks = {**settled.tasks, upload.task: replace(grown, decision=decision).holding(exemplars)}
+    said = {"quality": settled.quality, "reason": reason, "mean": mean_is, "seconds": perf_counter() - start}
+    grown = _saying(settled.tasks[upload.task], said)
     progress.reach(1)
-    return _cut(replace(settled, tasks=tasks), share)
+    return _cut(replace(settled, tasks={**settled.tasks, upload.task: grown.holding(exemplars)}), share)
 
 
 def reshare(content: Content, *, budget_bytes: int | None = None, without_task: int | None = None) -> Content:
@@ -247,7 +240,7 @@ def reshare(content: Content, *, budget_bytes: int | None = None, without_task: 
         return replace(changed, quality=None, is_provisional=True)
     share = shares_of(policy, changed.classes())
     if content.is_roomy and not _fits(changed, share):
-        changed = _encode_again(*_chosen(changed, changed.decisions()))
+        changed = _encode_again(*_chosen(_weighed(changed, share)))
     return _cut(changed, share)
 
 
@@ -324,10 +317,16 @@ def _rank(
 
 
 def _settle(
-    content: Content, joined: Content, number: int, pool: Pool, order: Orders, share: Mapping[int, Mapping[int, int]]
+    content: Content,
+    joined: Content,
+    upload: Upload,
+    pool: Pool,
+    order: Orders,
+    share: Mapping[int, Mapping[int, int]],
+    embedder: Embedder,
 ) -> tuple[Exemplars, Content, str]:
     """The uploaded task's exemplars, the content at the quality that is right from now on, and why it is."""
-    policy = content.policy
+    policy, number = content.policy, upload.task
     if policy.quality is not None:
         settled = replace(joined, quality=policy.quality, is_provisional=False)
         return fill(pool, order, share[number], policy.quality), settled, "this quality was fixed with the buffer"
@@ -335,24 +334,73 @@ def _settle(
         exemplars = fill(pool, order, share[number], policy.roomy_quality)
         others = replace(joined, tasks={task: held for task, held in joined.tasks.items() if task != number})
         if len(exemplars) == len(pool.class_ids) and _fits(others, share):
-            reason = (
-                "everything uploaded so far fits at this quality; it is chosen anew when something would have to go"
-            )
+            reason = "everything uploaded so far fits at this quality; one is chosen when something would have to go"
             return exemplars, replace(joined, quality=policy.roomy_quality), reason
-    decisions = joined.decisions(last=number)
-    chosen, reason = _chosen(joined, decisions)
+        joined = _weighed(joined, share, but=number)
+        task = joined.tasks[number]
+        assert task.decision is not None, "the upload was measured"
+        if pool.stored and not is_enough([task.decision], task.seen):
+            decision = _measured(task.decision, pool, order, order, share[number], upload.options, embedder)
+            joined = replace(joined, tasks={**joined.tasks, number: replace(task, decision=decision)})
+    chosen, reason = _chosen(joined, last=number)
     if content.is_provisional and (content.quality is None or content.is_roomy or not chosen.is_provisional):
         settled = _encode_again(chosen, reason, but=number)
     else:
         kind = "provisional" if content.is_provisional else "decided earlier"
-        alone = choose(decisions[-1:])[1]
+        alone = choose(joined.decisions(last=number)[-1:])[1]
         settled, reason = joined, f"quality {content.quality} is the buffer's, {kind}; for this task alone, {alone}"
     assert settled.quality is not None, "a content with exemplars has a quality"
     return fill(pool, order, share[number], settled.quality), settled, reason
 
 
-def _chosen(content: Content, decisions: Sequence[Decision]) -> tuple[Content, str]:
-    """The content with the quality that its decisions ask for; its packs are as they were."""
+def _measured(
+    decision: Decision,
+    pool: Pool,
+    order: Orders,
+    originals: Orders,
+    share: Mapping[int, int],
+    options: IngestOptions,
+    embedder: Embedder,
+) -> Decision:
+    """The decision with what is measured on these images."""
+    return decision.model_copy(update=vars(measure(pool, order, originals, share, options=options, embedder=embedder)))
+
+
+def _weightier(before: Decision | None, now: Decision) -> Decision:
+    """The one that rests on more blocks, the later of equals."""
+    is_before = before is not None and sum(before.blocks.values()) > sum(now.blocks.values())
+    return before if before is not None and is_before else now
+
+
+def _weighed(content: Content, share: Mapping[int, Mapping[int, int]], *, but: int | None = None) -> Content:
+    """Every task but one has been measured on all that it holds, which is as good as the originals while there is room.
+
+    So what came in uploads too small to say anything has a say. Only tasks that have not said enough are measured, on
+    pixels: the extractors of earlier uploads are not at hand.
+    """
+    tasks = dict(content.tasks)
+    for number, task in tasks.items():
+        said = task.decision
+        exemplars = None if number == but or said is None or is_enough([said], task.seen) else task.load()
+        if exemplars is None or said is None:
+            continue
+        pool = Pool(exemplars, NO_IMAGES, content.policy.subsampling)
+        order = {class_id: np.flatnonzero(exemplars.class_ids == class_id) for class_id in task.kept}
+        options = IngestOptions(
+            candidates=tuple(candidate.quality for candidate in said.candidates),
+            definition=said.definition,
+            rule=said.rule,
+            epsilon=said.epsilon,
+        )
+        decision = said.model_copy(update={"embedder": BuiltinEmbedder.name})
+        decision = _measured(decision, pool, order, order, share[number], options, BuiltinEmbedder(pool.shape))
+        tasks[number] = replace(task, decision=decision)
+    return replace(content, tasks=tasks)
+
+
+def _chosen(content: Content, *, last: int | None = None) -> tuple[Content, str]:
+    """The content with the quality that its tasks ask for; its packs are as they were."""
+    decisions = content.decisions(last)
     quality, reason = choose(decisions)
     classes = {class_id for task in content.tasks.values() for class_id in task.seen}
     return replace(content, quality=quality, is_provisional=not is_enough(decisions, classes)), reason
@@ -367,13 +415,13 @@ def _encode_again(content: Content, reason: str, *, but: int | None = None) -> C
         if exemplars is None or exemplars.form.quality == content.quality:
             continue
         pool = Pool(exemplars, NO_IMAGES, content.policy.subsampling)
-        decision = task.decision and task.decision.model_copy(
-            update={"quality": content.quality, "reason": f"encoded again with the whole buffer: {reason}"}
-        )
-        tasks[number] = replace(task, decision=decision).holding(
-            pool.encode(np.arange(len(exemplars)), content.quality)
-        )
+        said = {"quality": content.quality, "reason": f"encoded again with the whole buffer: {reason}"}
+        tasks[number] = _saying(task, said).holding(pool.encode(np.arange(len(exemplars)), content.quality))
     return replace(content, tasks=tasks)
+
+
+def _saying(task: Task, said: Mapping[str, object]) -> Task:
+    return task if task.decision is None else replace(task, decision=task.decision.model_copy(update=said))
 
 
 def _fits(content: Content, share: Mapping[int, Mapping[int, int]]) -> bool:

@@ -136,7 +136,7 @@ class Decision(Model):
     mean: Literal["seen", "kept"] | None = None
     embedder: str
     images: int
-    seconds: float
+    seconds: float = 0.0
     candidates: list[Candidate]
 
 

@@ -242,7 +242,8 @@ class StripMemory(LocalMemory):
 
 def _task_state(task: Task) -> dict[str, Any]:
     exemplars, means = task.load(), task.means
-    decision = None if task.decision is None else task.decision.model_dump_json()
+    # A checkpoint says what the memory is, not how long that took.
+    decision = None if task.decision is None else task.decision.model_dump_json(exclude={"seconds"})
     return {
         "seen": json.dumps(list(task.seen.items())),
         "decision": decision,
