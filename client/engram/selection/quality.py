@@ -134,19 +134,22 @@ def choose(decisions: Sequence[Decision]) -> tuple[int, str]:
         quality = min(found, key=lambda candidate: abs(candidate - DEFAULT_QUALITY))
         return quality, f"no class has a block of images to compare yet, so {quality} is taken for now"
     said = {quality: _said(ratio, quality, decisions) for quality, ratio in found.items()}
+    others = [str(candidate.quality) for candidate in latest.candidates if candidate.classes < most]
+    aside = f"; at {' and '.join(others)} a class would keep nothing" if others else ""
     passing = _passing(passes, latest.rule)
     if not passing:
         quality = max(found)
         listed = ", ".join(f"{text} at {each}" for each, text in said.items())
+        which = "no candidate has" if latest.rule == "any" else "no candidate has, with all above it,"
         return quality, (
-            f"no candidate has R within {latest.epsilon:g} of 1 ({listed}), so the highest, {quality}, is taken"
+            f"{which} R within {latest.epsilon:g} of 1 ({listed}), so the highest, {quality}, is taken{aside}"
         )
     quality = min(passing)
     reason = f"quality {quality} has {said[quality]}, within {latest.epsilon:g} of 1"
     below = max((each for each in found if each < quality), default=None)
     if below is None:
-        return quality, f"{reason}; it is the lowest candidate"
-    return quality, f"{reason}; at {below} {said[below]}" + ("" if passes[below] else " is not")
+        return quality, f"{reason}; it is the lowest candidate{aside}"
+    return quality, f"{reason}; at {below} {said[below]}{'' if found[below] is None else ' is not'}{aside}"
 
 
 def _passing(passes: Mapping[int, bool], rule: Rule) -> list[int]:
@@ -160,23 +163,29 @@ def _pooled(decisions: Sequence[Decision], definition: Definition, qualities: Se
     """R of pixels at each quality, the mean over the classes of all tasks that were compared."""
     pooled: dict[int, float | None] = {}
     for quality in qualities:
-        seen = [
-            (ratio, len(decision.blocks))
-            for decision in decisions
-            for candidate in decision.candidates
-            if candidate.quality == quality
-            and (ratio := (candidate.pixel_ratio or candidate.ratio)[definition]) is not None
-        ]
-        weight = sum(classes for _, classes in seen)
-        pooled[quality] = sum(ratio * classes for ratio, classes in seen) / weight if weight else None
+        measured = _of_pixels(decisions, definition, quality)
+        weight = sum(classes for _, classes in measured)
+        pooled[quality] = sum(ratio * classes for ratio, classes in measured) / weight if weight else None
     return pooled
+
+
+def _of_pixels(decisions: Sequence[Decision], definition: Definition, quality: int) -> list[tuple[float, int]]:
+    """R of pixels at a quality, and of how many classes, for each task that had something to compare."""
+    return [
+        (ratio, len(decision.blocks))
+        for decision in decisions
+        for candidate in decision.candidates
+        if candidate.quality == quality
+        and (ratio := (candidate.pixel_ratio or candidate.ratio)[definition]) is not None
+    ]
 
 
 def _said(ratio: float | None, quality: int, decisions: Sequence[Decision]) -> str:
     if ratio is None:
         return "R unknown"
     if len(decisions) > 1:
-        return f"R = {ratio:.3g} of pixels over {len(decisions)} tasks"
+        tasks = len(_of_pixels(decisions, decisions[-1].definition, quality))
+        return f"R = {ratio:.3g} of pixels over {tasks} task{'s' if tasks > 1 else ''}"
     of_pixels = next(each.pixel_ratio for each in decisions[-1].candidates if each.quality == quality)
     pixels = None if of_pixels is None else of_pixels[decisions[-1].definition]
     return f"R = {ratio:.3g}" if pixels is None else f"R = {ratio:.3g} ({pixels:.3g} of pixels)"
