@@ -217,7 +217,8 @@ def add(
     exemplars, settled, reason = _settle(content, joined, upload, pool, order, share, embedder)
     if len(exemplars) == 0:
         raise _exceeded(pool, order, share[upload.task], settled.quality or 0)
-    said = {"quality": settled.quality, "reason": reason, "mean": mean_is, "seconds": perf_counter() - start}
+    said: dict[str, object] = {"quality": settled.quality, "reason": reason, "ranking": options.ranking, "mean": mean_is}
+    said["seconds"] = perf_counter() - start
     grown = _saying(settled.tasks[upload.task], said)
     progress.reach(1)
     return _cut(replace(settled, tasks={**settled.tasks, upload.task: grown.holding(exemplars)}), share)
@@ -285,7 +286,9 @@ def _rank(
     most = max(sum(share.values()) // _FEWEST_BYTES, ENOUGH_BLOCKS * max(BUILTIN_BLOCK, options.block or 0)) + 1
     by_class = np.argsort(pool.class_ids, kind="stable")
     order: Orders = {}
-    restarted, done = False, 0
+    # A mean that was once started again is never that of all images seen.
+    restarted = bool(known) and before.decision is not None and before.decision.mean == "kept"
+    done = 0
     for class_id, held in runs_of(pool.class_ids[by_class]):
         numbers = by_class[done : done + held]
         done += held
@@ -309,7 +312,7 @@ def _rank(
             order[class_id] = numbers[ranking.deal(picks, most + stored)]
             if is_herding:
                 means[class_id] = np.average(means_GD, axis=0, weights=weights_G).astype(np.float32)
-                restarted |= stored > 0 and class_id not in known
+                restarted |= seen > 0 and class_id not in known
         pool.progress.reach(_RANKING_PART * done / len(by_class))
     if not is_herding:
         return order, None, None
@@ -363,7 +366,9 @@ def _measured(
     embedder: Embedder,
 ) -> Decision:
     """The decision with what is measured on these images."""
-    return decision.model_copy(update=vars(measure(pool, order, originals, share, options=options, embedder=embedder)))
+    found = measure(pool, order, originals, share, options=options, embedder=embedder)
+    by = {"definition": options.definition, "rule": options.rule, "epsilon": options.epsilon, "embedder": embedder.name}
+    return decision.model_copy(update=vars(found) | by)
 
 
 def _weightier(before: Decision | None, now: Decision) -> Decision:
@@ -391,9 +396,9 @@ def _weighed(content: Content, share: Mapping[int, Mapping[int, int]], *, but: i
             definition=said.definition,
             rule=said.rule,
             epsilon=said.epsilon,
+            block=said.pixel_block or said.block,
         )
-        decision = said.model_copy(update={"embedder": BuiltinEmbedder.name})
-        decision = _measured(decision, pool, order, order, share[number], options, BuiltinEmbedder(pool.shape))
+        decision = _measured(said, pool, order, order, share[number], options, BuiltinEmbedder(pool.shape))
         tasks[number] = replace(task, decision=decision)
     return replace(content, tasks=tasks)
 
@@ -443,10 +448,11 @@ def _cut(content: Content, share: Mapping[int, Mapping[int, int]]) -> Content:
 
 
 def _exceeded(pool: Pool, order: Orders, share: Mapping[int, int], quality: int) -> BudgetExceeded:
-    total, needed = sum(share.values()), smallest(pool, order, quality)
+    # A class of which nothing is left does not lend its share.
+    total, needed = sum(share[class_id] for class_id in order), smallest(pool, order, quality)
     return BudgetExceeded(
-        f"not one exemplar fits: the classes of this task have {total:,} bytes together, and the smallest exemplar at "
-        f"the head of a class needs {needed:,} at quality {quality}; raise the budget",
+        f"not one exemplar fits: the classes at hand have {total:,} bytes together, and the smallest exemplar at the "
+        f"head of a class needs {needed:,} at quality {quality}; raise the budget",
         budget_bytes=total,
         needed_bytes=needed,
         quality=quality,

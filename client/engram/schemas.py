@@ -118,9 +118,9 @@ class Decision(Model):
     """What an upload to a task said about every candidate quality, and why the buffer has the quality it has then.
 
     `block` is how many exemplars each volume spans; `pixel_block` likewise for `Candidate.pixel_ratio`. `blocks` counts
-    those compared of each class, under the built-in embedding. A task keeps the decision that rests on most blocks, the
-    latest of equals. `mean` says what `herding` went toward: the mean of all images seen, or one that was started again
-    from those kept, because the extractor is another one than before.
+    those compared of each class, under the built-in embedding. A task keeps what was measured on most blocks, the
+    latest of equals. `ranking` and `mean` are the last upload's; `mean` says what `herding` went toward: the mean of all
+    images seen, or one that was once started again from those kept, because the extractor was another one than before.
     """
 
     quality: int
