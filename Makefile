@@ -13,13 +13,13 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 DEV := $(VENV)/.installed-dev
 DEMO := $(VENV)/.installed-demo
-BENCHES := strip draw ingest selection budget gem
+BENCHES := strip draw ingest selection stream budget gem
 
 # The tests and the benchmarks count on one thread per process: more only fight over the cores.
 export OMP_NUM_THREADS ?= 1
 
 .NOTPARALLEL:
-.PHONY: help install test lint format types check docs demo bench bench-quick clean
+.PHONY: help install test slow lint format types check docs demo bench bench-quick clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -28,6 +28,9 @@ install: $(DEV) ## everything a developer needs, in .venv
 
 test: $(DEV) ## the default tests (a few minutes, no network)
 	$(BIN)/python -m pytest -q $(PYTEST_ARGS)
+
+slow: $(DEV) ## the tests that take minutes: long fuzzing
+	$(BIN)/python -m pytest -q -m slow $(PYTEST_ARGS)
 
 lint: $(DEV) ## ruff: rules and format
 	$(BIN)/ruff check .
@@ -40,7 +43,7 @@ format: $(DEV) ## let ruff rewrite the files
 types: $(DEV) ## mypy --strict
 	$(BIN)/mypy
 
-check: lint types test ## what CI runs
+check: lint types slow test ## what CI runs
 
 docs: $(DEV) ## write the tables of docs/settings.md and docs/api.md from the code
 	$(BIN)/python -m docs.tables

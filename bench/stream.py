@@ -43,9 +43,9 @@ from engram_trainer.memory import Embed
 from engram_trainer.methods import lucir
 
 UPLOAD_IMAGES = 20
-TOTAL_BYTES = 160_000
+TOTAL_BYTES = 64_000
 HERDING_BYTES = 60_000
-QUALITIES = (25, 50, 75, 90)
+QUALITIES = (25, 50, 90)
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ def main() -> None:
         arms = [arm for arm in POLICIES if arm.name in (KEPT, "fixed 50", "fixed 90") and arm.upload_images]
         method, total, seeds = lucir.Config(epochs=3, batch_size=32), TOTAL_BYTES // 10, args.seeds[:1]
     else:
-        config = stream.StreamConfig(tasks=5, train_per_class=1_500, test_per_class=300)
+        config = stream.StreamConfig(tasks=5, train_per_class=600, test_per_class=300)
         arms, method, total, seeds = list(POLICIES), budget.LUCIR, TOTAL_BYTES, args.seeds
     results = collect(args, arms, config, method, total, seeds)
     flat |= compare(results, seeds)
