@@ -4,17 +4,22 @@ Images are patches of scikit-learn's two photographs, 4:2:0, all arms from the s
 in turn, several times over, and the median of each counts, so that a busy machine slows all alike: read the ratios.
 Strips are decoded as a draw is: 256 random exemplars of a pack (fewer of large images) are put together and decoded
 into a buffer that is used again. Files are decoded one by one into new arrays, as a data loader does.
+
+With `--cifar10 DIR` the bytes of a pack of 1,000 images of CIFAR-10's test set are added.
 """
 
 from __future__ import annotations
 
+import argparse
 import io
 import time
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
+from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple, get_args
 
+import cifar10
 import numpy as np
 import numpy.typing as npt
 import simplejpeg
@@ -22,7 +27,8 @@ from PIL import Image
 from report import Cell, finish, parse_args, print_table
 from sklearn.datasets import load_sample_images
 
-from engram import huffman, pack, strip
+from engram import pack, strip
+from engram.schemas import Subsampling
 
 UInt8Array = npt.NDArray[np.uint8]
 
@@ -44,7 +50,7 @@ class Line(NamedTuple):
 
 
 def main() -> None:
-    args = parse_args("what does a strip save against one JPEG file per image, and what does it cost?")
+    args = parse_args("what does a strip save against one JPEG file per image, and what does it cost?", add_arguments)
     qualities = (10, 50, 90) if args.quick else QUALITIES
     repeats = 3 if args.quick else 9
     patches = {side: cut_patches(count, side) for side, (count, _) in COUNTS.items()}
@@ -79,9 +85,27 @@ def main() -> None:
         "strip_bytes_32_q50": small.strip_bytes,
         "strip_to_file_bytes_224_q50": size_ratio(by_place[224, 50]),
         "strip_decode_images_per_s_32": small.decoded["strip"],
-        "retable_images_per_s_32": retable_speed(patches[32], repeats),
+        "pack_bytes_20_32_q50": pack_bytes(patches[32][:20], 50),
+        **{
+            f"encode_vs_pillow_{side}": by_place[side, 50].encoded["strip"] / by_place[side, 50].encoded["Pillow"]
+            for side in (96, 224)
+        },
     }
+    if args.cifar10 is not None:
+        images = cifar10.load(args.cifar10).test_images[:1000]
+        files = one_by_one(partial(pillow_file, quality=50, optimize=False), images)
+        flat["strip_to_file_bytes_cifar10_q50"] = pack_bytes(images, 50) / sum(map(len, files))
     finish(args, flat)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--cifar10", type=Path, help="folder with CIFAR-10's binary files")
+
+
+def pack_bytes(images: UInt8Array, quality: int) -> int:
+    """Of a pack of these images in ten classes."""
+    class_ids = np.arange(len(images)) * 10 // len(images)
+    return len(pack.to_bytes(strip.encode(images, class_ids, quality=quality)))
 
 
 def cut_patches(count: int, side: int) -> UInt8Array:
@@ -114,7 +138,7 @@ def measure(side: int, quality: int, images: UInt8Array, repeats: int) -> Line:
     drawn = COUNTS[side][1]
     rows = np.random.default_rng(quality).permutation(len(images))[:drawn]
     chosen = [files["Pillow"][row] for row in rows]
-    buffer = strip.pixel_buffer(drawn * exemplars.form.padded_height * side * 3)
+    buffer = strip.pixel_buffer(drawn * exemplars.form.image_bytes)
     decode_arms: dict[str, Callable[[], object]] = {
         "strip": lambda: exemplars.select(rows).decode(buffer),
         "Pillow": partial(one_by_one, pillow_pixels, chosen),
@@ -165,20 +189,13 @@ def pillow_pixels(file: bytes) -> UInt8Array:
 def are_pixels_identical(images: UInt8Array) -> bool:
     """Whether images decoded as strips equal each one decoded alone, at every quality and subsampling."""
     for quality in QUALITIES:
-        for subsampling in get_args(strip.Subsampling):
+        for subsampling in get_args(Subsampling):
             exemplars = strip.encode(images, np.zeros(len(images), int), quality=quality, subsampling=subsampling)
             for row, pixels in enumerate(exemplars.decode()):
                 alone = simplejpeg.decode_jpeg(exemplars.jpeg(row), "RGB", fastupsample=True)
                 if not np.array_equal(pixels, alone):
                     return False
     return True
-
-
-def retable_speed(images: UInt8Array, repeats: int) -> float:
-    """Images/s brought from two sets of Huffman tables to one, at quality 50."""
-    half = len(images) // 2
-    parts = [strip.encode(part, np.zeros(len(part), int), quality=50) for part in (images[:half], images[half:])]
-    return len(images) / median_seconds({"retable": lambda: huffman.retable(parts)}, repeats)["retable"]
 
 
 if __name__ == "__main__":
