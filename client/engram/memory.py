@@ -217,8 +217,13 @@ def add(
     exemplars, settled, reason = _settle(content, joined, upload, pool, order, share, embedder)
     if len(exemplars) == 0:
         raise _exceeded(pool, order, share[upload.task], settled.quality or 0)
-    said: dict[str, object] = {"quality": settled.quality, "reason": reason, "ranking": options.ranking, "mean": mean_is}
-    said["seconds"] = perf_counter() - start
+    said = {
+        "quality": settled.quality,
+        "reason": reason,
+        "ranking": options.ranking,
+        "mean": mean_is,
+        "seconds": perf_counter() - start,
+    }
     grown = _saying(settled.tasks[upload.task], said)
     progress.reach(1)
     return _cut(replace(settled, tasks={**settled.tasks, upload.task: grown.holding(exemplars)}), share)

@@ -119,8 +119,8 @@ class Decision(Model):
 
     `block` is how many exemplars each volume spans; `pixel_block` likewise for `Candidate.pixel_ratio`. `blocks` counts
     those compared of each class, under the built-in embedding. A task keeps what was measured on most blocks, the
-    latest of equals. `ranking` and `mean` are the last upload's; `mean` says what `herding` went toward: the mean of all
-    images seen, or one that was once started again from those kept, because the extractor was another one than before.
+    latest of equals. `ranking` and `mean` are the last upload's; `mean` says what `herding` went toward: the mean of
+    all images seen, or one that was once started again from those kept, because the extractor was another than before.
     """
 
     quality: int
