@@ -13,8 +13,12 @@ _LEVELS = np.array([8, 68, 128, 188, 248], np.uint8)
 _TILE = 8
 
 
-def photos(n: int, shape: Shape = (16, 16, 3), *, seed: int = 0, noise: int = 12) -> UInt8Array:
-    """Waves with some grain [N, H, W, C]: like photographs, they lose detail at low qualities."""
+def photos(n: int, shape: Shape = (16, 16, 3), *, seed: int = 0, noise: int = 14) -> UInt8Array:
+    """Waves with some grain [N, H, W, C]: like photographs, they lose detail at low qualities.
+
+    At 16x16x3 and this noise R is 1.5 to 2.3 at quality 50 and 1 to 1.2 at 75, so 75 is what selection chooses; with a
+    noise of 40 blur and noise cancel at 10, where R is 0.7 to 1.3, and it is below 0.5 from 50 on.
+    """
     rng = np.random.default_rng(seed)
     height, width, channels = shape
     y, x = np.mgrid[0:height, 0:width]
