@@ -9,6 +9,9 @@ single draws are of `Client.draw`, which waits for each answer, in turn from the
 Everything is measured in rounds, and what is compared is measured in the same round; medians over rounds are reported.
 Pillow decodes the exemplars of such draws as stand-alone JPEG files, one by one. CPU times are those of the
 processes, so they hold on a busy machine too: the sum of both, over the number of cores, bounds the rate.
+
+Growth with tasks is measured without HTTP, which would hide it: the service's `Replay` makes a draw from its packs and
+`batch.decode` reads it, in turn from 100,000 exemplars in 10 tasks and the same in 1,000, ten classes a task.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -33,13 +36,17 @@ import numpy as np
 import numpy.typing as npt
 import psutil
 from PIL import Image
-from report import finish, parse_args, print_table
+from report import Cell, finish, parse_args, print_table
 from sklearn.datasets import load_sample_images
 
-from engram import Client, IngestOptions, Mirror, ReplayLoader
+from engram import Client, IngestOptions, Mirror, ReplayLoader, batch, pack, strip
 from engram.draw import Request
 from engram.mirror import Snapshot
-from engram.schemas import Strategy
+from engram.schemas import Manifest, PackEntry, Strategy
+from engram_service.database import Database
+from engram_service.replay import Replay, View
+from engram_service.settings import Settings
+from engram_service.storage import PackCache, PackStore
 
 UInt8Array = npt.NDArray[np.uint8]
 
@@ -48,6 +55,7 @@ SIZE = 256
 TASKS = 10
 CLASSES_PER_TASK = 10
 SMALL, LARGE, QUICK_LARGE = 10_000, 1_000_000, 100_000
+FEW_TASKS, MANY_TASKS, POOLED = 10, 1000, 100_000
 STRATEGIES: tuple[Strategy, ...] = ("uniform", "class_balanced")
 MODES = {"inline": 0, "2 threads": 2}
 Source = Mirror | tuple[Client, str]
@@ -80,6 +88,8 @@ def main() -> None:
             list(four.items()),
         )
         growth = growths(client, mirrors, plan)
+        with tempfile.TemporaryDirectory() as packs:
+            by_tasks = growths_with_tasks(Path(packs), plan)
     finish(
         args,
         {
@@ -88,6 +98,7 @@ def main() -> None:
             "mirror_images_per_s": median(r["mirror uniform inline"] for r in rounds),
             "growth_10k_to_1m": growth,
             "growth_is_to_exemplars": plan.large,
+            **by_tasks,
             "pillow_images_per_s": median(r["pillow"] for r in rounds),
             "client_cpu_ms_per_draw": median(r["client cpu ms uniform inline"] for r in rounds),
             "service_cpu_ms_per_draw": median(r["service cpu ms uniform inline"] for r in rounds),
@@ -118,9 +129,9 @@ def serving(folder: Path) -> Iterator[tuple[str, psutil.Process]]:
 
 def fill(client: Client, name: str, exemplars: int) -> None:
     """A buffer of this many exemplars, uploaded task by task."""
-    client.create_buffer(name, budget_bytes=1000 * exemplars)
+    client.create_buffer(name, budget_bytes=1000 * exemplars, quality=50)
     per_class = exemplars // (TASKS * CLASSES_PER_TASK)
-    options = IngestOptions(quality=50, ranking="random")
+    options = IngestOptions(ranking="random")
     for task in range(TASKS):
         classes = np.arange(task * CLASSES_PER_TASK, (task + 1) * CLASSES_PER_TASK)
         class_ids = np.repeat(classes, per_class)
@@ -167,12 +178,8 @@ def run(loader: ReplayLoader, seconds: float) -> tuple[int, float]:
 
 def pillow_rate(snapshot: Snapshot, seconds: float) -> float:
     """Images per second that Pillow decodes from files in memory, one by one."""
-    files = [
-        exemplars.jpeg(row)
-        for step in range(4)
-        for _, exemplars, rows in snapshot.parts(Request(SIZE, step=step))
-        for row in rows.tolist()
-    ]
+    parts = [part for step in range(4) for part in snapshot.parts(Request(SIZE, step=step))]
+    files = [file for part in parts for file in part.exemplars.files()]
     images, start = 0, time.perf_counter()
     while time.perf_counter() - start < seconds:
         for file in files:
@@ -228,6 +235,70 @@ def single_draw_s(draws: dict[str, Callable[..., Any]], strategy: Strategy, coun
             draw(step=step, strategy=strategy)
             times[name].append(time.perf_counter() - start)
     return median(times["small"][10:]), median(times["large"][10:])
+
+
+def growths_with_tasks(folder: Path, plan: Plan) -> dict[str, float]:
+    """How much longer and larger draws are when the same exemplars lie in 1,000 tasks instead of 10."""
+    settings = Settings(data_dir=folder)
+    store = PackStore(settings.packs_dir)
+    pool = strip.encode(cut_patches(2000, seed=0), np.zeros(2000, np.int64), quality=50)
+    replay = Replay(Database(settings), PackCache(store, 10**9), settings)
+    views = {tasks: View(spread(pool, tasks, store), 0.0) for tasks in (FEW_TASKS, MANY_TASKS)}
+    rows: list[tuple[Cell, ...]] = []
+    ratios: dict[str, tuple[float, float]] = {}
+    strategies: tuple[Strategy, ...] = ("uniform", "task_balanced", "class_balanced")
+    for strategy in strategies:
+        seconds: dict[int, list[float]] = {tasks: [] for tasks in views}
+        sizes: dict[int, list[int]] = {tasks: [] for tasks in views}
+        for step in range(2 * plan.single_draws + 10):
+            for tasks, view in views.items():
+                start = time.perf_counter()
+                drawn = replay.draw(view, Request(SIZE, step=step, strategy=strategy))
+                assert drawn is not None, "packs may be loaded"
+                batch.decode(drawn.body)
+                seconds[tasks].append(time.perf_counter() - start)
+                sizes[tasks].append(len(drawn.body))
+        few, many = (median(seconds[tasks][10:]) for tasks in views)
+        few_bytes, many_bytes = (median(sizes[tasks]) for tasks in views)
+        ratios[strategy] = many / few, many_bytes / few_bytes
+        rows.append((strategy, 1000 * few, 1000 * many, many / few, few_bytes, many_bytes, many_bytes / few_bytes))
+    columns = (
+        "strategy",
+        "10 tasks, ms",
+        "1,000 tasks, ms",
+        "growth",
+        "10 tasks, bytes",
+        "1,000 tasks, bytes",
+        "growth",
+    )
+    print_table(f"A draw from {POOLED:,} exemplars, made and decoded", columns, rows)
+    time_growth, bytes_growth = zip(ratios["uniform"], ratios["task_balanced"], strict=True)
+    return {
+        "growth_10_to_1000_tasks": max(time_growth),
+        "bytes_10_to_1000_tasks": max(bytes_growth),
+        "growth_class_balanced_10000_classes": ratios["class_balanced"][0],
+    }
+
+
+def spread(pool: strip.Exemplars, tasks: int, store: PackStore) -> Manifest:
+    """A generation of this many tasks, its packs made of exemplars of the pool."""
+    count = POOLED // tasks
+    rng = np.random.default_rng(tasks)
+    entries = []
+    for task in range(tasks):
+        class_ids = np.repeat(
+            np.arange(task * CLASSES_PER_TASK, (task + 1) * CLASSES_PER_TASK), count // CLASSES_PER_TASK
+        )
+        exemplars = replace(pool.select(rng.integers(0, len(pool), count)), class_ids=class_ids)
+        content = pack.to_bytes(exemplars)
+        digest = pack.digest(content)
+        store.path(digest).parent.mkdir(parents=True, exist_ok=True)
+        store.path(digest).write_bytes(content)  # `put` would wait for the disk a thousand times
+        runs = strip.runs_of(class_ids)
+        entries.append(PackEntry(digest=digest, task=task, bytes=len(content), exemplars=count, quality=50, runs=runs))
+    used = sum(entry.bytes for entry in entries)
+    shape = pool.form.shape
+    return Manifest(buffer="b", generation=0, used_bytes=used, limit_bytes=used, image_shape=shape, packs=entries)
 
 
 def four_clients(url: str, folder: Path, plan: Plan) -> dict[str, float]:

@@ -303,11 +303,14 @@ def gather(
     """
     segments: list[Bytes] = []
     checksums: list[int] = []
+    last = None
     for index, row in zip(which, rows, strict=True):
-        part = parts[index]
-        start = part.starts.item(row)
-        segments.append(part.data[start : start + part.lengths.item(row)])
-        checksums.append(part.checksums.item(row))
+        if index != last:
+            part, last = parts[index], index
+            data, start_of, length_of, checksum_of = part.data, part.starts.item, part.lengths.item, part.checksums.item
+        start = start_of(row)
+        segments.append(data[start : start + length_of(row)])
+        checksums.append(checksum_of(row))
     return Loose(parts[which[0]].form, segments, class_ids, np.array(checksums, np.uint32))
 
 
@@ -567,7 +570,7 @@ def _write_runs(columns: Sequence[IntArray]) -> bytes:
     values = np.stack([*(column[firsts] for column in columns), lengths], axis=1).ravel()
     if values.max() < 0x80:  # the usual case: a varint is its one byte
         return values.astype(np.uint8).tobytes()
-    shifted = values[:, None] >> (7 * np.arange(_VARINT_BYTES + 1))
+    shifted = values[:, None] >> (7 * np.arange(_varint_size(int(values.max())) + 1))
     octets = (shifted[:, :-1] & 0x7F) | np.where(shifted[:, 1:] > 0, 0x80, 0)
     wanted = shifted[:, :-1] > 0
     wanted[:, 0] = True

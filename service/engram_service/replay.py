@@ -28,7 +28,7 @@ from engram.strip import Loose
 from . import buffers
 from .database import Database
 from .settings import Settings
-from .storage import LoadedPack, PackCache
+from .storage import PackCache
 
 RECHECK_S = 1.0
 """How long a generation is answered without asking the database whether it still is one."""
@@ -46,10 +46,12 @@ class View:
     manifest: Manifest
     created_at: float
     layout: Layout = field(init=False)
+    digests: list[str] = field(init=False)
     checked_at: float = field(init=False)
 
     def __post_init__(self) -> None:
         self.layout = Layout(self.manifest.packs)
+        self.digests = [entry.digest for entry in self.manifest.packs]
         self.checked_at = time.monotonic()
 
     @property
@@ -131,25 +133,23 @@ class Replay:
         """
         self._check_size(view.layout, request)
         chosen = plan(view.layout, request)
-        loaded: dict[int, LoadedPack] = {}
-        for index in np.unique(chosen.packs).tolist():
-            entry = view.manifest.packs[index]
-            found = self.cache.get(entry.digest, entry.exemplars) if may_load else self.cache.peek(entry.digest)
-            if found is None:
+        touched = list(dict.fromkeys(chosen.packs.tolist()))
+        loaded = self.cache.peek([view.digests[index] for index in touched])
+        if loaded is None:
+            if not may_load:
                 return None
-            loaded[index] = found
+            entries = [view.manifest.packs[index] for index in touched]
+            loaded = [self.cache.get(entry.digest, entry.exemplars) for entry in entries]
         wanted, places = len(chosen.rows), chosen.rows
-        damaged = [index for index, found in loaded.items() if found.is_damaged]
-        if damaged:
-            places = places.copy()
-            for index in damaged:
-                here = chosen.packs == index
-                places[here] = loaded[index].places(chosen.rows[here])
+        if any(found.is_damaged for found in loaded):
+            places = np.concatenate(
+                [found.places(chosen.rows[chosen.packs == index]) for index, found in zip(touched, loaded, strict=True)]
+            )
             intact = places >= 0
             chosen, places = Plan(*(column[intact] for column in chosen)), places[intact]
             if not len(places):
                 raise Unavailable(f"all {wanted} exemplars of this draw are damaged on disk; /healthz names the packs")
-        packs = {index: found.exemplars for index, found in loaded.items() if found.exemplars is not None}
+        packs = {i: found.exemplars for i, found in zip(touched, loaded, strict=True) if found.exemplars is not None}
         body = write(batch.collect(packs, chosen, places))
         return Drawn(body, view.manifest.generation, len(places), wanted - len(places))
 

@@ -19,7 +19,7 @@ import re
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -202,6 +202,11 @@ class LoadedPack:
         return self.rows is not None
 
     @property
+    def is_due(self) -> bool:
+        """True if the disk should be asked again."""
+        return self.rows is not None and time.monotonic() - self.loaded_at > RECHECK_S
+
+    @property
     def bytes(self) -> int:
         """Memory it takes, roughly: its data and 28 bytes of index per exemplar."""
         return 0 if self.exemplars is None else len(self.exemplars.data) + 28 * len(self.exemplars)
@@ -228,16 +233,15 @@ class PackCache:
         self._loading: dict[str, threading.Lock] = {}
         self._damaged: set[str] = set()
 
-    def peek(self, digest: str) -> LoadedPack | None:
-        """The pack if it is in memory; never touches the disk."""
+    def peek(self, digests: Sequence[str]) -> list[LoadedPack] | None:
+        """The packs if all of them are in memory; never touches the disk."""
         with self._lock:
-            found = self._packs.get(digest)
-            if found is None:
+            found = [self._packs[digest] for digest in digests if digest in self._packs]
+            if len(found) < len(digests) or any(loaded.is_due for loaded in found):
                 return None
-            if found.is_damaged and time.monotonic() - found.loaded_at > RECHECK_S:
-                return None
-            self._packs.move_to_end(digest)
-            return found
+            for digest in digests:
+                self._packs.move_to_end(digest)
+        return found
 
     def get(self, digest: str, count: int) -> LoadedPack:
         """The pack of `count` exemplars, from memory or from disk; what is damaged or missing is left out.
@@ -245,13 +249,14 @@ class PackCache:
         Raises:
             Unavailable: the disk does not answer.
         """
-        found = self.peek(digest)
-        if found is not None:
-            return found
+        known = self.peek([digest])
+        if known is not None:
+            return known[0]
         with self._lock:
             turn = self._loading.setdefault(digest, threading.Lock())
         with turn:
-            found = self.peek(digest) or self._keep(self._load(digest, count))
+            known = self.peek([digest])
+            found = self._keep(self._load(digest, count)) if known is None else known[0]
         with self._lock:
             self._loading.pop(digest, None)
         return found

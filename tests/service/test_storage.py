@@ -181,7 +181,7 @@ def test_the_cache_keeps_the_most_recent_packs_within_its_bytes(store: PackStore
         cache.get(digest, 10)
     cache.get(digests[0], 10)
     cache.get(digests[2], 10)
-    assert [cache.peek(digest) is not None for digest in digests] == [True, False, True, False]
+    assert [cache.peek([digest]) is not None for digest in digests] == [True, False, True, False]
     assert cache.bytes <= cache.max_bytes
 
 
