@@ -9,8 +9,6 @@ from engram_service.tables import Base
 context.configure(
     connection=context.config.attributes["connection"],
     target_metadata=Base.metadata,
-    # SQLite cannot alter a column: Alembic copies the table instead.
-    render_as_batch=True,
     compare_type=True,
 )
 with context.begin_transaction():

@@ -1,4 +1,4 @@
-"""This file holds the table of CONTRIBUTING.md: who may import whom.
+"""The table of CONTRIBUTING.md: who may import whom.
 
 Imports are read from the syntax tree, those inside functions and under TYPE_CHECKING included. Modules of the standard
 library are free to all; every other import must be one of ours that the table allows, or belong to a distribution
@@ -12,7 +12,7 @@ import re
 import subprocess
 import sys
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -41,21 +41,45 @@ IMPORT_NAMES = {
 }
 """Where a distribution's modules are not called as it is. FastAPI stands on starlette and anyio, typer on click."""
 
-NOT_FOR_THE_SERVICE = {"engram.client", "engram.mirror", "engram.loader", "engram.cli"}
+NOT_FOR_THE_SERVICE = {f"engram.{name}" for name in ("transport", "folder", "client", "mirror", "loader", "cli")}
 
 ORDER = {
-    "engram": ["errors schemas strip huffman pack shares draw batch tar", "client", "mirror loader", "cli"],
-    "engram_service": [
-        "settings tables database storage selection embedding",
-        "commit ingest buffers replay gc worker",
-        "auth routes",
-        "app",
+    "engram": [
+        "errors schemas",
+        "form shares draw tar transport",
+        "strip folder",
+        "pack batch",
+        "selection",
+        "memory",
+        "client",
+        "mirror loader",
         "cli",
     ],
-    "engram_trainer": ["networks memory", "methods", "loop", "__main__"],
+    "engram_service": [
+        "settings tables problems extractor_child",
+        "database storage embedder spooled auth bodies",
+        "buffers ingest extractors",
+        "commit replay",
+        "collect routes",
+        "worker app",
+        "cli",
+    ],
+    "engram_trainer": [
+        "augment datasets extractor networks local_service",
+        "stream memory",
+        "methods configuration evaluation",
+        "local_memory plain_memory report",
+        "loop progress",
+        "demo __main__",
+    ],
 }
 """Tiers from the bottom up: a module may import its own tier and those below. One that is not named is free, within
 the rule that no import goes round in a circle."""
+
+PURE = ["engram.memory", "engram.selection"]
+"""These, and all that they import of ours, work on arrays and bytes alone."""
+
+IMPURE = {"httpx", "os", "pathlib", "shutil", "socket", "sqlalchemy", "subprocess", "tempfile"}
 
 
 def modules(package: str) -> Iterator[tuple[str, Path]]:
@@ -68,20 +92,12 @@ def modules(package: str) -> Iterator[tuple[str, Path]]:
 ALL = {name: path for package in PACKAGES for name, path in modules(package)}
 
 
-def imports(name: str, *, at_start_only: bool = False) -> set[str]:
-    """Every module that `name` imports; `from x import y` counts as x.y where that is a module of ours, else as x.
-
-    `at_start_only` leaves out what runs later or never: function bodies and TYPE_CHECKING blocks.
-    """
+def imports(name: str) -> set[str]:
+    """Every module that `name` imports; `from x import y` counts as x.y where that is a module of ours, else as x."""
     path = ALL[name]
     package = name if path.name == "__init__.py" else name.rpartition(".")[0]
     found: set[str] = set()
-
-    def visit(node: ast.AST) -> None:
-        if at_start_only and isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
-            return
-        if at_start_only and isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
-            return
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             found.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -93,11 +109,12 @@ def imports(name: str, *, at_start_only: bool = False) -> set[str]:
             found.update(ours := whole & ALL.keys())
             if ours != whole:
                 found.add(base)
-        for child in ast.iter_child_nodes(node):
-            visit(child)
-
-    visit(ast.parse(path.read_text(encoding="utf-8")))
     return found
+
+
+def within(name: str, heads: Iterable[str]) -> bool:
+    """Whether a module is one of these, or inside one."""
+    return any(name == head or name.startswith(f"{head}.") for head in heads)
 
 
 def declared(extras: tuple[str, ...]) -> set[str]:
@@ -129,14 +146,19 @@ def test_a_module_imports_only_what_the_table_allows(name: str) -> None:
         assert not found & NOT_FOR_THE_SERVICE, f"{name} would put the client into the service image"
 
 
+@pytest.mark.parametrize("package", sorted(ORDER))
+def test_the_order_names_modules_that_exist_and_each_once(package: str) -> None:
+    named = [f"{package}.{word}" for tier in ORDER[package] for word in tier.split()]
+    assert sorted(named) == sorted({*named} & ALL.keys())
+
+
 @pytest.mark.parametrize(
     ("package", "lower", "upper"),
     [(p, low, up) for p, tiers in ORDER.items() for up in range(len(tiers)) for low in range(up)],
 )
 def test_a_lower_tier_does_not_import_an_upper_one(package: str, lower: int, upper: int) -> None:
     def members(tier: int) -> set[str]:
-        heads = {f"{package}.{word}" for word in ORDER[package][tier].split()}
-        return {name for name in ALL if any(name == head or name.startswith(f"{head}.") for head in heads)}
+        return {name for name in ALL if within(name, [f"{package}.{word}" for word in ORDER[package][tier].split()])}
 
     wrong = {name: above for name in members(lower) if (above := imports(name) & members(upper))}
     assert not wrong
@@ -145,11 +167,40 @@ def test_a_lower_tier_does_not_import_an_upper_one(package: str, lower: int, upp
 @pytest.mark.parametrize("package", sorted(PACKAGES))
 def test_no_import_goes_round_in_a_circle(package: str) -> None:
     graph = {
-        name: {module for module in imports(name, at_start_only=True) if module in ALL and module != package} - {name}
+        name: {module for module in imports(name) if module in ALL and module != package} - {name}
         for name in ALL
         if name.startswith(f"{package}.")
     }
     TopologicalSorter(graph).prepare()
+
+
+def test_only_modules_of_others_are_imported_inside_a_function() -> None:
+    for name, path in ALL.items():
+        functions = [
+            node
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        ]
+        inside = [node for function in functions for node in ast.walk(function)]
+        ours = [
+            node.lineno
+            for node in inside
+            if (isinstance(node, ast.ImportFrom) and (node.level or within(node.module or "", PACKAGES)))
+            or (isinstance(node, ast.Import) and any(within(alias.name, PACKAGES) for alias in node.names))
+        ]
+        assert not ours, f"{name} imports modules of ours inside functions, in lines {ours}"
+
+
+def test_the_memory_and_its_selection_know_no_sql_no_http_and_no_files() -> None:
+    reached, left = set[str](), [name for name in ALL if within(name, PURE)]
+    assert len(left) > len(PURE)
+    while left:
+        name = left.pop()
+        reached.add(name)
+        left += [module for module in imports(name) if module in ALL and module not in reached]
+    assert "engram.strip" in reached
+    impure = {name: found for name in reached if (found := {module.split(".")[0] for module in imports(name)} & IMPURE)}
+    assert not impure
 
 
 def test_routes_know_http_and_rules_know_sql() -> None:

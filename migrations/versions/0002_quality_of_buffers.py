@@ -12,30 +12,44 @@ down_revision = "0001"
 
 
 def upgrade() -> None:
-    packs = op.get_bind().scalar(sa.text("SELECT count(*) FROM packs"))
+    packs = _packs()
     if packs:
         raise Conflict(
             f"this data folder holds {packs} packs of format version 1, which Engram 0.1 wrote and this version does "
             "not read: export its buffers with Engram 0.1 (`engram export`), start with an empty folder, upload them"
         )
-    with op.batch_alter_table("buffers") as buffers:
-        buffers.add_column(sa.Column("quality", sa.Integer(), nullable=True))
-        buffers.add_column(sa.Column("quality_is", sa.String(length=16), nullable=False, server_default="provisional"))
-    with op.batch_alter_table("buffers") as buffers:
-        buffers.alter_column("quality_is", server_default=None)
+    # Never batches: on SQLite they copy the table and drop the old one, and every row that refers to it goes along.
+    op.add_column("buffers", sa.Column("quality", sa.Integer(), nullable=True))
+    op.add_column(
+        "buffers", sa.Column("quality_is", sa.String(length=16), nullable=False, server_default="provisional")
+    )
     # Tasks without a pack hold nothing but what they have seen; their decisions were of another shape.
     op.execute("UPDATE tasks SET decision = NULL")
-    with op.batch_alter_table("tasks") as tasks:
-        tasks.add_column(sa.Column("means", sa.LargeBinary(), nullable=True))
-        tasks.drop_column("quality")
-        tasks.drop_column("ranking")
+    op.add_column("tasks", sa.Column("means", sa.LargeBinary(), nullable=True))
+    op.drop_column("tasks", "quality")
+    op.drop_column("tasks", "ranking")
+    _drop_option("quality")
 
 
 def downgrade() -> None:
-    with op.batch_alter_table("tasks") as tasks:
-        tasks.add_column(sa.Column("ranking", sa.String(length=16), nullable=False, server_default="herding"))
-        tasks.add_column(sa.Column("quality", sa.Integer(), nullable=False, server_default="50"))
-        tasks.drop_column("means")
-    with op.batch_alter_table("buffers") as buffers:
-        buffers.drop_column("quality_is")
-        buffers.drop_column("quality")
+    packs = _packs()
+    if packs:
+        raise Conflict(f"this data folder holds {packs} packs of format version 2, which Engram 0.1 does not read")
+    op.execute("UPDATE tasks SET decision = NULL")
+    op.add_column("tasks", sa.Column("ranking", sa.String(length=16), nullable=False, server_default="herding"))
+    op.add_column("tasks", sa.Column("quality", sa.Integer(), nullable=False, server_default="50"))
+    op.drop_column("tasks", "means")
+    op.drop_column("buffers", "quality_is")
+    op.drop_column("buffers", "quality")
+
+
+def _packs() -> int:
+    return int(op.get_bind().scalar(sa.text("SELECT count(*) FROM packs")) or 0)
+
+
+def _drop_option(name: str) -> None:
+    """No ingest has an option of this name, which would be refused when it is read."""
+    ingests = sa.table("ingests", sa.column("id", sa.String()), sa.column("options", sa.JSON()))
+    for ingest, options in op.get_bind().execute(sa.select(ingests.c.id, ingests.c.options)).all():
+        kept = {key: value for key, value in options.items() if key != name}
+        op.execute(sa.update(ingests).where(ingests.c.id == ingest).values(options=kept))

@@ -50,7 +50,8 @@ class BufferRow(Base):
     share_by: Mapped[ShareBy] = mapped_column(String(16))
     subsampling: Mapped[Subsampling] = mapped_column(String(8))
     quality: Mapped[int | None] = mapped_column(Integer, default=None)
-    quality_is: Mapped[QualityState] = mapped_column(String(16))
+    # The default is what buffers had that were made before there was this column.
+    quality_is: Mapped[QualityState] = mapped_column(String(16), server_default="provisional")
     generation: Mapped[int] = mapped_column(Integer, default=0)
     # Older generations no longer answer: the collector raises this to the highest `until` of the rows it deletes.
     oldest_generation: Mapped[int] = mapped_column(Integer, default=0)

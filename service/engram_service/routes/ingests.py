@@ -128,6 +128,10 @@ def _read(database: Database, ingest_id: str) -> Ingest:
 
 def _options(request: Request) -> IngestOptions:
     given: dict[str, Any] = dict(request.query_params)
+    if "quality" in given:
+        raise InvalidRequest(
+            "quality: it is the buffer's, so that all of its exemplars have one; give it when you make it"
+        )
     if "candidates" in given:
         given["candidates"] = [text for text in given["candidates"].split(",") if text]
         if not given["candidates"]:
