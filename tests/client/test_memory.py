@@ -375,6 +375,17 @@ def test_what_does_not_fit_is_refused_and_the_content_is_what_it_was() -> None:
     assert list(content.tasks) == [0]
 
 
+def test_the_share_of_a_class_of_which_nothing_is_left_is_not_counted_as_room() -> None:
+    """Its images are gone, so nothing of its share can be spent; the refusal once named more bytes than were needed."""
+    budget = room_for({1: 1}) - 5
+    content = put(Content(Policy(10**4, per="class", quality=100)), shades(0, 1), [0])
+    content = reshare(content, budget_bytes=budget)
+    assert content.tasks[0].kept == {}
+    with pytest.raises(BudgetExceeded) as caught:
+        put(content, shades(0, 1), [1])
+    assert caught.value.details == {"budget_bytes": budget, "needed_bytes": budget + 5, "quality": 100}
+
+
 def test_an_upload_of_no_images_is_refused() -> None:
     with pytest.raises(InvalidRequest, match="0 images"):
         put(Content(Policy(1000)), photos(0), [])

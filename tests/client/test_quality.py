@@ -408,15 +408,21 @@ def test_a_fixed_quality_is_not_measured() -> None:
 
 def test_the_numbers_of_the_tasks_do_not_matter() -> None:
     """The task with the lowest number once decided for all the others."""
-    sequence = [(photos(40, noise=6), (0, 1)), (photos(140, seed=1), (2, 3)), (photos(300, seed=2), (4, 5))]
+    # The choice falls with the second upload, whose epsilon lets 50 pass.
+    sequence = [
+        (photos(40, noise=6), (0, 1), 0.3),
+        (photos(140, seed=1), (2, 3), 3.0),
+        (photos(300, seed=2), (4, 5), 0.3),
+    ]
     found = []
     for numbers in ((0, 1, 2), (3, 0, 5), (9, 8, 7)):
         content = Content(Policy(9_000))
-        for number, (images, classes) in zip(numbers, sequence, strict=True):
-            content = put(content, images, classes, task=number)
+        for number, (images, classes, epsilon) in zip(numbers, sequence, strict=True):
+            content = put(content, images, classes, task=number, epsilon=epsilon)
         kept = [content.tasks[number].load() for number in numbers]
         found.append((content.quality, [None if each is None else pack.to_bytes(each) for each in kept]))
     assert found[0] == found[1] == found[2]
+    assert found[0][0] == 50
 
 
 def test_a_smaller_budget_encodes_what_was_roomy_again_instead_of_dropping_it() -> None:
@@ -498,6 +504,12 @@ def test_evidence_names_what_it_was_measured_by() -> None:
     content = put(content, photos(400, seed=1), [1], task=1)
     assert (said(content).embedder, said(content).block, said(content).epsilon) == ("builtin", 32, 0.2)
     assert all(candidate.pixel_ratio is None for candidate in said(content).candidates)
+
+
+def test_what_is_measured_again_is_measured_in_blocks_of_the_size_asked_for() -> None:
+    content = put(Content(Policy(12_000)), photos(12), [0], block=8)
+    content = put(content, photos(400, seed=1), [1], task=1)
+    assert (said(content).block, said(content).blocks) == (8, {0: 1})
 
 
 def test_two_runs_measure_and_choose_the_same() -> None:
