@@ -1,4 +1,4 @@
-"""This file tests the embeddings: the built-in one, and ONNX models good and bad in a real child process."""
+"""Extractors: ONNX models good and bad in a real child process."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ import pytest
 from onnx import TensorProto, helper
 
 from engram.errors import BadExtractor
-from engram_service.selection import extractor
-from engram_service.selection.embedding import BuiltinEmbedder, ExtractorLimits, OnnxEmbedder, inspect
+from engram_service import extractor_child
+from engram_service.embedder import ExtractorLimits, OnnxEmbedder, inspect
 
 LIMITS = ExtractorLimits(memory_bytes=2 * 2**30, batch_s=20.0, max_bytes=2**20)
 UInt8Array = npt.NDArray[np.uint8]
@@ -34,74 +34,6 @@ def photos(n: int, shape: tuple[int, int, int] = (32, 32, 3), seed: int = 0) -> 
     fy, fx, phase = rng.uniform(0.05, 0.6, (3, n, 1, 1, c))
     waves = np.sin(fy * y[None, :, :, None] + fx * x[None, :, :, None] + 10 * phase)
     return np.asarray((waves + 1) * 127, np.uint8)
-
-
-# The built-in embedding
-
-
-@pytest.mark.parametrize("shape", [(32, 32, 3), (28, 28, 1), (1, 1, 1), (2, 3, 3), (97, 33, 3), (200, 20, 1)])
-def test_rows_have_unit_length_at_any_size(shape: tuple[int, int, int]) -> None:
-    features = BuiltinEmbedder(shape).embed(photos(5, shape))
-    assert features.shape == (5, 128)
-    assert features.dtype == np.float32
-    assert np.allclose(np.linalg.norm(features, axis=1), 1, atol=1e-6)
-
-
-def test_no_images_are_no_rows() -> None:
-    assert BuiltinEmbedder((8, 8, 1)).embed(np.empty((0, 8, 8, 1), np.uint8)).shape == (0, 128)
-
-
-def test_flat_images_are_equal_and_their_coding_noise_stays_small() -> None:
-    flat = np.stack([np.full((16, 16, 1), level, np.uint8) for level in (0, 90, 255)])
-    embedder = BuiltinEmbedder((16, 16, 1))
-    features = embedder.embed(flat)
-    assert np.allclose(features, features[0], atol=1e-4)
-    noisy = flat[1:2] + np.random.default_rng(0).integers(0, 2, (1, 16, 16, 1), dtype=np.uint8)
-    assert float(embedder.embed(noisy)[0] @ features[0]) > 0.98
-
-
-def test_the_projection_keeps_the_angles_between_pictures() -> None:
-    images = photos(60)
-    centred = images.reshape(60, -1).astype(float)
-    centred -= centred.mean(axis=1, keepdims=True)
-    centred /= np.linalg.norm(centred, axis=1, keepdims=True)
-    features = BuiltinEmbedder((32, 32, 3), dimensions=512).embed(images)
-    assert np.abs(features @ features.T - centred @ centred.T).max() < 0.2
-
-
-def test_brightness_does_not_matter_but_the_picture_does() -> None:
-    images = photos(2) // 2
-    embedder = BuiltinEmbedder((32, 32, 3))
-    a, b = embedder.embed(images)
-    assert np.allclose(embedder.embed(images + 90)[0], a, atol=1e-4)
-    assert float(a @ b) < 0.7
-
-
-def test_a_large_image_embeds_as_the_means_of_its_cells() -> None:
-    small = photos(3, (32, 32, 1))
-    large = small.repeat(4, axis=1).repeat(3, axis=2)
-    expected = BuiltinEmbedder((32, 32, 1)).embed(small)
-    assert np.allclose(BuiltinEmbedder((128, 96, 1)).embed(large), expected, atol=1e-5)
-
-
-def test_the_batch_does_not_change_an_image(monkeypatch: pytest.MonkeyPatch) -> None:
-    images = photos(40)
-    whole = BuiltinEmbedder((32, 32, 3)).embed(images)
-    monkeypatch.setattr("engram_service.selection.embedding._CHUNK_VALUES", 7 * 32 * 32 * 3)
-    assert np.allclose(BuiltinEmbedder((32, 32, 3)).embed(images), whole, atol=1e-6)
-
-
-def test_the_projection_is_pinned_as_decisions_depend_on_it() -> None:
-    row = BuiltinEmbedder((4, 4, 1)).embed(np.arange(16, dtype=np.uint8).reshape(1, 4, 4, 1) * 15)[0]
-    assert np.round(row[:4].astype(float), 4).tolist() == [-0.0604, 0.0142, 0.1574, 0.1019]
-
-
-def test_another_shape_is_an_error() -> None:
-    with pytest.raises(ValueError, match="images are"):
-        BuiltinEmbedder((8, 8, 3)).embed(photos(1, (8, 8, 1)))
-
-
-# ONNX models
 
 
 def constant(name: str, values: npt.ArrayLike, dtype: type = np.float32) -> onnx.TensorProto:
@@ -188,7 +120,7 @@ def test_inspect_tells_the_input_shape_and_the_dimensions(tmp_path: Path) -> Non
 def test_grey_images_are_repeated_and_resized_to_what_the_model_takes(tmp_path: Path) -> None:
     path, digest = saved(tmp_path, convolution(("N", 3, 24, 20)))
     grey = photos(4, (12, 10, 1))
-    resized = extractor.resize(grey.transpose(0, 3, 1, 2).astype(np.float32), 24, 20)
+    resized = extractor_child.resize(grey.transpose(0, 3, 1, 2).astype(np.float32), 24, 20)
     with OnnxEmbedder(path, digest, LIMITS) as embedder:
         features = embedder.embed(grey)
     as_colour = resized.transpose(0, 2, 3, 1).repeat(3, axis=3)
@@ -198,11 +130,11 @@ def test_grey_images_are_repeated_and_resized_to_what_the_model_takes(tmp_path: 
 def test_resizing_keeps_a_flat_picture_flat_and_shrinking_uses_every_pixel() -> None:
     flat = np.full((1, 1, 9, 7), 3, np.float32)
     for height, width in ((4, 4), (9, 7), (20, 30), (1, 1)):
-        assert np.allclose(extractor.resize(flat, height, width), 3)
+        assert np.allclose(extractor_child.resize(flat, height, width), 3)
     ramp = np.arange(4, dtype=np.float32).reshape(1, 1, 1, 4)
-    assert np.allclose(extractor.resize(ramp, 1, 8)[0, 0, 0], [0, 0.25, 0.75, 1.25, 1.75, 2.25, 2.75, 3])
+    assert np.allclose(extractor_child.resize(ramp, 1, 8)[0, 0, 0], [0, 0.25, 0.75, 1.25, 1.75, 2.25, 2.75, 3])
     spikes = np.eye(64, dtype=np.float32)[:, None, None, :]
-    assert extractor.resize(spikes, 1, 8).sum(axis=3).min() > 0.5 * 8 / 64
+    assert extractor_child.resize(spikes, 1, 8).sum(axis=3).min() > 0.5 * 8 / 64
 
 
 def test_operators_that_the_model_defines_itself_are_allowed(tmp_path: Path) -> None:
@@ -388,7 +320,7 @@ def test_a_child_that_is_killed_is_reported(tmp_path: Path) -> None:
 def test_the_child_dies_with_its_parent(tmp_path: Path) -> None:
     path, digest = saved(tmp_path, convolution())
     program = (
-        "import sys, pathlib; from engram_service.selection.embedding import OnnxEmbedder\n"
+        "import sys, pathlib; from engram_service.embedder import OnnxEmbedder\n"
         "with OnnxEmbedder(pathlib.Path(sys.argv[1]), sys.argv[2]) as embedder:\n"
         "    print(embedder._child._process.pid, flush=True); sys.stdin.read()\n"
     )
