@@ -4,11 +4,11 @@
 kept from the mean of all images, class by class, in the built-in embedding? Against one upload of all of them (joint
 herding), and a random choice; with the quality and the number of exemplars along the way.
 
-**Policies of quality.** LUCIR learns five tasks of two classes with one total budget, which later tasks share; tasks
-come whole, or in uploads of 20 images. The policies: keep everything at 90 while it fits, then choose and encode once
-more (what Engram does); choose at the first upload; take what fits best at the first upload (Engram 0.1: with small
-uploads that is 90 for ever); beside them each fixed quality. A policy's gap is what it loses in last accuracy to the
-best policy or fixed quality, paired over seeds.
+**Policies of quality.** LUCIR learns five tasks of two classes with one total budget, which later tasks share. Three
+streams: tasks come whole; tasks come in uploads of 20 images; tasks come whole and the budget is ample, so that all
+images fit at quality 90. The policies: keep everything at 90 while it fits, then choose and encode once more (what
+Engram does); choose at the first upload; and each fixed quality, 90 being what Engram 0.1 would have taken for small
+uploads. A policy's gap is what it loses in last accuracy to the best, paired over seeds.
 
 Data are CIFAR-10 (`--cifar10 DIR`), else Fashion-MNIST, else the sample that ships with the trainer. A finished run is
 a JSON file in `--out`: the same command goes on after an interruption.
@@ -44,34 +44,45 @@ from engram_trainer.methods import lucir
 
 UPLOAD_IMAGES = 20
 TOTAL_BYTES = 64_000
+AMPLE_BYTES = 4_000_000
 HERDING_BYTES = 60_000
-QUALITIES = (25, 50, 90)
 
 
 @dataclass(frozen=True)
 class Arm:
-    """One policy of quality on one kind of stream; `upload_images` None sends tasks whole."""
+    """One policy of quality on one stream."""
 
+    stream: str
     name: str
-    upload_images: int | None
     quality: int | None = None
     roomy_quality: int | None = ROOMY_QUALITY
 
+    @property
+    def upload_images(self) -> int | None:
+        """None sends tasks whole."""
+        return UPLOAD_IMAGES if self.stream == "small" else None
 
-KEPT = "90, then chosen"
-POLICIES = (
-    *(Arm(KEPT, size) for size in (None, UPLOAD_IMAGES)),
-    # A whole task never fits at 90 here, so there it would be the same.
-    Arm("chosen at once", UPLOAD_IMAGES, roomy_quality=None),
-    *(Arm(f"fixed {quality}", size, quality) for size in (None, UPLOAD_IMAGES) for quality in QUALITIES),
+    @property
+    def total_bytes(self) -> int:
+        """The budget."""
+        return AMPLE_BYTES if self.stream == "ample" else TOTAL_BYTES
+
+
+STREAMS = {"whole": "Tasks come whole", "small": "Uploads of 20 images", "ample": "Everything fits at 90"}
+KEPT, AT_ONCE = "90, then chosen", "chosen at once"
+ARMS = (
+    *(Arm(stream, KEPT) for stream in STREAMS),
+    # Where whole tasks do not fit at 90, nothing else would happen.
+    *(Arm(stream, AT_ONCE, roomy_quality=None) for stream in ("small", "ample")),
+    *(Arm(stream, f"fixed {quality}", quality) for stream in ("whole", "small") for quality in (25, 50, 90)),
 )
 
 
 class Bits(StripMemory):
     """Strips that take a task in uploads of a few images."""
 
-    def __init__(self, arm: Arm, total_bytes: int) -> None:
-        policy = Policy(total_bytes, quality=arm.quality, roomy_quality=arm.roomy_quality)
+    def __init__(self, arm: Arm) -> None:
+        policy = Policy(arm.total_bytes, quality=arm.quality, roomy_quality=arm.roomy_quality)
         super().__init__(policy, IngestOptions())
         self.upload_images = arm.upload_images
 
@@ -108,12 +119,12 @@ def main() -> None:
     flat = herding(data, uploads=60 if args.quick else 300)
     if args.quick:
         config = stream.StreamConfig(tasks=5, train_per_class=100, test_per_class=100)
-        arms = [arm for arm in POLICIES if arm.name in (KEPT, "fixed 50", "fixed 90") and arm.upload_images]
-        method, total, seeds = lucir.Config(epochs=3, batch_size=32), TOTAL_BYTES // 10, args.seeds[:1]
+        arms = [arm for arm in ARMS if arm.stream == "small"]
+        method, seeds = lucir.Config(epochs=3, batch_size=32), args.seeds[:1]
     else:
         config = stream.StreamConfig(tasks=5, train_per_class=600, test_per_class=300)
-        arms, method, total, seeds = list(POLICIES), budget.LUCIR, TOTAL_BYTES, args.seeds
-    results = collect(args, arms, config, method, total, seeds)
+        arms, method, seeds = list(ARMS), budget.LUCIR, args.seeds
+    results = collect(args, arms, config, method, seeds)
     flat |= compare(results, seeds)
     flat["seeds"] = len(seeds)
     report.finish(args, flat)
@@ -175,7 +186,6 @@ def collect(
     arms: Sequence[Arm],
     config: stream.StreamConfig,
     method: lucir.Config,
-    total: int,
     seeds: Sequence[int],
 ) -> list[dict[str, Any]]:
     """The results of all runs, from the folder where they are there already."""
@@ -186,7 +196,7 @@ def collect(
                 execute,
                 *zip(
                     *(
-                        (arm, args.cifar10, replace(config, seed=seed), method, total, args.out)
+                        (arm, args.cifar10, replace(config, seed=seed), method, args.out)
                         for seed in seeds
                         for arm in arms
                     ),
@@ -197,19 +207,19 @@ def collect(
 
 
 def execute(
-    arm: Arm, folder: Path | None, config: stream.StreamConfig, method: lucir.Config, total: int, out: Path
+    arm: Arm, folder: Path | None, config: stream.StreamConfig, method: lucir.Config, out: Path
 ) -> dict[str, Any]:
     """One run of LUCIR."""
     torch.set_num_threads(1)
-    data = load(folder)
-    name = f"{data.name}-{arm.name}-{arm.upload_images}-{config.seed}-{budget.digest(config, method, total)}.json"
+    data, key = load(folder), budget.digest(config, method, arm.total_bytes)
+    name = f"{data.name}-{arm.name}-{arm.upload_images}-{config.seed}-{key}.json"
     path = out / name.replace(" ", "-").replace(",", "")
     if path.exists():
         found: dict[str, Any] = json.loads(path.read_text())
         return found
     tasks = stream.build(data, config)
     learner = lucir.Lucir(tasks, method, network=budget.NETWORK, seed=config.seed)
-    memory = Bits(arm, total)
+    memory = Bits(arm)
     matrix: list[list[float]] = []
     qualities: list[int | None] = []
     for task in tasks.tasks:
@@ -223,7 +233,7 @@ def execute(
     metrics = evaluation.metrics(matrix, test_counts=[len(task.test_images) for task in tasks.tasks])
     result = {
         "policy": arm.name,
-        "upload_images": arm.upload_images,
+        "stream": arm.stream,
         "seed": config.seed,
         "last": 100 * metrics.last,
         "average_incremental": 100 * metrics.average_incremental,
@@ -236,27 +246,26 @@ def execute(
 
 
 def compare(results: Sequence[Mapping[str, Any]], seeds: Sequence[int]) -> dict[str, report.Cell]:
-    """Each stream's table; the gap of what Engram does to the best, and the worst of both streams."""
+    """Each stream's table; the gap of what Engram does to the best, and the worst of all streams."""
     flat: dict[str, report.Cell] = {}
     gaps = []
-    for size in sorted({result["upload_images"] for result in results}, key=str):
+    for kind in STREAMS:
         last: dict[str, list[float]] = {}
         for result in results:
-            if result["upload_images"] == size:
+            if result["stream"] == kind:
                 last.setdefault(result["policy"], []).append(result["last"])
+        if not last:
+            continue
         best = max(last, key=lambda name: fmean(last[name]))
         rows = []
         for name, scores in last.items():
-            own = [each for each in results if each["policy"] == name and each["upload_images"] == size]
+            own = [each for each in results if each["policy"] == name and each["stream"] == kind]
             gap = [top - score for top, score in zip(last[best], scores, strict=True)]
             qualities = "; ".join(" ".join(map(str, each["qualities"])) for each in own)
-            rows.append(
-                (name, fmean(scores), fmean(gap), half_width(gap), fmean(e["exemplars"] for e in own), qualities)
-            )
-        title = "Tasks come whole" if size is None else f"Uploads of {size} images"
+            count = fmean(each["exemplars"] for each in own)
+            rows.append((name, fmean(scores), fmean(gap), half_width(gap), count, qualities))
         columns = ("policy", "last accuracy", "behind the best", "± 95 %", "exemplars", "quality after each task; seed")
-        report.print_table(f"{title}, LUCIR, {len(seeds)} seeds, percent", columns, rows)
-        kind = "whole" if size is None else "small"
+        report.print_table(f"{STREAMS[kind]}, LUCIR, {len(seeds)} seeds, percent", columns, rows)
         gaps.append(fmean(last[best]) - fmean(last[KEPT]))
         flat[f"policy_gap_points_{kind}"] = gaps[-1]
         flat |= {f"last_{kind}_{name.replace(',', '').replace(' ', '_')}": fmean(each) for name, each in last.items()}
