@@ -1,4 +1,4 @@
-"""This file is what all trainer tests share: one thread, so that sums are made in one order."""
+"""What all trainer tests share: one thread, so that sums are made in one order."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""This file is `engram-train` and the demo as people run them."""
+"""`engram-train` and the demo as people run them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""This file is runs of the loop: what they leave behind, and that a killed one goes on as if nothing had happened."""
+"""Runs of the loop: what they leave behind, and that a killed one goes on as if nothing had happened."""
 
 from __future__ import annotations
 

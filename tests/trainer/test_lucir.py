@@ -1,4 +1,4 @@
-"""This file tests LUCIR by its theorems, by cases done by hand, and by a short run that must beat chance."""
+"""LUCIR by its theorems, by cases done by hand, and by a short run that must beat chance."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from engram_trainer.local_memory import Kind, LocalConfig, LocalMemory
 from engram_trainer.memory import Memory, NoMemory
 from engram_trainer.methods import lucir
 from engram_trainer.methods.lucir import Config, Lucir, adaptive_weight, imprint, less_forget_loss, margin_ranking_loss
+from engram_trainer.plain_memory import local_memory
 from engram_trainer.stream import Stream, StreamConfig
 
 
@@ -54,7 +55,7 @@ def run(learner: Lucir, memory: Memory, tasks: Stream, count: int) -> None:
 
 
 def raw_memory() -> LocalMemory:
-    return LocalMemory(LocalConfig(kind="raw", budget_bytes=20 * 66, per="class"))
+    return local_memory(LocalConfig(kind="raw", budget_bytes=20 * 66, per="class"))
 
 
 @given(scale=st.floats(0.01, 100), seed=st.integers(0, 2**31))
@@ -199,7 +200,7 @@ def test_own_images_are_shown_as_jpeg_only_where_exemplars_are_jpeg(digits: Data
 
     def first_task(kind: Kind, codec_ratio: float) -> Lucir:
         learner = learner_of(tasks, codec_ratio=codec_ratio, epochs=1)
-        learner.learn(tasks.tasks[0], LocalMemory(LocalConfig(kind=kind)), ignore)
+        learner.learn(tasks.tasks[0], local_memory(LocalConfig(kind=kind)), ignore)
         return learner
 
     assert same(first_task("raw", 0.5), first_task("raw", 0.0))

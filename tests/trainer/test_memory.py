@@ -1,9 +1,9 @@
-"""This file is the replay memories: the budget holds to the byte, prefixes are kept, draws repeat, state survives."""
+"""The replay memories: the budget holds to the byte, prefixes are kept, draws repeat, state survives."""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, get_args
 
@@ -18,12 +18,21 @@ from PIL import Image
 from engram import pack, shares
 from engram.client import Client
 from engram.errors import BudgetExceeded, Conflict
-from engram.schemas import IngestOptions
+from engram.schemas import BufferCreate, IngestOptions
+from engram.selection.embedding import BuiltinEmbedder
+from engram.selection.images import ArrayImages
+from engram_service import buffers
+from engram_service.database import Database
+from engram_service.settings import Settings
+from engram_service.storage import PackStore
 from engram_trainer import datasets
-from engram_trainer.datasets import Images
-from engram_trainer.local_memory import CLASS_ID_BYTES, Kind, LocalConfig, LocalMemory, herd
+from engram_trainer.datasets import ClassIds, Images
+from engram_trainer.local_memory import Kind, LocalConfig, LocalMemory, NetworkEmbedder, StripMemory
 from engram_trainer.memory import NoMemory, ServiceMemory, by_task
+from engram_trainer.plain_memory import CLASS_ID_BYTES, local_memory
+from tests.photos import photos
 from tests.servers import ServiceProcess
+from tests.uploads import queue, tar_of_arrays, work_off
 
 KINDS = get_args(Kind)
 
@@ -42,7 +51,7 @@ def task_of(classes: list[int], *, count: int, seed: int = 0) -> tuple[Images, n
 
 
 def filled(config: LocalConfig, tasks: list[list[int]], *, count: int = 40) -> LocalMemory:
-    memory = LocalMemory(config)
+    memory = local_memory(config)
     for number, classes in enumerate(tasks):
         images, class_ids = task_of(classes, count=count)
         memory.add(number, images, class_ids, extractor=None, embed=flat, seed=number)
@@ -58,7 +67,7 @@ def filled(config: LocalConfig, tasks: list[list[int]], *, count: int = 40) -> L
 )
 @settings(deadline=None, max_examples=25)
 def test_the_budget_holds_after_every_task(kind: Kind, per: Any, share_by: Any, tasks: Any, budget: int) -> None:
-    memory = LocalMemory(LocalConfig(kind=kind, budget_bytes=budget, per=per, share_by=share_by))
+    memory = local_memory(LocalConfig(kind=kind, budget_bytes=budget, per=per, share_by=share_by))
     seen: set[int] = set()
     for number, classes in enumerate(tasks):
         images, class_ids = task_of(classes, count=30)
@@ -107,7 +116,7 @@ def test_files_are_ordinary_jpegs_at_the_asked_quality() -> None:
 
 def test_raw_pixels_come_back_as_they_were() -> None:
     images, class_ids = task_of([3, 4], count=20)
-    memory = LocalMemory(LocalConfig(kind="raw", budget_bytes=10**6, ranking="random"))
+    memory = local_memory(LocalConfig(kind="raw", budget_bytes=10**6, ranking="random"))
     memory.add(0, images, class_ids, extractor=None, embed=None, seed=0)
     kept = memory.everything()
     assert {image.tobytes() for image in kept.images} == {image.tobytes() for image in images}
@@ -118,7 +127,7 @@ def test_coloured_images_are_kept_as_rgb() -> None:
     images = np.zeros((6, 16, 16, 3), np.uint8)
     images[..., 0] = 200
     for kind in KINDS:
-        memory = LocalMemory(LocalConfig(kind=kind, budget_bytes=10**6, quality=90))
+        memory = local_memory(LocalConfig(kind=kind, budget_bytes=10**6, quality=90))
         memory.add(0, images, np.zeros(6, np.int64), extractor=None, embed=None, seed=0)
         assert np.abs(memory.everything().images[0, 8, 8].astype(int) - [200, 0, 0]).max() <= 4
 
@@ -128,7 +137,7 @@ def test_a_draw_is_a_function_of_its_arguments_and_survives_a_checkpoint(kind: K
     config = LocalConfig(kind=kind, budget_bytes=12_000)
     memory = filled(config, [[0, 1], [2, 3], [4, 5]])
     torch.save(memory.state_dict(), tmp_path / "state.pt")
-    restored = LocalMemory(config)
+    restored = local_memory(config)
     restored.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
     assert restored.describe() == memory.describe()
     for step in range(3):
@@ -155,21 +164,47 @@ def test_a_task_that_is_added_again_changes_nothing() -> None:
     np.testing.assert_array_equal(memory.everything().images, before.images)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["raw", "files"])
 def test_a_budget_below_one_exemplar_names_both_numbers_and_keeps_what_was_there(kind: Kind) -> None:
     memory = filled(LocalConfig(kind=kind, budget_bytes=1_500, quality=90), [[0]])
     before = memory.everything()
-    images, class_ids = task_of([1, 2, 3, 4, 5, 6, 7, 8, 9], count=3)
-    big = np.random.default_rng(0).integers(0, 256, (len(images), 60, 60, 1), dtype=np.uint8)
+    images, class_ids = noise([1, 2, 3, 4, 5, 6, 7, 8, 9])
     with pytest.raises(BudgetExceeded, match="its 9 classes have 1350 bytes of a budget of 1500"):
-        memory.add(1, big, class_ids, extractor=None, embed=None, seed=0)
+        memory.add(1, images, class_ids, extractor=None, embed=None, seed=0)
     np.testing.assert_array_equal(memory.everything().images, before.images)
+
+
+def test_strips_that_do_not_fit_say_how_many_bytes_would_do_and_keep_what_was_there() -> None:
+    memory = local_memory(LocalConfig(kind="strips", budget_bytes=1_500, quality=90))
+    memory.add(0, np.zeros((3, 60, 60, 1), np.uint8), np.zeros(3, np.int64), extractor=None, embed=None, seed=0)
+    before = memory.state_dict()
+    images, class_ids = noise([1, 2, 3, 4, 5, 6, 7, 8, 9])
+    with pytest.raises(BudgetExceeded, match=r"have 1,350 bytes together, .* needs [234],\d\d\d at quality 90"):
+        memory.add(1, images, class_ids, extractor=None, embed=None, seed=0)
+    assert same_states(memory.state_dict(), before)
+    with pytest.raises(Conflict, match="8x8x1"):
+        memory.add(1, *task_of([1], count=3), extractor=None, embed=None, seed=0)
+
+
+def noise(classes: list[int]) -> tuple[Images, npt.NDArray[np.int64]]:
+    """An image of 60x60 for each class that no coding makes small."""
+    images = np.random.default_rng(0).integers(0, 256, (len(classes), 60, 60, 1), dtype=np.uint8)
+    return images, np.array(classes)
+
+
+def same_states(one: Any, other: Any) -> bool:
+    """Whether two nested states are equal bit for bit."""
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, Mapping):
+        return one.keys() == other.keys() and all(same_states(one[key], other[key]) for key in one)
+    return bool(one == other)
 
 
 def test_a_checkpoint_of_another_kind_of_memory_is_refused() -> None:
     state = filled(LocalConfig(kind="raw"), [[0, 1]]).state_dict()
     with pytest.raises(Conflict, match="'raw'"):
-        LocalMemory(LocalConfig(kind="files")).load_state_dict(state)
+        local_memory(LocalConfig(kind="files")).load_state_dict(state)
 
 
 def test_no_memory_keeps_nothing_and_has_nothing_to_draw() -> None:
@@ -181,40 +216,12 @@ def test_no_memory_keeps_nothing_and_has_nothing_to_draw() -> None:
         memory.draw(4, seed=0, step=0)
 
 
-def unit(seed: int, count: int, dimensions: int) -> npt.NDArray[np.float64]:
-    features = np.random.default_rng(seed).normal(size=(count, dimensions)) + 0.5
-    features /= np.linalg.norm(features, axis=1, keepdims=True)
-    return features
-
-
-@given(st.integers(0, 10_000), st.integers(1, 40), st.integers(1, 8))
-@settings(deadline=None)
-def test_herding_takes_at_every_step_the_image_that_brings_the_mean_closest(seed: int, count: int, width: int) -> None:
-    features = unit(seed, count, width)
-    mean = features.mean(axis=0)
-    chosen = herd(features, count)
-    assert sorted(chosen) == list(range(count))
-    for k in range(count):
-        left = [row for row in range(count) if row not in chosen[:k]]
-        distance = {row: np.linalg.norm(mean - features[[*chosen[:k], row]].mean(axis=0)) for row in left}
-        assert distance[chosen[k]] <= min(distance.values()) + 1e-9
-
-
-def test_a_shorter_ranking_is_a_prefix_of_a_longer_one_and_ties_go_to_the_first() -> None:
-    features = unit(3, 30, 4)
-    assert herd(features, 7) == herd(features, 30)[:7]
-    assert herd(np.ones((3, 2)) / np.sqrt(2), 3) == [0, 1, 2]
-    assert herd(features, 0) == []
-    with pytest.raises(ValueError, match="31 of 30"):
-        herd(features, 31)
-
-
 def test_herding_keeps_more_typical_images_than_chance() -> None:
     images, class_ids = task_of([0], count=100)
     mean = flat(images).mean(axis=0)
 
     def distance(ranking: Any) -> float:
-        memory = LocalMemory(LocalConfig(kind="raw", budget_bytes=66 * 10, ranking=ranking))
+        memory = local_memory(LocalConfig(kind="raw", budget_bytes=66 * 10, ranking=ranking))
         memory.add(0, images, class_ids, extractor=None, embed=flat, seed=0)
         return float(np.linalg.norm(flat(memory.everything().images).mean(axis=0) - mean))
 
@@ -229,11 +236,11 @@ def service_memory(service: ServiceProcess, tmp_path_factory: pytest.TempPathFac
 
 
 def filled_service(client: Client, folder: Path) -> ServiceMemory:
-    client.create_buffer("trainer-memory", budget_bytes=12_000)
+    client.create_buffer("trainer-memory", budget_bytes=12_000, quality=50)
     memory = ServiceMemory(
         client,
         "trainer-memory",
-        options=IngestOptions(quality=50, ranking="random"),
+        options=IngestOptions(ranking="random"),
         run="test",
         folder=folder,
     )
@@ -248,7 +255,7 @@ def test_the_services_memory_holds_what_it_says(service_memory: ServiceMemory) -
     found = service_memory.describe()
     assert found["exemplars"] == len(whole) == sum(found["tasks"].values())
     assert found["used_bytes"] == service_memory.used_bytes <= 12_000
-    assert found["qualities"] == {"0": 50, "1": 50}
+    assert found["quality"] == 50
     assert sorted(set(whole.class_ids.tolist())) == [0, 1, 2, 3]
     assert set(service_memory.everything(exclude_tasks=(0,)).tasks.tolist()) == {1}
     assert len(service_memory.everything(exclude_tasks=(0, 1))) == 0
@@ -279,7 +286,92 @@ def test_a_buffer_that_was_set_back_is_noticed(service_memory: ServiceMemory) ->
         service_memory.load_state_dict({**state, "buffer": "other"})
 
 
-def test_strips_in_the_trainer_are_the_services_format() -> None:
-    memory = filled(LocalConfig(kind="strips", budget_bytes=9_000), [[0, 1]])
-    content = memory.state_dict()["tasks"][0]["pack"].numpy().tobytes()
-    assert len(pack.parse(content)) == len(memory.everything())
+# Strips, as a service makes them
+
+
+def strips(budget_bytes: int, **options: Any) -> StripMemory:
+    """An empty memory that chooses its quality."""
+    memory = local_memory(LocalConfig(kind="strips", budget_bytes=budget_bytes, quality=None), IngestOptions(**options))
+    assert isinstance(memory, StripMemory)
+    return memory
+
+
+def packs_of(memory: StripMemory) -> dict[int, bytes]:
+    """The pack of each task."""
+    return {number: state["pack"].numpy().tobytes() for number, state in memory.state_dict()["tasks"].items()}
+
+
+def uploads_of(count: int) -> list[tuple[int, Images, ClassIds]]:
+    """(task, images, class ids): small uploads first, then tasks again, more images each time."""
+    return [
+        (number % 3, photos(12 + 45 * number, seed=number), np.resize([number % 3, 7], 12 + 45 * number))
+        for number in range(count)
+    ]
+
+
+@pytest.mark.parametrize("ranking", ["herding", "reservoir", "greedy_dpp"])
+def test_strips_in_the_trainer_are_byte_for_byte_those_of_a_service(
+    ranking: Any, database: Database, settings: Settings, store: PackStore
+) -> None:
+    """The same uploads, with the built-in embedding, through a queue, tars, worker and database on the other side."""
+    with database.session() as session:
+        buffers.create(session, BufferCreate(name="b", budget_bytes=14_000))
+    ours, found = strips(14_000, ranking=ranking), []
+    for seed, (task, images, class_ids) in enumerate(uploads_of(6)):
+        ours.put(task, ArrayImages(images, class_ids), BuiltinEmbedder((16, 16, 3)), seed=seed)
+        body, options = tar_of_arrays(images, class_ids), IngestOptions(ranking=ranking, seed=seed)
+        queue(database, settings, body, task=task, options=options)
+        work_off(database, store, settings)
+        with database.reading() as session:
+            theirs = buffers.read(session, "b")
+            live = {row.task: row.digest for row in buffers.live_packs(session, "b")}
+        assert {task: pack.digest(data) for task, data in packs_of(ours).items()} == live
+        assert (ours.quality, ours.used_bytes) == (theirs.quality, theirs.used_bytes)
+        assert ours.content.is_provisional == (theirs.quality_is == "provisional")
+        found.append((ours.quality, ours.content.is_provisional))
+    assert found[0] == (90, True)
+    assert found[-1] == (75, False)
+
+
+def test_strips_choose_their_quality_without_a_service_by_the_learners_own_features() -> None:
+    memory = strips(6_000, block=8)
+    memory.add(0, photos(20), np.resize([0, 1], 20), extractor=b"a model", embed=flat, seed=0)
+    assert memory.quality == memory.describe()["quality"] == 90
+    memory.add(1, photos(300, seed=1), np.resize([2, 3], 300), extractor=b"another", embed=flat, seed=1)
+    assert memory.quality is not None
+    assert memory.quality < 90
+    names = [NetworkEmbedder(flat, extractor).name for extractor in (b"a model", b"another")]
+    decision = memory.decisions[1]
+    assert decision.embedder == names[1] != names[0]
+    assert decision.block == 8
+    assert all(candidate.pixel_ratio is not None for candidate in decision.candidates)
+    assert decision.quality == memory.quality
+
+
+@pytest.mark.parametrize(("uploads", "expected"), [(1, (90, True)), (2, (50, True)), (6, (75, False))])
+def test_a_checkpoint_of_strips_goes_on_as_the_memory_would_have(
+    uploads: int, expected: tuple[int, bool], tmp_path: Path
+) -> None:
+    """Whether everything still fits, the quality is provisional, or it is decided."""
+    budget = 2_500 if uploads == 2 else 14_000
+    memory = strips(budget)
+    for seed, (task, images, class_ids) in enumerate(uploads_of(uploads)):
+        memory.put(task, ArrayImages(images, class_ids), BuiltinEmbedder((16, 16, 3)), seed=seed)
+    assert (memory.quality, memory.content.is_provisional) == expected
+    torch.save(memory.state_dict(), tmp_path / "state.pt")
+    restored = strips(budget)
+    restored.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    assert same_states(restored.state_dict(), memory.state_dict())
+    assert restored.content.is_roomy == memory.content.is_roomy
+    for each in (memory, restored):
+        each.put(1, ArrayImages(photos(150, seed=9), np.resize([1, 8], 150)), BuiltinEmbedder((16, 16, 3)), seed=9)
+    assert same_states(restored.state_dict(), memory.state_dict())
+    assert restored.describe() == memory.describe()
+
+
+def test_a_fixed_quality_of_strips_is_kept_and_nothing_is_measured() -> None:
+    memory = filled(LocalConfig(kind="strips", budget_bytes=9_000, quality=30), [[0, 1], [2, 3]])
+    assert isinstance(memory, StripMemory)
+    assert memory.quality == 30
+    assert [decision.candidates for decision in memory.decisions.values()] == [[], []]
+    assert {pack.parse(data).form.quality for data in packs_of(memory).values()} == {30}

@@ -1,4 +1,4 @@
-"""This file is what a run leaves for people: the report, its pictures, and where it came from."""
+"""What a run leaves for people: the report, its pictures, and where it came from."""
 
 from __future__ import annotations
 
