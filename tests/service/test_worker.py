@@ -1,4 +1,4 @@
-"""This file tests the worker: what it makes of an upload, and how it ends when it is disturbed."""
+"""The worker: what it makes of an upload, and how it ends when it is disturbed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,6 @@ from engram.errors import EngramError, NotFound, from_problem
 from engram.schemas import Ingest, IngestOptions, Ranking
 from engram_service import buffers, extractors, ingest, worker
 from engram_service.collect import collect
-from engram_service.commit import read_content
 from engram_service.database import Database
 from engram_service.ingest import LeaseLost
 from engram_service.settings import Settings
@@ -32,6 +31,7 @@ from engram_service.tables import IngestRow, PackRow
 from engram_service.worker import Heartbeat, Stopped, Supervisor
 from tests.contents import create, pictures
 from tests.models import model
+from tests.photos import photos
 from tests.servers import ServiceProcess, http
 from tests.uploads import encoded, final, pairs, queue, tar_of, tar_of_arrays, work_off
 
@@ -54,7 +54,7 @@ def generation(database: Database) -> int:
 
 
 def test_an_upload_becomes_a_pack_with_a_decision(database: Database, store: PackStore, settings: Settings) -> None:
-    create(database)
+    create(database, quality=None)
     queued = queue(database, settings, tar_of_arrays(PICTURES, CLASS_IDS), task=4)
     work_off(database, store, settings)
     ended = final(database, queued)
@@ -76,26 +76,34 @@ def test_an_upload_becomes_a_pack_with_a_decision(database: Database, store: Pac
     assert distances.min(axis=1).max() < 12
 
 
-def test_a_later_task_adopts_the_quality_of_its_buffer_unless_it_asks_for_another(
+def test_a_first_upload_of_20_images_does_not_fix_the_quality(
     database: Database, store: PackStore, settings: Settings
 ) -> None:
-    create(database)
-    for task, quality in ((3, 33), (0, None), (5, 80)):
-        queued = queue(
-            database,
-            settings,
-            tar_of_arrays(PICTURES, CLASS_IDS + 3 * task),
-            task=task,
-            options=IngestOptions(quality=quality),
-        )
+    create(database, budget_bytes=60_000, quality=None)
+    seen: list[tuple[int | None, str]] = []
+    for number in range(12):
+        images = photos(20, (24, 24, 1), seed=number, noise=100)
+        queue(database, settings, tar_of_arrays(images, np.arange(20) % 2))
         work_off(database, store, settings)
-        assert final(database, queued).state == "committed"
+        with database.reading() as session:
+            buffer = buffers.read(session, "b")
+            packs = buffers.manifest(session, "b").packs
+        assert {pack.quality for pack in packs} == {buffer.quality}
+        seen.append((buffer.quality, buffer.quality_is))
+    assert seen[0] == (90, "provisional")
+    assert (seen[-1][0] != 90, seen[-1][1]) == (True, "decided")
+    assert len({quality for quality, _ in seen}) == 2, seen
+    assert seen.index(seen[-1]) > 2
+
+
+def test_two_noisy_images_of_2048_pixels_are_stored(database: Database, store: PackStore, settings: Settings) -> None:
+    create(database, budget_bytes=10**8, quality=95)
+    noise = np.random.default_rng(0).integers(0, 256, (2, 2048, 2048, 3), np.uint8)
+    queued = queue(database, settings, tar_of_arrays(noise, [0, 1]))
+    work_off(database, store, settings)
+    assert final(database, queued).state == "committed", final(database, queued).problem
     with database.reading() as session:
-        tasks = {task: buffers.task(session, "b", task) for task in (3, 0, 5)}
-    assert {task: found.quality for task, found in tasks.items()} == {3: 33, 0: 33, 5: 80}
-    decision = tasks[0].decision
-    assert decision is not None
-    assert [candidate.quality for candidate in decision.candidates] == [10, 25, 33, 50, 75, 90]
+        assert buffers.read(session, "b").exemplars == 2
 
 
 @pytest.mark.parametrize("ranking", ["herding", "greedy_dpp", "reservoir", "ring", "random"])
@@ -142,22 +150,11 @@ def test_grey_images_stay_grey(database: Database, store: PackStore, settings: S
         assert buffers.read(session, "b").image_shape == (28, 28, 1)
 
 
-def test_a_later_upload_keeps_the_quality_of_its_task(database: Database, store: PackStore, settings: Settings) -> None:
-    create(database)
-    options = IngestOptions(quality=33), IngestOptions(), IngestOptions(quality=33)
-    for number, option in enumerate(options):
-        queue(database, settings, tar_of_arrays(pictures(number, 6), [1] * 6), options=option)
-    work_off(database, store, settings)
-    with database.reading() as session:
-        task = buffers.task(session, "b", 0)
-    assert (task.quality, task.exemplars, task.classes[0].seen) == (33, 18, 18)
-
-
 def test_a_registered_extractor_embeds_the_images(database: Database, store: PackStore, settings: Settings) -> None:
     data = model()
     digest = hashlib.sha256(data).hexdigest()
     extractors.path(settings, digest).write_bytes(data)
-    create(database)
+    create(database, quality=None)
     queued = queue(
         database, settings, tar_of_arrays(PICTURES, CLASS_IDS), options=IngestOptions(extractor=digest, block=4)
     )
@@ -204,9 +201,9 @@ def test_an_unexpected_failure_is_tried_again_and_then_told(
 def test_a_full_disk_is_tried_again_until_there_is_room(
     database: Database, store: PackStore, settings: Settings
 ) -> None:
-    create(database, budget_bytes=10**7)
+    create(database, budget_bytes=10**7, quality=95)
     noise = np.random.default_rng(0).integers(0, 256, (60, 128, 128, 3), np.uint8)
-    queued = queue(database, settings, tar_of_arrays(noise, [0] * 60), options=IngestOptions(quality=95))
+    queued = queue(database, settings, tar_of_arrays(noise, [0] * 60))
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (400_000, limits[1]))
     try:
@@ -314,7 +311,8 @@ def test_the_work_on_a_deleted_buffer_ends(database: Database, store: PackStore,
         buffers.delete(session, "b")
     worker.attempt(database, store, settings, held, threading.Event())
     with database.reading() as session, pytest.raises(NotFound):
-        read_content(session, "b")
+        buffers.read(session, "b")
+    assert list(store.digests()) == []
 
 
 def test_a_running_worker_takes_what_comes_and_stops_when_asked(
