@@ -141,7 +141,7 @@ class Replay:
             entries = [view.manifest.packs[index] for index in touched]
             loaded = [self.cache.get(entry.digest, entry.exemplars) for entry in entries]
         wanted, places = len(chosen.rows), chosen.rows
-        if any(found.is_damaged for found in loaded):
+        if any(found.rows is not None for found in loaded):
             places = np.concatenate(
                 [found.places(chosen.rows[chosen.packs == index]) for index, found in zip(touched, loaded, strict=True)]
             )

@@ -237,7 +237,7 @@ class PackCache:
         """The packs if all of them are in memory; never touches the disk."""
         with self._lock:
             found = [self._packs[digest] for digest in digests if digest in self._packs]
-            if len(found) < len(digests) or any(loaded.is_due for loaded in found):
+            if len(found) < len(digests) or any(self._packs[digest].is_due for digest in self._damaged & set(digests)):
                 return None
             for digest in digests:
                 self._packs.move_to_end(digest)
