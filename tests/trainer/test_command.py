@@ -31,7 +31,7 @@ def test_the_help_groups_its_options_and_names_the_choices() -> None:
     result = train("--help")
     assert result.exit_code == 0
     text = re.sub(r"\x1b\[[0-9;]*m", "", result.output)
-    for words in ("Stream", "Method", "Memory", "Selection (by the service)", "Run", "engram-service serve"):
+    for words in ("Stream", "Method", "Memory", "Selection (service and strips)", "Run", "engram-service serve"):
         assert words in text
     for option in ("--method", "--data", "--scenario", "--tasks", "--base-classes", "--epochs", "--seed", "--url"):
         assert option in text
@@ -48,6 +48,21 @@ def test_a_run_prints_a_line_for_each_task_and_its_measures(tmp_path: Path) -> N
     assert "average incremental accuracy" in result.output
     found = json.loads((tmp_path / "run" / "report.json").read_text())
     assert found["config"]["options"] == {"epochs": 2}
+
+
+def test_strips_choose_their_quality_without_a_service(tmp_path: Path) -> None:
+    """The budget holds the first task at 90, but not both: then the quality is chosen."""
+    run = [*TINY, "--train-per-class", "40", "--epochs", "1", "--out", str(tmp_path / "run")]
+    result = train(*run, "--memory", "strips", "--quality", "auto", "--budget", "16000", "--block", "8")
+    assert result.exit_code == 0, result.output
+    found = json.loads((tmp_path / "run" / "report.json").read_text())
+    first, second = found["memory"]
+    assert first["quality"] == 90
+    assert first["exemplars"] == 200
+    assert second["quality"] in (10, 25, 50, 75, 90)
+    assert 200 < second["exemplars"] <= 400
+    assert second["used_bytes"] <= 16000
+    assert "Traceback" not in result.output
 
 
 def test_a_second_run_needs_another_folder_or_resume(tmp_path: Path) -> None:
@@ -103,7 +118,7 @@ def test_settings_take_the_types_of_the_methods_fields(
     assert [type(value) for value in found.values()] == [int, *(type(value) for value in expected.values())]
 
 
-def test_quality_is_a_number_or_the_services_choice() -> None:
+def test_quality_is_a_number_or_left_to_selection() -> None:
     assert parse_quality("auto") is None
     assert parse_quality("75") == 75
 

@@ -135,7 +135,12 @@ class StopAt(loop.Silent):
 
 
 def with_kind(kind: Any) -> RunConfig:
-    return replace(SMALL, memory=MemoryConfig(kind=kind, budget_bytes=6_000, quality=60))
+    """With a memory of a kind at quality 60; `selected` are strips that choose theirs."""
+    is_selected = kind == "selected"
+    memory = MemoryConfig(
+        kind="strips" if is_selected else kind, budget_bytes=6_000, quality=None if is_selected else 60, block=4
+    )
+    return replace(SMALL, memory=memory)
 
 
 @pytest.fixture(scope="module")
@@ -160,6 +165,8 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
         ("raw", 4, "evaluate"),
         ("files", 1, "balance"),
         ("strips", 1, "balance"),
+        ("selected", 1, "learn"),
+        ("selected", 3, "balance"),
     ],
 )
 def test_a_run_that_is_stopped_anywhere_ends_as_if_it_had_not_been(

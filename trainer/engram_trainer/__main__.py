@@ -20,7 +20,7 @@ from engram_trainer.progress import Bars
 from engram_trainer.report import Report
 from engram_trainer.stream import Scenario, StreamConfig
 
-STREAM, METHOD, MEMORY, SELECTION, RUN = "Stream", "Method", "Memory", "Selection (by the service)", "Run"
+STREAM, METHOD, MEMORY, SELECTION, RUN = "Stream", "Method", "Memory", "Selection (service and strips)", "Run"
 
 app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
 
@@ -102,7 +102,7 @@ def train(
     ] = MemoryConfig.share_by,
     quality: Annotated[
         str,
-        typer.Option(metavar="auto|1..100", help="JPEG quality; 'auto': the service chooses.", rich_help_panel=MEMORY),
+        typer.Option(metavar="auto|1..100", help="JPEG quality; 'auto': selection chooses it.", rich_help_panel=MEMORY),
     ] = "auto",
     subsampling: Annotated[
         Subsampling, typer.Option(help="Of the colour planes.", rich_help_panel=MEMORY)
