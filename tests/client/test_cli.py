@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner, Result
 
-from engram import Client, IngestOptions, tar
+from engram import Client, tar
 from engram.cli import app
 from tests.client.conftest import Filled, Make
 from tests.contents import pictures
@@ -31,13 +31,23 @@ def test_a_buffer_is_created_listed_shown_and_deleted(url: str, name: str) -> No
     assert made.exit_code == 0, made.stderr
     assert made.stdout == f"buffer {name}: 1,500 bytes for each class, shared by task\n"
     assert name in run(url, "buffers").stdout
-    assert "budget 1,500 bytes for each class, shared by task, 4:2:0" in run(url, "show", name).stdout
+    shown = run(url, "show", name).stdout
+    assert "budget 1,500 bytes for each class, shared by task, 4:2:0" in shown
+    assert "no exemplars yet" in shown
     assert run(url, "create", name, "--budget", "1500").exit_code == 1
     again = run(url, "create", name, "--budget", "1500", "--per", "class", "--share-by", "task", "--exist-ok")
     assert again.exit_code == 0
     assert CliRunner().invoke(app, ["delete", name], input="n\n", env={"ENGRAM_URL": url}).exit_code == 1
     assert run(url, "delete", name, "--yes").stdout == f"buffer {name} is deleted\n"
     assert name not in run(url, "buffers").stdout
+
+
+def test_a_buffer_of_another_quality_is_not_equal(filled: Filled) -> None:
+    create = ("create", filled.name, "--budget", "1MB", "--exist-ok", "--quality")
+    assert run(filled.client.url, *create, 60).exit_code == 0
+    other = run(filled.client.url, *create, 61)
+    assert other.exit_code == 1
+    assert "quality 60 (asked: 61)" in other.stderr
 
 
 @pytest.mark.parametrize(
@@ -57,6 +67,7 @@ def test_a_folder_is_uploaded_and_its_decision_shown(url: str, name: str, tmp_pa
     done = run(url, "upload", name, 4, tmp_path)
     assert done.exit_code == 0, done.stderr
     assert "committed as generation 1" in done.stdout
+    assert "quality 90, provisional" in run(url, "show", name).stdout
     shown = run(url, "task", name, 4).stdout
     assert shown in done.stdout
     assert ["0", "6", "6"] in [line[:3] for line in words(shown)]
@@ -67,8 +78,9 @@ def test_a_folder_is_uploaded_and_its_decision_shown(url: str, name: str, tmp_pa
 
 def test_a_tar_is_uploaded_without_waiting_and_then_waited_for(url: str, name: str, tmp_path: Path) -> None:
     (tmp_path / "shard.tar").write_bytes(b"".join(tar.write(pictures(0, 6), [0, 1, 2] * 2)))
-    run(url, "create", name, "--budget", "100KB")
-    sent = run(url, "upload", name, 0, tmp_path / "shard.tar", "--quality", 60, "--no-wait")
+    run(url, "create", name, "--budget", "100KB", "--quality", 60)
+    assert "quality 60, fixed" in run(url, "show", name).stdout
+    sent = run(url, "upload", name, 0, tmp_path / "shard.tar", "--no-wait")
     assert sent.exit_code == 0, sent.stderr
     ingest = sent.stdout.split()[1].rstrip(":")
     assert "committed" in run(url, "ingest", ingest, "--wait").stdout
@@ -82,7 +94,7 @@ def test_a_folder_is_resized_on_the_way(url: str, name: str, tmp_path: Path) -> 
     (tmp_path / "only").mkdir()
     Image.fromarray(pictures(0, 1)[0]).save(tmp_path / "only" / "a.png")
     run(url, "create", name, "--budget", "100KB")
-    assert run(url, "upload", name, 0, tmp_path, "--resize", "8x24", "--quality", 60).exit_code == 0
+    assert run(url, "upload", name, 0, tmp_path, "--resize", "8x24").exit_code == 0
     assert "images 8x24x3" in run(url, "show", name).stdout
     assert "'8' is not HEIGHTxWIDTH" in run(url, "upload", name, 0, tmp_path, "--resize", "8").stderr
 
@@ -108,7 +120,7 @@ def test_an_export_is_written(filled: Filled, tmp_path: Path) -> None:
 def test_an_ingest_is_cancelled(served: ServiceThread, connect: Make) -> None:
     client = connect(served.url)
     client.create_buffer("b", budget_bytes=1000)
-    ingest = client.upload("b", 0, pictures(0, 2), [0, 1], options=IngestOptions(quality=50))
+    ingest = client.upload("b", 0, pictures(0, 2), [0, 1])
     assert run(served.url, "cancel", ingest.id).stdout == f"ingest {ingest.id}: cancelled\n"
     waited = run(served.url, "ingest", ingest.id, "--wait")
     assert (waited.exit_code, waited.stderr) == (1, f"error: ingest {ingest.id} was cancelled\n")

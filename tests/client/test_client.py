@@ -31,8 +31,11 @@ def test_the_public_names_exist_and_are_sorted() -> None:
 
 
 def test_a_buffer_lives_from_creation_to_deletion(engram_client: Client, name: str) -> None:
-    made = engram_client.create_buffer(name, budget_bytes=5000, per="class", share_by="task", subsampling="4:4:4")
+    made = engram_client.create_buffer(
+        name, budget_bytes=5000, per="class", share_by="task", subsampling="4:4:4", quality=40
+    )
     assert (made.budget_bytes, made.per, made.share_by, made.subsampling) == (5000, "class", "task", "4:4:4")
+    assert (made.quality, made.quality_is) == (40, "fixed")
     assert engram_client.buffer(name) == made
     assert made in engram_client.buffers()
     assert engram_client.change_budget(name, 7000).budget_bytes == 7000
@@ -52,10 +55,26 @@ def test_creating_a_buffer_again_is_a_conflict_unless_it_is_the_same_and_may_exi
         engram_client.create_buffer(name, budget_bytes=6000, exist_ok=True)
 
 
-@pytest.mark.parametrize(("name", "budget_bytes"), [("Upper", 1), ("a/b", 1), ("", 1), ("ok", 0)])
-def test_a_bad_definition_is_refused(engram_client: Client, name: str, budget_bytes: int) -> None:
+@pytest.mark.parametrize(("quality", "other"), [(40, 41), (40, None), (None, 90)])
+def test_a_buffer_that_may_exist_must_have_the_same_quality_fixed_or_open(
+    engram_client: Client, name: str, quality: int | None, other: int | None
+) -> None:
+    engram_client.create_buffer(name, budget_bytes=10**6, quality=quality)
+    send(engram_client, name, 0, [0, 1])
+    stored = engram_client.buffer(name)
+    assert (stored.quality, stored.quality_is) == ((40, "fixed") if quality else (90, "provisional"))
+    assert engram_client.create_buffer(name, budget_bytes=10**6, quality=quality, exist_ok=True) == stored
+    with pytest.raises(engram.Conflict, match=rf"quality {quality} \(asked: {other}\)"):
+        engram_client.create_buffer(name, budget_bytes=10**6, quality=other, exist_ok=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "budget_bytes", "quality"),
+    [("Upper", 1, 50), ("a/b", 1, 50), ("", 1, 50), ("ok", 0, 50), ("ok", 1, 0), ("ok", 1, 101)],
+)
+def test_a_bad_definition_is_refused(engram_client: Client, name: str, budget_bytes: int, quality: int) -> None:
     with pytest.raises(engram.InvalidRequest):
-        engram_client.create_buffer(name, budget_bytes=budget_bytes)
+        engram_client.create_buffer(name, budget_bytes=budget_bytes, quality=quality)
 
 
 def test_a_budget_decided_on_an_old_generation_is_a_conflict(engram_client: Client, name: str) -> None:
@@ -141,7 +160,7 @@ def test_class_folders_get_ids_in_order_of_their_names(engram_client: Client, na
         save(tmp_path / file, number)
     (tmp_path / "cat" / "notes.txt").write_text("no image")
     engram_client.create_buffer(name, budget_bytes=10**6)
-    engram_client.wait(engram_client.upload_folder(name, 0, tmp_path, options=IngestOptions(quality=80)))
+    engram_client.wait(engram_client.upload_folder(name, 0, tmp_path))
     assert [(row.class_id, row.seen) for row in engram_client.task(name, 0).classes] == [(0, 2), (1, 1)]
 
 
@@ -149,7 +168,7 @@ def test_class_folders_named_by_integers_are_their_ids(engram_client: Client, na
     save(tmp_path / "10" / "a.png", 0)
     save(tmp_path / "9" / "b.png", 1)
     engram_client.create_buffer(name, budget_bytes=10**6)
-    engram_client.wait(engram_client.upload_folder(name, 0, str(tmp_path), options=IngestOptions(quality=80)))
+    engram_client.wait(engram_client.upload_folder(name, 0, str(tmp_path)))
     assert engram_client.buffer(name).classes == [9, 10]
 
 
@@ -162,8 +181,7 @@ def test_a_folder_of_mixed_sizes_is_refused_unless_it_is_resized(
     engram_client.create_buffer(name, budget_bytes=10**6)
     with pytest.raises(engram.BadUpload):
         engram_client.wait(engram_client.upload_folder(name, 0, tmp_path))
-    options = IngestOptions(quality=80)
-    engram_client.wait(engram_client.upload_folder(name, 0, tmp_path, resize=(12, 24), options=options))
+    engram_client.wait(engram_client.upload_folder(name, 0, tmp_path, resize=(12, 24)))
     assert engram_client.buffer(name).image_shape == (12, 24, 3)
 
 
@@ -189,7 +207,7 @@ def test_a_tar_is_uploaded_from_a_file_and_from_a_stream(engram_client: Client, 
     (tmp_path / "shard.tar").write_bytes(data)
     engram_client.create_buffer(name, budget_bytes=10**6)
     sent: list[int] = []
-    options = IngestOptions(quality=50, ranking="random")
+    options = IngestOptions(ranking="random")
     ingest = engram_client.upload_tar(name, 0, tmp_path / "shard.tar", options=options, progress=sent.append)
     assert sent[-1] == len(data) == ingest.body_bytes
     engram_client.wait(ingest)
@@ -355,7 +373,7 @@ def test_an_extractor_is_registered_once_and_used(engram_client: Client, name: s
     assert found.dimensions == 6
     assert engram_client.register_extractor(tmp_path / "model.onnx") == found == engram_client.extractor(found.sha256)
     engram_client.create_buffer(name, budget_bytes=10**6)
-    options = IngestOptions(extractor=found.sha256, quality=70)
+    options = IngestOptions(extractor=found.sha256)
     engram_client.wait(engram_client.upload(name, 0, pictures(0, 8), np.arange(8) % 2, options=options))
     assert engram_client.buffer(name).exemplars == 8
 
@@ -420,7 +438,7 @@ def test_an_upload_is_tried_again_and_stays_one_ingest(
     engram_client.create_buffer(name, budget_bytes=10**6)
     images = pictures(0, 6)
     (tmp_path / "shard.tar").write_bytes(b"".join(tar.write(images, [0] * 6)))
-    options = IngestOptions(quality=60)
+    options = IngestOptions(ranking="ring")
     with faulty(engram_client.url, fault, None, fault) as proxy:  # type: ignore[arg-type]
         client = connect(proxy.url)
         first = client.upload(name, 0, images, [0] * 6, options=options)

@@ -1,4 +1,4 @@
-"""This file tests buffers and tasks over HTTP: create, read, budgets, deletion, manifests, and their problems."""
+"""Buffers and tasks over HTTP: create, read, budgets, deletion, manifests, and their problems."""
 
 from __future__ import annotations
 
@@ -30,6 +30,36 @@ def test_a_new_buffer_is_empty_and_says_where_it_is(client: httpx.Client) -> Non
     assert Buffer.model_validate(client.get("/v1/buffers/b").json()) == buffer
 
 
+@pytest.mark.parametrize(("quality", "state"), [(40, "fixed"), (None, "provisional")])
+def test_a_quality_is_fixed_when_the_buffer_is_made_or_left_open(
+    client: httpx.Client, quality: int | None, state: str
+) -> None:
+    buffer = Buffer.model_validate(made(client, quality=quality).json())
+    assert (buffer.quality, buffer.quality_is) == (quality, state)
+
+
+def test_a_quality_is_open_until_something_would_have_to_go(client: httpx.Client, served: ServiceThread) -> None:
+    def quality() -> tuple[int | None, str]:
+        buffer = Buffer.model_validate(client.get("/v1/buffers/b").json())
+        return buffer.quality, buffer.quality_is
+
+    filled(client, served, {0: 66}, {1: 66})
+    assert quality() == (90, "provisional")
+    generation = client.get("/v1/buffers/b").json()["generation"]
+    client.patch("/v1/buffers/b", json={"budget_bytes": 12_000}).raise_for_status()
+    decided, state = quality()
+    assert state == "decided"
+    manifest = Manifest.model_validate(client.get("/v1/buffers/b/manifest").json())
+    assert (manifest.generation, {pack.quality for pack in manifest.packs}) == (generation + 1, {decided})
+    for task in (0, 1):
+        found = Task.model_validate(client.get(f"/v1/buffers/b/tasks/{task}").json())
+        assert found.decision is not None
+        assert found.quality == found.decision.quality == decided
+    client.patch("/v1/buffers/b", json={"budget_bytes": 100_000}).raise_for_status()
+    fill(served.state.database, served.settings, 2, {2: 66})
+    assert quality() == (decided, "decided")
+
+
 def test_a_name_is_taken_once(client: httpx.Client) -> None:
     made(client).raise_for_status()
     problem = made(client).json()
@@ -54,6 +84,10 @@ def test_buffers_are_listed_by_name(client: httpx.Client) -> None:
         {"budget_bytes": "much"},
         {"budget_bytes": 2**63},
         {"per": "image"},
+        {"quality": 0},
+        {"quality": 101},
+        {"quality": "fine"},
+        {"quality_is": "fixed"},
         {"misspelt": 1},
     ],
 )
