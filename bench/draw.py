@@ -1,4 +1,4 @@
-"""This file asks how many images a second reach a trainer, from the service and from a mirror.
+"""How many images a second reach a trainer, from the service and from a mirror?
 
 A service process is started as a user starts it, and filled through real uploads: 32x32 patches of scikit-learn's two
 photographs at quality 50, ten tasks of ten classes, one buffer of 10 thousand exemplars and one of a million (100

@@ -1,4 +1,4 @@
-"""This file asks what strips save and cost against one JPEG file per image: bytes, and images a second.
+"""What do strips save and cost against one JPEG file per image: bytes, and images a second?
 
 Images are patches of scikit-learn's two photographs, 4:2:0, all arms from the same pixels. The arms of one line are run
 in turn, several times over, and the median of each counts, so that a busy machine slows all alike: read the ratios.

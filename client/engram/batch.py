@@ -1,4 +1,4 @@
-"""This file is what a draw delivers: one strip of its exemplars, and the arrays it decodes to.
+"""What a draw delivers: one strip of its exemplars, and the arrays it decodes to.
 
 Exemplars are copied out of the packs that they lie in, in the order of packs and rows, and become one strip with the
 task of each and its row in its pack (several strips if the packs differ in form, or where one JPEG cannot hold them).

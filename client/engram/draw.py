@@ -1,4 +1,4 @@
-"""This file is the draw: which exemplars a replay request returns, a pure function of manifest and request.
+"""The draw: which exemplars a replay request returns, a pure function of manifest and request.
 
 The same manifest and the same (strategy, filters, size, seed, step, rank, world size) give the same rows on every
 machine, in the service and in a `Mirror` alike. Randomness is Philox 4x64 (Salmon et al., SC 2011), a counter-based
@@ -16,7 +16,7 @@ group has been used.
     epoch            a seeded permutation of all exemplars cut into steps; step counts on through the epochs, each newly
                      permuted; the last batch of an epoch may be smaller (LUCIR walks all exemplars)
 
-Cost is O(packs + size): nothing grows with the number of exemplars.
+Cost is O(groups + size): nothing grows with the number of exemplars or packs.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""This file is the form: what images must share to lie in one strip, and the JPEG headers that follow from it.
+"""What images must share to lie in one strip, their form, and the JPEG headers that follow from it.
 
 A form is five numbers: height, width, channels, chroma subsampling, quality. Quantisation tables are those of T.81
 Annex K scaled to the quality by the formula of the Independent JPEG Group, as libjpeg has them; Huffman tables are

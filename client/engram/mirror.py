@@ -1,4 +1,4 @@
-"""This file is the mirror: a local copy of a buffer's packs, so that replay needs no request per minibatch.
+"""The mirror: a local copy of a buffer's packs, so that replay needs no request per minibatch.
 
     FOLDER/manifest.json     the generation that is mirrored, and when its buffer was created
     FOLDER/packs/DIGEST      its packs, named by their SHA-256

@@ -1,4 +1,4 @@
-"""This file is the pack: the exemplars of one task as one immutable object, strips back to back, named by its SHA-256.
+"""The pack: the exemplars of one task as one immutable object, strips back to back, named by its SHA-256.
 
     pack = strip * k      all of one form; every strip but the last holds form.max_images
 

@@ -1,4 +1,4 @@
-r"""This file is the strip: n images of one form in one ordinary JPEG. This text is its specification, version 2.
+r"""The strip: n images of one form in one ordinary JPEG. This text is its specification, version 2.
 
 At 32x32 a JPEG file is mostly header. A strip stacks n images vertically, each padded to whole MCUs, behind one header.
 DC prediction restarts at every image, so the entropy-coded segment of an image stands alone between restart markers:

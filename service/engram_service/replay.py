@@ -1,4 +1,4 @@
-"""This file is replay: draws, exports and single exemplars of a generation, out of cached packs.
+"""Replay: draws, exports and single exemplars of a generation, out of cached packs.
 
 A generation never changes, so everything that is derived from it is computed once and kept: its manifest, the layout
 that draws are planned on, the parsed packs. `peek` and `draw(may_load=False)` answer from these alone, so the route can

@@ -1,4 +1,4 @@
-"""This file is where packs are kept: a folder of immutable files, and a cache of them in memory.
+"""Where packs are kept: a folder of immutable files, and a cache of them in memory.
 
     packs/ab/abcd...ef      one pack, named by the SHA-256 of its bytes, under its first two hex digits
     packs/ab/.abcd...tmp    a pack being written; left behind only by a crash, removed by `sweep`

@@ -1,4 +1,4 @@
-"""This file is the fixtures of the client's tests: clients of one real service, and buffers to read from."""
+"""Fixtures of the client's tests: clients of one real service, and buffers to read from."""
 
 from __future__ import annotations
 

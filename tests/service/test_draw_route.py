@@ -1,4 +1,4 @@
-"""This file tests draws over HTTP: pure, within limits, honest about damage, and clear about bad requests."""
+"""Draws over HTTP: pure, within limits, honest about damage, and clear about bad requests."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""This file tests single exemplars over HTTP: pages with filters and a cursor, and one as a picture."""
+"""Single exemplars over HTTP: pages with filters and a cursor, and one as a picture."""
 
 from __future__ import annotations
 

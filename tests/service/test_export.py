@@ -1,4 +1,4 @@
-"""This file tests exports: a whole generation as a tar, streamed, that can be uploaded again."""
+"""Exports: a whole generation as a tar, streamed, that can be uploaded again."""
 
 from __future__ import annotations
 

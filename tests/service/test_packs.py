@@ -1,4 +1,4 @@
-"""This file tests packs over HTTP: immutable, by range, verified, and honest when the disk is not."""
+"""Packs over HTTP: immutable, by range, verified, and honest when the disk is not."""
 
 from __future__ import annotations
 

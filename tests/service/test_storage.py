@@ -1,4 +1,4 @@
-"""This file tests where packs are kept: whole or not at all, on disk and in memory, on a full and on a rotten disk."""
+"""Where packs are kept: whole or not at all, on disk and in memory, on a full and on a rotten disk."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""This file is the route of draws: one replay minibatch, a pure function of the URL and the generation.
+"""The route of draws: one replay minibatch, a pure function of the URL and the generation.
 
 It is the hot path: a trainer asks for hundreds a second. So the query is parsed here, by hand, in a tenth of the time
 that declared parameters take, and a draw from memory is answered on the event loop: handing it to a thread would cost

@@ -1,4 +1,4 @@
-"""This file is the routes of single exemplars: pages of them with filters, and one as a JPEG."""
+"""The routes of single exemplars: pages of them with filters, and one as a JPEG."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""This file is the route of exports: a whole generation as a WebDataset tar, streamed in constant memory."""
+"""The route of exports: a whole generation as a WebDataset tar, streamed in constant memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""This file is the route of packs: immutable bytes under their SHA-256, whole or by range."""
+"""The route of packs: immutable bytes under their SHA-256, whole or by range, or as a picture."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""This file is what routes take from the application, and the headers that all of them read the same way."""
+"""What routes take from the application, and the headers that all of them read the same way."""
 
 from __future__ import annotations
 
