@@ -30,7 +30,10 @@ def test_a_learner_uploads_three_tasks_replays_them_and_resumes_after_a_crash(
             assert 0.8 * budget_bytes < buffer.used_bytes <= budget_bytes
             assert buffer.used_bytes == sum(path.stat().st_size for path in live_packs(service, client))
             assert client.task("digits", task).decision is not None
+            assert {pack.quality for pack in client.manifest("digits").packs} == {buffer.quality}
             assert mirror.refresh()
+
+        assert buffer.quality_is == "decided"
 
         batch = client.draw("digits", 64, strategy="class_balanced", seed=1)
         assert batch.images.shape == (64, 16, 16, 1)

@@ -1,11 +1,11 @@
-"""This file kills services and workers with SIGKILL at 50 random instants while a client uploads to them.
+"""Services and workers are killed with SIGKILL at 50 random instants while a client uploads to them.
 
 Two services run side by side. Of each five kills three hit the worker and one the service and its worker together, some
 time after an ingest was being worked on; one hits the service at any time, mostly while it starts or receives. After
 every kill the data folder is inspected as the dead left it, and at the end every promise is called in:
 
 - every acknowledged upload was committed, once: the counts of images seen and of generations agree;
-- at every generation the packs are on disk, verify, and are together within the budget;
+- at every generation the packs are on disk, verify, are of one quality, and together within the budget;
 - nothing is left over once the collector has run.
 """
 
@@ -108,7 +108,7 @@ def wait_for_work(database: Database) -> None:
 
 
 def check_budget(database: Database, store: PackStore) -> int:
-    """At every generation so far: packs on disk, whole, within the budget; returns the last generation."""
+    """At every generation so far: packs on disk, of one quality, within the budget; returns the last generation."""
     with database.reading() as session:
         rows = list(session.scalars(select(PackRow)))
     for digest, size in {(row.digest, row.bytes) for row in rows}:
@@ -118,6 +118,7 @@ def check_budget(database: Database, store: PackStore) -> int:
         live = [row for row in rows if row.since <= generation < (row.until or generation + 1)]
         assert 0 < sum(row.bytes for row in live) <= BUDGET_BYTES
         assert len({row.task for row in live}) == len(live)
+        assert len({row.quality for row in live}) == 1
     return last
 
 
