@@ -1,4 +1,4 @@
-"""This file is the fixtures of all tests: migrated data folders, stores, real services. Nothing is mocked."""
+"""Fixtures of all tests: migrated data folders, stores, real services. Nothing is mocked."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""This file is ONNX models for tests: extractors as small as they can be."""
+"""ONNX models for tests: extractors as small as they can be."""
 
 from __future__ import annotations
 

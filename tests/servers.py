@@ -1,4 +1,4 @@
-"""This file is real services for tests: as processes, as a user starts them; as threads, which start in a moment."""
+"""Real services for tests: as processes, as a user starts them; as threads, which start in a moment."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""This file checks Dockerfile and docker-compose.yml without a Docker engine, and runs their topology as processes.
+"""Checks Dockerfile and docker-compose.yml without a Docker engine, and runs their topology as processes.
 
 It reads both files, compares them with the settings, the routes and the folders they speak of, then starts what the
 compose file starts (a service with a token, a client that has it) with the same commands and the same environment.

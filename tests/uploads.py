@@ -1,4 +1,4 @@
-"""This file is uploads for tests: encoded images, tars made member by member, and queues worked off on the spot."""
+"""Uploads for tests: encoded images, tars made member by member, and queues worked off on the spot."""
 
 from __future__ import annotations
 

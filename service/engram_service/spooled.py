@@ -73,11 +73,6 @@ class SpooledImages:
         os.close(self._file)
         self._file = -1
 
-    def seen(self) -> dict[int, int]:
-        """How many images there are of each class, ascending."""
-        class_ids, counts = np.unique(self.class_ids, return_counts=True)
-        return dict(zip(class_ids.tolist(), counts.tolist(), strict=True))
-
     def read(self, indices: npt.ArrayLike) -> UInt8Array:
         """These images, uint8 [n, H, W, C], in this order.
 

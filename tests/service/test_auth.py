@@ -1,4 +1,4 @@
-"""This file tests who may come in: nobody without the token, and nobody from elsewhere when there is none."""
+"""Access to the service: nobody without the token, and nobody from elsewhere when there is none."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""This file tests extractors over HTTP: checked before they are kept, bounded, idempotent."""
+"""Extractors over HTTP: checked before they are kept, bounded, idempotent."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""This file tests settings: documented, read from the environment, frozen, and what the command makes of them."""
+"""Settings: documented, read from the environment, frozen, and what the command makes of them."""
 
 from __future__ import annotations
 

@@ -132,7 +132,6 @@ def test_images_of_every_format_are_read_back_as_they_were(settings: Settings) -
         assert len(images) == 10
         assert images.shape == (16, 16, 3)
         assert images.class_ids.tolist() == [3] * 4 + [1] * 4 + [2, 0]
-        assert images.seen() == {0: 1, 1: 4, 2: 1, 3: 4}
         order = [7, 0, 5, 0, 3]
         np.testing.assert_array_equal(images.read(order), PICTURES[order])
         assert images.read([8, 9]).shape == (2, 16, 16, 3)
