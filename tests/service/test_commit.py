@@ -595,6 +595,19 @@ def test_the_oldest_generation_follows_the_collector(place: Place) -> None:
             buffers.manifest(session, "b", 2)
 
 
+def test_a_pack_that_two_generations_share_outlives_the_first(place: Place) -> None:
+    place.create(25_000, quality=None)
+    shape = (24, 24, 1)
+    commit(place.database, place.store, "b", adding(0, photos(10, shape, noise=30), [0] * 10))
+    (first,) = place.rows()
+    commit(place.database, place.store, "b", adding(1, photos(100, shape, seed=1, noise=30), [1] * 100))
+    assert (place.buffer().quality, place.buffer().quality_is) == (90, "provisional")
+    assert place.buffer().exemplars < 110
+    collect(place.database, place.store, place.settings)
+    assert first.digest in {digest for digest, _ in place.store.digests()}
+    check_budget(place)
+
+
 def test_young_leftovers_are_spared(place: Place) -> None:
     place.create(3000)
     place.upload(0, {0: 12})
