@@ -49,7 +49,7 @@ import torch
 import engram.strip
 import engram_trainer
 from engram import Client
-from engram.memory import Policy
+from engram.content import Policy
 from engram.schemas import CANDIDATE_QUALITIES, Decision, IngestOptions
 from engram.selection.images import ArrayImages
 from engram.selection.quality import choose

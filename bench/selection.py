@@ -33,7 +33,8 @@ from report import Cell, finish, parse_args, print_table
 from strip import cut_patches
 from torch import nn
 
-from engram.memory import Content, Policy, Upload, add
+from engram.content import Content, Policy
+from engram.memory import Upload, add
 from engram.schemas import CANDIDATE_QUALITIES, Decision, IngestOptions, Ranking
 from engram.selection.embedding import BuiltinEmbedder, Embedder
 from engram.selection.images import ArrayImages

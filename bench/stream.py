@@ -32,7 +32,8 @@ import report
 import torch
 from scipy.stats import t as student
 
-from engram.memory import ROOMY_QUALITY, Content, Policy, Upload, add
+from engram.content import ROOMY_QUALITY, Content, Policy
+from engram.memory import Upload, add
 from engram.schemas import IngestOptions
 from engram.selection.embedding import BuiltinEmbedder
 from engram.selection.images import ArrayImages

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from engram import memory
+from engram.content import Content
 from engram.schemas import BufferCreate, IngestOptions, Ranking
 from engram.selection.embedding import BuiltinEmbedder
 from engram.selection.images import ArrayImages
@@ -48,9 +49,7 @@ def claim(database: Database, settings: Settings, task: int, *, name: str = "b")
     return held
 
 
-def adding(
-    task: int, images: UInt8Array, class_ids: npt.ArrayLike, *, ranking: Ranking = "ring"
-) -> partial[memory.Content]:
+def adding(task: int, images: UInt8Array, class_ids: npt.ArrayLike, *, ranking: Ranking = "ring") -> partial[Content]:
     """The change of a content that a worker makes of these images."""
     sent = ArrayImages(images, np.asarray(class_ids, np.int64))
     upload = memory.Upload(task, sent, IngestOptions(ranking=ranking))

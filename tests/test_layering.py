@@ -50,6 +50,7 @@ ORDER = {
         "strip folder",
         "pack batch",
         "selection",
+        "content",
         "memory",
         "client",
         "mirror loader",
@@ -76,7 +77,7 @@ ORDER = {
 """Tiers from the bottom up: a module may import its own tier and those below. One that is not named is free, within
 the rule that no import goes round in a circle."""
 
-PURE = ["engram.memory", "engram.selection"]
+PURE = ["engram.memory", "engram.content", "engram.selection"]
 """These, and all that they import of ours, work on arrays and bytes alone."""
 
 IMPURE = {"httpx", "os", "pathlib", "shutil", "socket", "sqlalchemy", "subprocess", "tempfile"}

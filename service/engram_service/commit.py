@@ -25,8 +25,8 @@ from sqlalchemy import delete, select, text, update
 from sqlalchemy.orm import Session
 
 from engram import memory, pack
+from engram.content import Content, Means, Policy, Task
 from engram.errors import Conflict, NotFound, Unavailable
-from engram.memory import Content, Means, Policy, Task
 from engram.schemas import Decision
 from engram.strip import Exemplars, runs_of
 

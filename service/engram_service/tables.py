@@ -65,7 +65,7 @@ class BufferRow(Base):
 class TaskRow(Base):
     """One step of a buffer's stream. `seen` maps class id (a string: JSON) to images uploaded so far.
 
-    `means` is what herding goes toward, as `engram.memory.Means.to_bytes` writes it.
+    `means` is what herding goes toward, as `engram.content.Means.to_bytes` writes it.
     """
 
     __tablename__ = "tasks"

@@ -29,6 +29,7 @@ from secrets import token_hex
 from types import TracebackType
 
 from engram import memory
+from engram.content import Content
 from engram.errors import EngramError, NotFound, StorageFull, Unavailable
 from engram.schemas import State
 from engram.selection.embedding import BuiltinEmbedder, Embedder
@@ -235,7 +236,7 @@ def perform(database: Database, store: PackStore, settings: Settings, held: Clai
     ):
         upload = memory.Upload(held.task, images, held.options)
 
-        def grow(content: memory.Content) -> memory.Content:
+        def grow(content: Content) -> Content:
             beat.enter("selecting")
             after = memory.add(content, upload, chosen, advance=beat.advance)
             beat.enter("encoding")

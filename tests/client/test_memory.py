@@ -16,8 +16,9 @@ from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
 from engram import pack, shares, strip
+from engram.content import Content, Policy, shares_of
 from engram.errors import BudgetExceeded, Cancelled, Conflict, InvalidRequest, NotFound
-from engram.memory import Content, Policy, Upload, add, reshare, shares_of
+from engram.memory import Upload, add, reshare
 from engram.schemas import IngestOptions, Per, Ranking, ShareBy
 from engram.selection.embedding import BuiltinEmbedder, Embedder, Shape
 from engram.selection.images import ArrayImages

@@ -11,7 +11,8 @@ import numpy.typing as npt
 import pytest
 
 from engram import pack, strip
-from engram.memory import Content, Policy, Upload, add, reshare
+from engram.content import Content, Policy
+from engram.memory import Upload, add, reshare
 from engram.schemas import Candidate, Decision, Definition, IngestOptions, Rule
 from engram.selection.embedding import BuiltinEmbedder, Embedder
 from engram.selection.filling import fill

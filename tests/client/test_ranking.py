@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engram import pack
-from engram.memory import Content, Means, Policy, Upload, add, reshare
+from engram.content import Content, Means, Policy
+from engram.memory import Upload, add, reshare
 from engram.schemas import IngestOptions, Ranking
 from engram.selection import ranking
 from engram.selection.embedding import BuiltinEmbedder, Embedder

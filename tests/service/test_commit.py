@@ -21,8 +21,8 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invar
 from sqlalchemy import select
 
 from engram import pack, strip
+from engram.content import Content, shares_of
 from engram.errors import BudgetExceeded, Conflict, EngramError, NotFound
-from engram.memory import Content, shares_of
 from engram.schemas import Buffer, BufferCreate, Per, Ranking, ShareBy
 from engram_service import buffers, ingest
 from engram_service.collect import collect

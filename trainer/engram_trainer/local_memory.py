@@ -19,9 +19,10 @@ import torch
 
 from engram import memory, pack
 from engram.batch import Batch, collect, from_parts
+from engram.content import Content, Means, Policy, Task
 from engram.draw import Layout, Plan, Request, plan
 from engram.errors import Conflict
-from engram.memory import Content, Means, Policy, Task, Upload
+from engram.memory import Upload
 from engram.schemas import Decision, IngestOptions, PackEntry, Per, ShareBy, Strategy, Subsampling
 from engram.selection.embedding import EXTRACTOR_BLOCK, BuiltinEmbedder, Embedder, unit_rows
 from engram.selection.images import ArrayImages

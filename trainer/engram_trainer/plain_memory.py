@@ -20,11 +20,10 @@ import simplejpeg
 import torch
 from PIL import Image
 
-from engram import memory
 from engram.batch import Batch
+from engram.content import Policy, shares_of
 from engram.draw import Plan
 from engram.errors import BudgetExceeded
-from engram.memory import Policy
 from engram.schemas import IngestOptions, Subsampling
 from engram.selection import ranking
 from engram.strip import runs_of
@@ -204,7 +203,7 @@ class PlainMemory(LocalMemory):
         config = self.config
         classes = {place: kept_classes(kept.class_ids) for place, kept in self._kept.items()}
         classes[task] = kept_classes(class_ids)
-        share = memory.shares_of(Policy(config.budget_bytes, config.per, config.share_by), classes)
+        share = shares_of(Policy(config.budget_bytes, config.per, config.share_by), classes)
         ranked = self._rank(images_NHWC, class_ids, share[task], embed, seed)
         kept = self._encode(images_NHWC[ranked], class_ids[ranked]).fit(share[task])
         if len(kept.class_ids) == 0:
