@@ -46,6 +46,7 @@ Shapes: images are uint8 [N, H, W, C], C = 1 or 3 (RGB).
 
 from __future__ import annotations
 
+import io
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -57,6 +58,7 @@ from zlib import crc32
 import numpy as np
 import numpy.typing as npt
 import simplejpeg
+from PIL import Image
 
 from engram.errors import InvalidRequest, StripCorrupt, TooLarge
 from engram.form import MAX_SIDE, MAX_STRIP_PIXELS, Form
@@ -69,6 +71,11 @@ ChecksumArray = npt.NDArray[np.uint32]
 
 VERSION = 2
 SIGNATURE = b"ENGRAM\0"
+
+# Setting up a JPEG encoder takes as long as encoding 32x32 pixels. Up to here one encoder for many images is faster.
+STACKED_PIXELS = 64 * 64
+# Of one stack: bounds what the encoder holds at once.
+_CHUNK_PIXELS = 2**22
 
 _APP15_ROOM = 65_533 - len(SIGNATURE)
 # A strip of 8-row images holds 8,188 of them at most, and each takes at most 19 bytes of payload.
@@ -237,8 +244,9 @@ def encode(
         quality: JPEG quality 1..100.
         subsampling: of the chroma; grey images have none.
 
-    Below quality 96 simplejpeg has the fast DCT only. Against the accurate one that costs at most 0.06 dB up to quality
-    75 and 0.05 to 0.13 dB at 90, at the same bytes within 0.3 % (CIFAR-10, photographs).
+    Small images that fill whole MCUs are handed to Pillow stacked, for the sake of speed; the others one by one to
+    simplejpeg, which below quality 96 has the fast DCT only. Against the accurate one that costs at most 0.06 dB up to
+    quality 75 and 0.05 to 0.13 dB at 90, at the same bytes within 0.3 % (CIFAR-10, photographs).
 
     Raises:
         ValueError: a shape, a type, a class id or the quality is out of range.
@@ -443,14 +451,41 @@ def runs_of(class_ids: IntArray) -> list[tuple[int, int]]:
 
 def _scans(images: UInt8Array, form: Form) -> list[Bytes]:
     """The entropy-coded data of each image's own JPEG file."""
-    head = form.picture_head(1)
-    colours, subsampling = "RGB" if form.channels == 3 else "GRAY", form.subsampling.replace(":", "")
-    # simplejpeg wants an image in one piece; most uploads are already.
-    pieces = (np.ascontiguousarray(image) for image in images)
-    files = [simplejpeg.encode_jpeg(image, form.quality, colours, subsampling) for image in pieces]
-    if not all(file.startswith(head) for file in files):
+    if form.height < form.padded_height or form.height * form.width > STACKED_PIXELS:
+        return [_scan_alone(image, form) for image in images]
+    count = min(form.max_images, max(1, _CHUNK_PIXELS // (form.height * form.width)))
+    return [scan for at in range(0, len(images), count) for scan in _scans_stacked(images[at : at + count], form)]
+
+
+def _scan_alone(image: UInt8Array, form: Form) -> Bytes:
+    colours = "RGB" if form.channels == 3 else "GRAY"
+    subsampling = form.subsampling.replace(":", "")
+    file: bytes = simplejpeg.encode_jpeg(np.ascontiguousarray(image), form.quality, colours, subsampling)
+    return file[_checked_head(file, form, 1) : -len(_EOI)]
+
+
+def _scans_stacked(images: UInt8Array, form: Form) -> list[Bytes]:
+    column = np.ascontiguousarray(images).reshape(-1, form.width, form.channels)
+    file = io.BytesIO()
+    Image.fromarray(column if form.channels == 3 else column[..., 0]).save(
+        file,
+        "JPEG",
+        quality=form.quality,
+        subsampling=form.subsampling,
+        restart_marker_blocks=form.mcus if len(images) > 1 else 0,
+    )
+    data = file.getvalue()
+    start = _checked_head(data, form, len(images))
+    starts, lengths, _ = Markers(data, start).segments(start, len(images))
+    return [data[s:e] for s, e in zip(starts.tolist(), (starts + lengths).tolist(), strict=True)]
+
+
+def _checked_head(file: bytes, form: Form, count: int) -> int:
+    """Where the scan of a picture of `count` images begins: after the header that decoding counts on."""
+    head = form.picture_head(count)
+    if not file.startswith(head):
         raise RuntimeError(f"the JPEG encoder did not write the headers and tables of libjpeg for {form}")
-    return [file[len(head) : -len(_EOI)] for file in files]
+    return len(head)
 
 
 def _exemplars(form: Form, segments: list[Bytes], class_ids: IntArray, checksums: ChecksumArray) -> Exemplars:
