@@ -24,6 +24,7 @@ from typing import Literal
 
 import numpy as np
 import psutil
+import pytest
 from sqlalchemy import select
 
 from engram import pack
@@ -180,6 +181,7 @@ def check_promises(database: Database, store: PackStore, settings: Settings, end
     return sum(row.attempts for row in rows)
 
 
+@pytest.mark.slow
 def test_killing_anything_at_any_time_loses_no_acknowledged_upload_and_never_exceeds_the_budget(
     tmp_path: Path,
 ) -> None:

@@ -123,6 +123,7 @@ def test_quality_is_a_number_or_left_to_selection() -> None:
     assert parse_quality("75") == 75
 
 
+@pytest.mark.slow
 def test_the_demo_compares_three_memories_and_stops_its_service(tmp_path: Path) -> None:
     arguments = ["--out", str(tmp_path / "demo"), "--epochs", "1", "--train-per-class", "30"]
     result = CliRunner().invoke(demo.app, arguments, env={"COLUMNS": "80", "TERM": "dumb"})

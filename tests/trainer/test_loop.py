@@ -201,6 +201,7 @@ def remote(url: str) -> RunConfig:
     )
 
 
+@pytest.mark.slow
 def test_a_process_killed_with_the_service_as_its_memory_goes_on_as_if_it_had_not_been(
     service: ServiceProcess, tmp_path: Path
 ) -> None:
