@@ -79,7 +79,7 @@ def collect(
     places = plan.rows if places is None else places
     which, rows = plan.packs.tolist(), places.tolist()
     # The same object nearly always, and looking at it is ten times faster than comparing or hashing forms.
-    objects = {id(form): form for form in (packs[index].form for index in which)}
+    objects = {id(form): form for form in (packs[index].form for index in dict.fromkeys(which))}
     forms = dict.fromkeys(objects.values())
     if len(forms) == 1:
         return [Part(gather(packs, which, rows, plan.class_ids), plan.tasks, plan.rows)]

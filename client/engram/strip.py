@@ -51,7 +51,7 @@ import struct
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from itertools import pairwise
+from itertools import groupby, pairwise
 from typing import NamedTuple
 from zlib import crc32
 
@@ -88,6 +88,8 @@ _SAMPLING: dict[Subsampling, int] = {"4:2:0": 0x22, "4:4:4": 0x11}
 _RST = [bytes([0xFF, 0xD0 + i]) for i in range(8)] * 1024
 _RST_CODES = bytes(range(0xD0, 0xD8)) * 1024
 _EOI = b"\xff\xd9"
+# Of fewer rows of a pack numpy's calls cost more than they save.
+_FEW_ROWS = 10
 _VARINT_BYTES = 5
 
 
@@ -303,14 +305,20 @@ def gather(
     """
     segments: list[Bytes] = []
     checksums: list[int] = []
-    last = None
-    for index, row in zip(which, rows, strict=True):
-        if index != last:
-            part, last = parts[index], index
-            data, start_of, length_of, checksum_of = part.data, part.starts.item, part.lengths.item, part.checksums.item
-        start = start_of(row)
-        segments.append(data[start : start + length_of(row)])
-        checksums.append(checksum_of(row))
+    runs = [(index, len(list(run))) for index, run in groupby(which)]
+    if len(rows) < _FEW_ROWS * len(runs):
+        for index, row in zip(which, rows, strict=True):
+            part = parts[index]
+            start = part.starts.item(row)
+            segments.append(part.data[start : start + part.lengths.item(row)])
+            checksums.append(part.checksums.item(row))
+        runs = []
+    for index, count in runs:
+        part, some = parts[index], np.array(rows[len(segments) : len(segments) + count])
+        data, starts = part.data, part.starts[some]
+        ends = starts + part.lengths[some]
+        segments += [data[start:end] for start, end in zip(starts.tolist(), ends.tolist(), strict=True)]
+        checksums += part.checksums[some].tolist()
     return Loose(parts[which[0]].form, segments, class_ids, np.array(checksums, np.uint32))
 
 
