@@ -76,7 +76,7 @@ def add(
     images, options = upload.images, upload.options
     if len(images.class_ids) == 0:
         raise InvalidRequest("0 images: at least one is needed")
-    check_shape(content, images.shape)
+    _check_shape(content, images.shape)
     before = content.tasks.get(upload.task, NOTHING)
     progress = Progress(len(images.class_ids), advance)
     pool = Pool(before.load(), images, content.policy.subsampling, progress)
@@ -142,7 +142,7 @@ def reshare(content: Content, *, budget_bytes: int | None = None, without_task: 
     return _cut(changed, share)
 
 
-def check_shape(content: Content, shape: Shape) -> None:
+def _check_shape(content: Content, shape: Shape) -> None:
     """Returns if images of this shape can join.
 
     Raises:
@@ -219,7 +219,8 @@ def _settle(
     if policy.quality is not None:
         settled = replace(joined, quality=policy.quality, is_provisional=False)
         return fill(pool, order, share[number], policy.quality), settled, "this quality was fixed with the buffer"
-    if content.is_roomy and policy.roomy_quality is not None:
+    was_roomy = content.is_roomy
+    if was_roomy and policy.roomy_quality is not None:
         exemplars = fill(pool, order, share[number], policy.roomy_quality)
         others = replace(joined, tasks={task: held for task, held in joined.tasks.items() if task != number})
         if len(exemplars) == len(pool.class_ids) and _fits(others, share):
@@ -232,7 +233,7 @@ def _settle(
             decision = _measured(task.decision, pool, order, order, share[number], upload.options, embedder)
             joined = replace(joined, tasks={**joined.tasks, number: replace(task, decision=decision)})
     chosen, reason = _chosen(joined, last=number)
-    if content.is_provisional and (content.quality is None or content.is_roomy or not chosen.is_provisional):
+    if content.is_provisional and (content.quality is None or was_roomy or not chosen.is_provisional):
         settled = _encode_again(chosen, reason, but=number)
     else:
         kind = "provisional" if content.is_provisional else "decided earlier"
@@ -259,8 +260,9 @@ def _measured(
 
 def _weightier(before: Decision | None, now: Decision) -> Decision:
     """The one that rests on more blocks, the later of equals."""
-    is_before = before is not None and sum(before.blocks.values()) > sum(now.blocks.values())
-    return before if before is not None and is_before else now
+    if before is None or sum(now.blocks.values()) >= sum(before.blocks.values()):
+        return now
+    return before
 
 
 def _weighed(content: Content, share: Mapping[int, Mapping[int, int]], *, but: int | None = None) -> Content:

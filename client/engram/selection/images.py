@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from engram.schemas import Subsampling
-from engram.selection.embedding import Embedder, FloatArray, Shape, UInt8Array
+from engram.selection.embedding import Embedder, FloatArray, Shape, UInt8Array, slices
 from engram.strip import Exemplars, concat, encode
 
 IntArray = npt.NDArray[np.int64]
@@ -97,9 +97,8 @@ class Pool:
 
     def chunks(self, numbers: IntArray) -> Iterator[IntArray]:
         """The numbers in parts whose images are read at once."""
-        step = max(1, CHUNK_VALUES // (self.shape[0] * self.shape[1] * self.shape[2]))
-        for at in range(0, len(numbers), step):
-            yield numbers[at : at + step]
+        for part in slices(len(numbers), self.shape, CHUNK_VALUES):
+            yield numbers[part]
             self.progress.pulse()
 
     def read(self, numbers: IntArray) -> UInt8Array:
