@@ -97,10 +97,10 @@ class Buffer(Model):
 class Candidate(Model):
     """One candidate quality of a decision: how many of the upload's exemplars fit and what their volume says.
 
-    `classes` counts those that keep something. `ratio` holds R under each definition, None where no class had a block;
-    `gaps` is the mean log-volume gap of each class; a class in `singular_classes` had a block whose Gram matrix was
-    numerically singular. Where an extractor was used, `pixel_ratio` is R under the built-in embedding, and a candidate
-    passes only if both are near 1; else None.
+    `classes` counts those that keep something. `ratio` holds R under each definition, None where no class had a block.
+    Where an extractor was used that is R under it, and `pixel_ratio` is R under the built-in embedding, which is what
+    decides: `passes` says whether it is near 1, `gaps` is its mean log-volume gap of each class, and a class in
+    `singular_classes` had a block whose Gram matrix was numerically singular.
     """
 
     quality: int

@@ -333,7 +333,7 @@ def test_strips_in_the_trainer_are_byte_for_byte_those_of_a_service(
     assert found[-1] == (75, False)
 
 
-def test_strips_choose_their_quality_without_a_service_by_the_learners_own_features() -> None:
+def test_strips_choose_their_quality_without_a_service_and_record_what_the_learners_features_say() -> None:
     memory = strips(6_000, block=8)
     memory.add(0, photos(20), np.resize([0, 1], 20), extractor=b"a model", embed=flat, seed=0)
     assert memory.quality == memory.describe()["quality"] == 90
