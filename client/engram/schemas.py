@@ -1,4 +1,4 @@
-"""This file is the JSON of the HTTP API, as pydantic models, shared by service and client.
+"""The JSON of the HTTP API as pydantic models, shared by service and client.
 
 Vocabulary: a buffer is the bounded memory of one learner; a task is one step of its stream; an exemplar is one stored
 image with its class id; a pack is one immutable object named by its SHA-256; a generation is the buffer's counter.
@@ -37,6 +37,8 @@ MAX_TASK = 2**31 - 1
 MAX_BUDGET_BYTES = 2**53 - 1
 """The largest integer that every JSON parser reads exactly."""
 
+FieldName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,31}$")]
+ClassName = Annotated[str, Field(min_length=1, max_length=200)]
 BufferName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Quality = Annotated[int, Field(ge=1, le=100)]
@@ -48,12 +50,19 @@ class Model(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+class Answer(Model):
+    """What the service says. Unknown members are ignored, so that a newer service can say more."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+
 class BufferCreate(Model):
     """What a new buffer is.
 
     `budget_bytes` is the total when `per` is "buffer" (shares shrink as classes arrive) and the bytes of each class
     when `per` is "class" (the total grows). `share_by` says what is given an equal share: each class (LUCIR, iCaRL)
-    or each task (GEM). `quality` fixes the JPEG quality of every exemplar; None leaves it to selection.
+    or each task (GEM). `quality` fixes the JPEG quality of every exemplar; None leaves it to selection. `fields`
+    declares the columns that every exemplar has beside its image, by name: "float16 [100]", "float32 [any, 5]", "utf8".
     """
 
     name: BufferName
@@ -62,6 +71,7 @@ class BufferCreate(Model):
     share_by: ShareBy = "class"
     subsampling: Subsampling = "4:2:0"
     quality: Quality | None = None
+    fields: dict[FieldName, str] = {}
 
 
 class BufferChange(Model):
@@ -70,11 +80,12 @@ class BufferChange(Model):
     budget_bytes: Annotated[int, Field(ge=1, le=MAX_BUDGET_BYTES)]
 
 
-class Buffer(Model):
+class Buffer(Answer):
     """A buffer as it stands. `budget_bytes` is as given; `limit_bytes` is the total that `used_bytes` obeys.
 
     `quality` is that of every exemplar, None before the first. It was `fixed` when the buffer was made, or `decided` by
-    selection for good; while it is `provisional`, a later upload may revise it.
+    selection for good; while it is `provisional`, a later upload may revise it. `class_names` names the class ids that
+    came with a name. A buffer that `is_frozen` takes no change.
     """
 
     name: str
@@ -91,10 +102,13 @@ class Buffer(Model):
     tasks: list[int]
     classes: list[int]
     image_shape: tuple[int, int, int] | None
+    fields: dict[str, str] = {}
+    class_names: dict[int, str] = {}
+    is_frozen: bool = False
     created_at: datetime
 
 
-class Candidate(Model):
+class Candidate(Answer):
     """One candidate quality of a decision: how many of the upload's exemplars fit and what their volume says.
 
     `classes` counts those that keep something. `ratio` holds R under each definition, None where no class had a block.
@@ -114,7 +128,7 @@ class Candidate(Model):
     singular_classes: list[int]
 
 
-class Decision(Model):
+class Decision(Answer):
     """What an upload to a task said about every candidate quality, and why the buffer has the quality it has then.
 
     `block` is how many exemplars each volume spans; `pixel_block` likewise for `Candidate.pixel_ratio`. `blocks` counts
@@ -140,7 +154,7 @@ class Decision(Model):
     candidates: list[Candidate]
 
 
-class BufferList(Model):
+class BufferList(Answer):
     """All buffers by name."""
 
     buffers: list[Buffer]
@@ -165,7 +179,7 @@ class IngestOptions(Model):
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
 
 
-class Ingest(Model):
+class Ingest(Answer):
     """The work of turning one upload into exemplars. `problem` is a problem+json document once it has failed."""
 
     id: str
@@ -184,7 +198,7 @@ class Ingest(Model):
     updated_at: datetime
 
 
-class ClassSummary(Model):
+class ClassSummary(Answer):
     """One class within one task. `seen` counts every image ever uploaded, `exemplars` those stored."""
 
     class_id: int
@@ -194,7 +208,7 @@ class ClassSummary(Model):
     share_bytes: int
 
 
-class Task(Model):
+class Task(Answer):
     """One task of a buffer as it is stored."""
 
     buffer: str
@@ -206,7 +220,7 @@ class Task(Model):
     decision: Decision | None
 
 
-class PackEntry(Model):
+class PackEntry(Answer):
     """One pack of a generation. `runs` gives the rows in order: [class id, count] for each class, ascending ids."""
 
     digest: Digest
@@ -217,7 +231,7 @@ class PackEntry(Model):
     runs: list[tuple[int, int]]
 
 
-class Manifest(Model):
+class Manifest(Answer):
     """The exact content of one generation, packs in ascending order of task."""
 
     buffer: str
@@ -225,10 +239,12 @@ class Manifest(Model):
     used_bytes: int
     limit_bytes: int
     image_shape: tuple[int, int, int] | None
+    fields: dict[str, str] = {}
+    class_names: dict[int, str] = {}
     packs: list[PackEntry]
 
 
-class Exemplar(Model):
+class Exemplar(Answer):
     """One stored image. `rank` counts from 0 within its class and task: lower ranks are kept longer."""
 
     pack: str
@@ -240,14 +256,14 @@ class Exemplar(Model):
     quality: int
 
 
-class ExemplarPage(Model):
+class ExemplarPage(Answer):
     """A page of exemplars; pass `next` as `cursor` for the following one, None at the end."""
 
     exemplars: list[Exemplar]
     next: str | None
 
 
-class Extractor(Model):
+class Extractor(Answer):
     """A registered ONNX model that embeds images for selection."""
 
     sha256: str
@@ -257,7 +273,7 @@ class Extractor(Model):
     created_at: datetime
 
 
-class Health(Model):
+class Health(Answer):
     """Whether the service can work. `damaged_packs` lists packs whose bytes do not match their name."""
 
     status: Literal["ok", "degraded"]

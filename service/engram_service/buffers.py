@@ -1,4 +1,4 @@
-"""This file is the rules of buffers and tasks, and the SQL behind them: create, list, read, delete, manifest.
+"""The rules of buffers and tasks, and the SQL behind them: create, list, read, delete, manifest.
 
 Every function takes the session of a transaction that its caller opened. What makes a new generation (a commit, another
 budget, a deleted task) is in `commit`.
@@ -103,6 +103,8 @@ def manifest(session: Session, name: str, generation: int | None = None) -> Mani
         used_bytes=sum(pack.bytes for pack in packs),
         limit_bytes=_limit_bytes(row, classes_by_task(session, name)),
         image_shape=image_shape(row),
+        fields=row.fields,
+        class_names=class_names(row),
         packs=[entry(pack) for pack in packs],
     )
 
@@ -175,6 +177,11 @@ def image_shape(row: BufferRow) -> tuple[int, int, int] | None:
     return row.height, row.width, row.channels
 
 
+def class_names(row: BufferRow) -> dict[int, str]:
+    """The names of the buffer's classes, by id."""
+    return {int(class_id): name for class_id, name in row.class_names.items()}
+
+
 def classes_by_task(session: Session, name: str) -> dict[int, list[int]]:
     """The classes of each task that hold a share: all that were ever uploaded, also those of which nothing fits."""
     tasks = session.execute(select(TaskRow.task, TaskRow.seen).where(TaskRow.buffer == name).order_by(TaskRow.task))
@@ -230,6 +237,9 @@ def _describe(session: Session, row: BufferRow) -> Buffer:
         tasks=list(classes),
         classes=sorted({class_id for pack in packs for class_id, count in pack.runs if count}),
         image_shape=image_shape(row),
+        fields=row.fields,
+        class_names=class_names(row),
+        is_frozen=row.is_frozen,
         created_at=datetime.fromtimestamp(row.created_at, UTC),
     )
 

@@ -1,4 +1,4 @@
-"""This file is the database schema: one row per buffer, task, pack, ingest and extractor, never one per exemplar.
+"""The database schema: one row per buffer, task, pack, ingest and extractor, never one per exemplar.
 
 A pack row is live in generations `since` <= g < `until` (`until` NULL: still live), so a manifest of an older
 generation can be answered until the grace period has passed and the row is deleted together with its object.
@@ -12,6 +12,7 @@ from typing import Any
 from sqlalchemy import (
     JSON,
     BigInteger,
+    Boolean,
     Float,
     ForeignKey,
     Index,
@@ -20,6 +21,7 @@ from sqlalchemy import (
     MetaData,
     String,
     UniqueConstraint,
+    false,
 )
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
@@ -59,6 +61,11 @@ class BufferRow(Base):
     height: Mapped[int | None] = mapped_column(Integer, default=None)
     width: Mapped[int | None] = mapped_column(Integer, default=None)
     channels: Mapped[int | None] = mapped_column(Integer, default=None)
+    # The columns of every exemplar beside its image, by name: see `engram.fields`.
+    fields: Mapped[dict[str, str]] = mapped_column(JSON, server_default="{}", default=dict)
+    # Class id (a string: JSON) to name.
+    class_names: Mapped[dict[str, str]] = mapped_column(JSON, server_default="{}", default=dict)
+    is_frozen: Mapped[bool] = mapped_column(Boolean, server_default=false(), default=False)
     created_at: Mapped[float] = mapped_column(Float)
 
 
