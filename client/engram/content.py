@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from engram import pack, shares
+from engram.fields import NO_FIELDS, Schema
 from engram.schemas import Decision, Per, ShareBy, Subsampling
 from engram.selection.embedding import FloatArray, Shape
 from engram.strip import Exemplars, runs_of
@@ -92,13 +93,17 @@ NOTHING = Task({}, {}, 0, lambda: None)
 
 @dataclass(frozen=True, eq=False)
 class Content:
-    """A memory as it stands. `quality` is that of every exemplar, None while there has been none."""
+    """A memory as it stands. `quality` is that of every exemplar, None while there has been none.
+
+    `schema` are the fields that every exemplar has beside its image; they are declared with the memory and stay.
+    """
 
     policy: Policy
     tasks: Mapping[int, Task] = field(default_factory=dict)
     quality: int | None = None
     is_provisional: bool = True
     shape: Shape | None = None
+    schema: Schema = NO_FIELDS
 
     def classes(self) -> dict[int, list[int]]:
         """The classes each task has ever seen, stored or not: all of them have shares."""
