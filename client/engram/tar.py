@@ -104,9 +104,8 @@ def read(stream: BinaryIO, *, schema: Schema = NO_FIELDS, max_member_bytes: int 
     group = _Group(schema)
     for half in _halves(stream, max_member_bytes):
         if not group.belongs(half):
-            if group.key is not None:
-                yield group.close(half)
-            group = _Group(schema, group.early if group.key is None else ())
+            yield group.close(half)
+            group = _Group(schema)
         if group.key is None and half.field is None:
             # Hashes, not names: what an uploader writes must not set how much memory a key takes.
             hashed = hash(half.key)
@@ -137,11 +136,11 @@ class _Half:
 
 
 class _Group:
-    """The members of one image as far as they have come. `early` are fields whose image is yet to come."""
+    """The members of one image as far as they have come."""
 
-    def __init__(self, schema: Schema, early: Iterable[_Half] = ()) -> None:
+    def __init__(self, schema: Schema) -> None:
         self.key: str | None = None
-        self.early = list(early)
+        self._early: list[_Half] = []  # fields whose image is yet to come
         self._schema = schema
         self._image: _Half | None = None
         self._label: _Half | None = None
@@ -153,7 +152,7 @@ class _Group:
         if self.key is None:
             return True
         if half.field is not None:
-            return self.key in (half.key, half.stem)
+            return self.key in (half.key, half.stem) or self._image is None or self._label is None
         return half.key == self.key and (self._image if half.is_image else self._label) is None
 
     def take(self, half: _Half) -> None:
@@ -164,13 +163,13 @@ class _Group:
                 self._image = half
             else:
                 self._label = half
-            early, self.early = self.early, []
+            early, self._early = self._early, []
             for each in early:
                 self.take(each)
         elif self.key is None:
             # Of another image than the last ones: those were no fields of any.
-            self.early = [*(each for each in self.early if each.key == half.key), half]
-            self._bound(self.early)
+            self._early = [*(each for each in self._early if each.key == half.key), half]
+            self._bound(self._early)
         elif half.key == self.key:
             self._add(half.field, half)
 
@@ -246,15 +245,19 @@ def _read_npy(half: _Half) -> npt.NDArray[Any]:
         raise BadUpload(f"member {half.name!r} is no array of numpy: {error}", member=half.name) from error
     expected = dtype.itemsize * prod(shape)
     # Arrays of objects are pickles, which are programs.
-    if dtype.hasobject or expected != len(content) - start:
-        what = "objects" if dtype.hasobject else f"{expected} bytes, {len(content) - start} are there"
+    is_plain = dtype.kind in "biufU" and dtype.itemsize > 0 and len(shape) <= _MAX_NPY_DIMENSIONS
+    if not is_plain or expected != len(content) - start:
+        what = f"{expected} bytes, {len(content) - start} are there" if is_plain else f"{dtype} {list(shape)[:8]}"
         raise BadUpload(f"member {half.name!r} is declared as an array of {what}", member=half.name)
-    if expected == 0:
-        return np.empty(shape, dtype)
-    return np.frombuffer(content, dtype, offset=start).reshape(shape, order="F" if is_fortran else "C")
+    try:
+        values = np.frombuffer(content, dtype, offset=start) if expected else np.empty(0, dtype)
+        return values.reshape(shape, order="F" if is_fortran else "C")
+    except ValueError as error:
+        raise BadUpload(f"member {half.name!r} is an array of impossible shape: {error}", member=half.name) from error
 
 
 _MAX_NPY_HEAD = 4096
+_MAX_NPY_DIMENSIONS = 16
 
 
 @lru_cache(maxsize=256)
