@@ -45,7 +45,7 @@ NOT_FOR_THE_SERVICE = {f"engram.{name}" for name in ("transport", "folder", "cli
 
 ORDER = {
     "engram": [
-        "errors schemas",
+        "errors names schemas",
         "form shares draw tar transport",
         "strip folder",
         "pack batch",

@@ -92,13 +92,19 @@ NOTHING = Task({}, {}, 0, lambda: None)
 
 @dataclass(frozen=True, eq=False)
 class Content:
-    """A memory as it stands. `quality` is that of every exemplar, None while there has been none."""
+    """A memory as it stands. `quality` is that of every exemplar, None while there has been none.
+
+    `class_names` are the names of class ids. `next_class_id` is above every id that was ever seen or named, so that a
+    new name never gets the id of a class that was deleted.
+    """
 
     policy: Policy
     tasks: Mapping[int, Task] = field(default_factory=dict)
     quality: int | None = None
     is_provisional: bool = True
     shape: Shape | None = None
+    class_names: Mapping[int, str] = field(default_factory=dict)
+    next_class_id: int = 0
 
     def classes(self) -> dict[int, list[int]]:
         """The classes each task has ever seen, stored or not: all of them have shares."""

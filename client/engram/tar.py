@@ -1,7 +1,7 @@
-"""This file is the upload format: a tar stream of images with class ids, as WebDataset writes it.
+"""The upload format: a tar stream of images with class ids, as WebDataset writes it.
 
     KEY.ppm    the image: .ppm .pgm .png .jpg .jpeg .webp, any case
-    KEY.cls    its class id: an integer as ASCII text
+    KEY.cls    its class: an integer as ASCII text, or a name as UTF-8 (all of a stream one or the other)
     ...        the next pair; the two members of a pair are neighbours, in either order
     two blocks of zeros
 
@@ -33,7 +33,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from engram.errors import BadUpload, TooLarge
-from engram.schemas import MAX_CLASS_ID
+from engram.names import MAX_CLASS_ID, class_name
 
 BLOCK: Final = 512
 END: Final = bytes(2 * BLOCK)
@@ -45,7 +45,7 @@ MAX_SIDE: Final = 16_384
 
 # A name longer than any file system's path limit is an attack on memory, not a name.
 _MAX_EXTENDED_HEADER_BYTES: Final = 64 * 2**10
-_MAX_CLASS_BYTES: Final = 64
+_MAX_CLASS_BYTES: Final = 1024
 _CHUNK_BYTES: Final = 1 << 20
 
 _CLASS_TEXT = re.compile(rb"\s*\+?([0-9]{1,18})\s*")
@@ -60,10 +60,13 @@ UInt8Array = npt.NDArray[np.uint8]
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """One image with its class id. `image` is `size` bytes at `offset` in the stream, still encoded."""
+    """One image with its class: an id, or a name that stands for one.
+
+    `image` is `size` bytes at `offset` in the stream, still encoded.
+    """
 
     key: str
-    class_id: int
+    class_id: int | str
     image: bytes
     name: str
     offset: int
@@ -74,11 +77,13 @@ def read(stream: BinaryIO, *, max_member_bytes: int = MAX_MEMBER_BYTES) -> Itera
     """Yield the images of a tar stream, in its order, and check the stream up to its end.
 
     Raises:
-        BadUpload: cut short, not a tar, a member without its pair, a key twice, a bad class id, a link or device.
+        BadUpload: cut short, not a tar, a member without its pair, a key twice, a bad class id or name, ids and names
+            in one stream, a link or device.
         TooLarge: a member above `max_member_bytes`.
     """
     keys: set[int] = set()
     waiting: _Half | None = None
+    first: tuple[str, int | str] | None = None
     for half in _halves(stream, max_member_bytes):
         if waiting is None:
             # Hashes, not names: what an uploader writes must not set how much memory a key takes.
@@ -92,9 +97,13 @@ def read(stream: BinaryIO, *, max_member_bytes: int = MAX_MEMBER_BYTES) -> Itera
             raise _unpaired(waiting, half)
         image, label = (half, waiting) if half.is_image else (waiting, half)
         waiting = None
+        class_id = _class(label)
+        first = first or (label.name, class_id)
+        if type(class_id) is not type(first[1]):
+            raise _mixed(first[0], first[1], label.name, class_id)
         yield Member(
             key=image.key,
-            class_id=_class_id(label),
+            class_id=class_id,
             image=image.content,
             name=image.name,
             offset=image.offset,
@@ -125,14 +134,18 @@ def _unpaired(half: _Half, following: _Half | None) -> BadUpload:
     )
 
 
-def _class_id(label: _Half) -> int:
+def _class(label: _Half) -> int | str:
+    """The class id that a member holds, or the name."""
     match = _CLASS_TEXT.fullmatch(label.content)
     if match is None:
-        raise BadUpload(
-            f"member {label.name!r} holds {label.content[:24]!r} where a class id, an integer "
-            f"from 0 to {MAX_CLASS_ID}, was expected",
-            member=label.name,
-        )
+        try:
+            return class_name(label.content.decode("utf-8"))
+        except ValueError as error:
+            raise BadUpload(
+                f"member {label.name!r} holds {label.content[:24]!r} where a class id, an integer "
+                f"from 0 to {MAX_CLASS_ID}, or the name of a class was expected ({error})",
+                member=label.name,
+            ) from error
     class_id = int(match[1])
     if class_id > MAX_CLASS_ID:
         raise BadUpload(
@@ -141,6 +154,15 @@ def _class_id(label: _Half) -> int:
             class_id=class_id,
         )
     return class_id
+
+
+def _mixed(first: str, held: int | str, then: str, found: int | str) -> BadUpload:
+    return BadUpload(
+        f"member {first!r} holds {held!r} and member {then!r} holds {found!r}: "
+        "the classes of an upload are all integers or all names",
+        member=then,
+        first_member=first,
+    )
 
 
 def _halves(stream: BinaryIO, max_member_bytes: int) -> Iterator[_Half]:
@@ -304,13 +326,13 @@ class _Source:
 def write(images_NHWC: UInt8Array, class_ids: npt.ArrayLike, *, start: int = 0) -> Iterator[bytes]:
     """Yield a tar stream of arrays in chunks of about 1 MiB: PPM or PGM members, so that nothing is encoded.
 
-    Keys are the images' numbers, counted from `start`.
+    Keys are the images' numbers, counted from `start`. Class ids are integers; strings are names.
 
     Raises:
-        ValueError: not uint8 `[N, H, W, C]` or `[N, H, W]`, C not 1 or 3, counts that differ, a class id out of range.
+        ValueError: as `labelled`.
     """
-    images_NHWC, class_ids_N = _checked(images_NHWC, class_ids)
-    layout = _Layout(images_NHWC.shape[1:], class_ids_N)
+    images_NHWC, class_ids_N, names = labelled(images_NHWC, class_ids)
+    layout = _Layout(images_NHWC.shape[1:], class_ids_N, names)
     count = len(images_NHWC)
     step = max(1, _CHUNK_BYTES // layout.pair_bytes)
     for first in range(0, count, step):
@@ -319,7 +341,15 @@ def write(images_NHWC: UInt8Array, class_ids: npt.ArrayLike, *, start: int = 0) 
     yield END
 
 
-def _checked(images_NHWC: UInt8Array, class_ids: npt.ArrayLike) -> tuple[UInt8Array, npt.NDArray[np.int64]]:
+def labelled(
+    images_NHWC: UInt8Array, class_ids: npt.ArrayLike
+) -> tuple[UInt8Array, npt.NDArray[np.int64], tuple[str, ...] | None]:
+    """Images [N, H, W, C] and an int64 for each: its class id and None, or its place in the names that follow.
+
+    Raises:
+        ValueError: not uint8 `[N, H, W, C]` or `[N, H, W]`, C not 1 or 3, counts that differ, a class id out of range,
+            a string that is no name of a class.
+    """
     images_NHWC = np.asarray(images_NHWC)
     if images_NHWC.ndim == 3:
         images_NHWC = images_NHWC[..., None]
@@ -329,11 +359,22 @@ def _checked(images_NHWC: UInt8Array, class_ids: npt.ArrayLike) -> tuple[UInt8Ar
             f"got {images_NHWC.dtype} {list(images_NHWC.shape)}"
         )
     ids = np.asarray(class_ids)
-    if ids.shape != (len(images_NHWC),) or (ids.size and not np.issubdtype(ids.dtype, np.integer)):
-        raise ValueError(f"{len(images_NHWC)} images need as many integer class ids, got {ids.dtype} {list(ids.shape)}")
+    if ids.dtype == object and all(isinstance(name, str) for name in ids.flat):
+        ids = ids.astype(str)
+    is_named = ids.dtype.kind == "U"
+    if ids.shape != (len(images_NHWC),) or (ids.size and not is_named and not np.issubdtype(ids.dtype, np.integer)):
+        raise ValueError(
+            f"{len(images_NHWC)} images need as many integer class ids or names, got {ids.dtype} {list(ids.shape)}"
+        )
+    if is_named:
+        # Texts that differ may be one name: places of texts become places of names.
+        texts, places = np.unique(ids, return_inverse=True)
+        spelled = [class_name(text) for text in texts.tolist()]
+        names = tuple(sorted({*spelled}))
+        return images_NHWC, np.array([names.index(name) for name in spelled], np.int64)[places], names
     if ids.size and not 0 <= int(ids.min()) <= int(ids.max()) <= MAX_CLASS_ID:
         raise ValueError(f"class ids must be 0 to {MAX_CLASS_ID}, got {int(ids.min())} to {int(ids.max())}")
-    return images_NHWC, ids.astype(np.int64)
+    return images_NHWC, ids.astype(np.int64), None
 
 
 _KEY_DIGITS: Final = 10
@@ -347,7 +388,9 @@ class _Layout:
     `tarfile` needs 20 us per member for the same bytes, this about 2 us per pair.
     """
 
-    def __init__(self, shape: tuple[int, ...], class_ids_N: npt.NDArray[np.int64]) -> None:
+    def __init__(
+        self, shape: tuple[int, ...], class_ids_N: npt.NDArray[np.int64], names: tuple[str, ...] | None = None
+    ) -> None:
         height, width, channels = shape
         extension, magic = ("pgm", "P5") if channels == 1 else ("ppm", "P6")
         header = f"{magic}\n{width} {height}\n255\n".encode()
@@ -356,8 +399,12 @@ class _Layout:
         image = entry(f"{blank}.{extension}", header + bytes(height * width * channels))
         self._label = len(image)
         distinct, self._template_N = np.unique(class_ids_N, return_inverse=True)
+        texts = [(str(c) if names is None else names[c]).encode() for c in distinct.tolist()]
+        longest = max(map(len, texts), default=0)
+        # All pairs are of one size: where a name needs more than one block, spaces fill up the others.
+        filled = [text.ljust(longest) if longest > BLOCK else text for text in texts]
         self._templates = np.stack(
-            [np.frombuffer(image + entry(f"{blank}.cls", b"%d" % c), np.uint8) for c in distinct.tolist()]
+            [np.frombuffer(image + entry(f"{blank}.cls", text), np.uint8) for text in filled]
             or [np.zeros(len(image) + 2 * BLOCK, np.uint8)]
         )
         self.pair_bytes = self._templates.shape[1]
@@ -390,8 +437,8 @@ def _octal_digits(values_N: npt.NDArray[np.int64]) -> UInt8Array:
     return (values_N[:, None] >> np.arange(15, -1, -3) & 7).astype(np.uint8)
 
 
-def write_encoded(files: Iterable[tuple[str, bytes, int]]) -> Iterator[bytes]:
-    """Yield a tar stream of already encoded images given as (extension, bytes, class id).
+def write_encoded(files: Iterable[tuple[str, bytes, int | str]]) -> Iterator[bytes]:
+    """Yield a tar stream of already encoded images given as (extension, bytes, class id or name).
 
     Raises:
         ValueError: an extension that `read` would pass over.
@@ -402,7 +449,7 @@ def write_encoded(files: Iterable[tuple[str, bytes, int]]) -> Iterator[bytes]:
         if extension.lower() not in IMAGE_EXTENSIONS:
             raise ValueError(f"extension {extension!r} is not one of {', '.join(IMAGE_EXTENSIONS)}")
         key = f"{number:0{_KEY_DIGITS}d}"
-        parts += entry(f"{key}.{extension}", content), entry(f"{key}.cls", b"%d" % class_id)
+        parts += entry(f"{key}.{extension}", content), entry(f"{key}.cls", str(class_id).encode())
         size += len(content) + 4 * BLOCK
         if size >= _CHUNK_BYTES:
             yield b"".join(parts)

@@ -1,9 +1,9 @@
-"""This file is the images of a spooled upload: checked once from end to end, then read by number in any order.
+"""The images of a spooled upload: checked once from end to end, then read by number in any order.
 
 The first pass decodes every image (a PPM or PGM only needs its header) and keeps 25 bytes about each: where it is,
-how long it is, its class id, whether its pixels lie in the file as they are. So an upload is refused before any
+how long it is, its class, whether its pixels lie in the file as they are. So an upload is refused before any
 work is done on it, and 100,000 images take 2.5 MB, whatever their size. Images are uint8 [N, H, W, C], C 1 or 3,
-all of one shape.
+all of one shape. Names of classes are kept once each: `class_ids` are then places in `names`.
 """
 
 from __future__ import annotations
@@ -41,13 +41,14 @@ class SpooledImages:
             report: called now and then with the number of images found so far; what it raises ends the pass.
 
         Raises:
-            BadUpload: the tar or an image is not what it should be, shapes differ, or there is no image.
+            BadUpload: the tar or an image is not what it should be, shapes differ, ids and names are mixed, or there is
+                no image.
             TooLarge: beyond a limit.
         """
         self._settings, self._path, self._file = settings, path, -1
         self._offsets, self._sizes, self._raw = array("q"), array("q"), bytearray()
         self._class_ids: array[int] = array("q")
-        self._distinct: set[int] = set()
+        self._places: dict[int | str, int] = {}
         self.shape: Shape = (0, 0, 0)
         # Large reads: a header, a label and a small image each would be a system call of its own.
         with path.open("rb", buffering=1 << 20) as stream:
@@ -61,6 +62,7 @@ class SpooledImages:
             )
         report(len(self))
         self.class_ids: IntArray = np.frombuffer(self._class_ids, np.int64)
+        self.names: tuple[str, ...] | None = tuple(name for name in self._places if isinstance(name, str)) or None
 
     def __len__(self) -> int:
         return len(self._offsets)
@@ -105,15 +107,15 @@ class SpooledImages:
             raise TooLarge(
                 f"the upload has more than {settings.max_images} images; split it", max_images=settings.max_images
             )
-        self._distinct.add(member.class_id)
-        if len(self._distinct) > settings.max_classes:
+        place = self._places.setdefault(member.class_id, len(self._places))
+        if len(self._places) > settings.max_classes:
             raise TooLarge(
                 f"the upload has more than {settings.max_classes} classes; are these class ids?",
                 max_classes=settings.max_classes,
             )
         self._offsets.append(member.offset)
         self._sizes.append(member.size)
-        self._class_ids.append(member.class_id)
+        self._class_ids.append(place if isinstance(member.class_id, str) else member.class_id)
         self._raw.append(member.image[:2] in (b"P5", b"P6"))
 
     def _decode(self, data: bytes, name: str) -> UInt8Array:
