@@ -36,6 +36,7 @@ from engram.schemas import (
     Strategy,
     Subsampling,
     Task,
+    first_fault,
 )
 
 app = typer.Typer(
@@ -397,8 +398,7 @@ def _client(context: typer.Context) -> Iterator[Client]:
         with Client(context.obj) as client:
             yield client
     except pydantic.ValidationError as error:
-        first = error.errors()[0]
-        _fail(f"{'.'.join(map(str, first['loc']))}: {first['msg']}")
+        _fail(first_fault(error))
     except (EngramError, ValueError, OSError) as error:
         _fail(str(error))
 

@@ -71,6 +71,7 @@ from engram.schemas import (
     Strategy,
     Subsampling,
     Task,
+    first_fault,
 )
 from engram.transport import KEEPALIVE_S, Connections, Started, Unsupported
 
@@ -217,7 +218,7 @@ class Client:
                 quality=quality,
             )
         except pydantic.ValidationError as error:
-            raise InvalidRequest(_first(error)) from error
+            raise InvalidRequest(first_fault(error)) from error
         try:
             return Buffer.model_validate_json(self._send("POST", "/v1/buffers", body=_json(wanted)))
         except Conflict:
@@ -271,7 +272,7 @@ class Client:
         try:
             change = BufferChange(class_names=dict(class_names))
         except pydantic.ValidationError as error:
-            raise InvalidRequest(_first(error)) from error
+            raise InvalidRequest(first_fault(error)) from error
         return Buffer.model_validate_json(self._send("PATCH", _buffer_path(name), body=_json(change)))
 
     def class_names(self, name: str) -> dict[int, str]:
@@ -307,7 +308,7 @@ class Client:
         try:
             wanted = ForkCreate(name=name, generation=generation, budget_bytes=budget_bytes, frozen=frozen)
         except pydantic.ValidationError as error:
-            raise InvalidRequest(_first(error)) from error
+            raise InvalidRequest(first_fault(error)) from error
         return Buffer.model_validate_json(self._send("POST", f"{_buffer_path(source)}/forks", body=_json(wanted)))
 
     def delete_buffer(self, name: str) -> None:
@@ -833,12 +834,6 @@ def _retry_after_s(text: str | None) -> float | None:
 def _json(model: pydantic.BaseModel) -> _Body:
     content = model.model_dump_json().encode()
     return _Body(lambda: content, "application/json")
-
-
-def _first(error: pydantic.ValidationError) -> str:
-    """What is wrong with the first value that is."""
-    first = error.errors()[0]
-    return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
 
 
 def _buffer_path(name: str) -> str:

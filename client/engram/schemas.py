@@ -10,7 +10,7 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from engram.names import MAX_CLASS_ID as MAX_CLASS_ID
 from engram.names import class_name
@@ -309,3 +309,9 @@ class Health(Answer):
     version: str
     damaged_packs: list[str]
     problems: list[str]
+
+
+def first_fault(error: ValidationError) -> str:
+    """Where the first fault of malformed values is, and what it is."""
+    first = error.errors()[0]
+    return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
