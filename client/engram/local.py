@@ -172,35 +172,34 @@ class LocalBuffer:
 
         Raises:
             NotFound: there is no such task.
-            StripCorrupt: its pack is damaged.
         """
-        snapshot = self.snapshot()
-        local = state.local_of(self.folder, self._saved)
+        saved = self._saved
+        local = state.local_of(self.folder, saved)
         if task not in local.tasks:
             raise NotFound(f"there is no task {task} in {self.folder}; there are {list(local.tasks)}", task=task)
-        content = state.content_of(self.folder, self._saved)
+        content, held = state.content_of(self.folder, saved), local.tasks[task]
         granted = shares_of(content.policy, content.classes())[task]
-        places = [place for place, entry in enumerate(snapshot.manifest.packs) if entry.task == task]
-        entry = snapshot.manifest.packs[places[0]] if places else None
-        stored = {} if entry is None else _by_class(entry, snapshot.packs[places[0]])
+        packs = [entry for entry in saved.manifest.packs if entry.task == task]
+        runs = [run for entry in packs for run in entry.runs]
+        stored = {c: (count, size) for (c, count), size in zip(runs, held.class_bytes, strict=True)}
         return Task(
-            buffer=self.manifest.buffer,
+            buffer=saved.manifest.buffer,
             task=task,
             quality=local.quality or 0,
-            bytes=0 if entry is None else entry.bytes,
-            exemplars=0 if entry is None else entry.exemplars,
+            bytes=sum(entry.bytes for entry in packs),
+            exemplars=sum(entry.exemplars for entry in packs),
             classes=[
                 ClassSummary(
                     class_id=class_id,
-                    name=self.class_names.get(class_id),
+                    name=saved.manifest.class_names.get(class_id),
                     seen=seen,
                     exemplars=stored.get(class_id, (0, 0))[0],
                     bytes=stored.get(class_id, (0, 0))[1],
                     share_bytes=granted.get(class_id, 0),
                 )
-                for class_id, seen in sorted(content.tasks[task].seen.items())
+                for class_id, seen in sorted(held.seen.items())
             ],
-            decision=content.tasks[task].decision,
+            decision=held.decision,
         )
 
     # Changes
@@ -315,7 +314,7 @@ class LocalBuffer:
             _validated({"budget_bytes": budget_bytes})
         with state.writing(target):
             state.check_empty(target)
-            while True:
+            for _ in range(_ATTEMPTS):
                 saved = state.newest(self.folder)
                 _check_generation(saved, generation)
                 try:
@@ -325,6 +324,8 @@ class LocalBuffer:
                     # Another process has made a new generation meanwhile, or somebody took the pack away.
                     if state.newest(self.folder).manifest.generation == saved.manifest.generation:
                         raise state.missing(self._packs, saved.manifest) from None
+            else:
+                raise Conflict(f"{_ATTEMPTS} changes of {self.folder} came first, one after the other; try again")
             local = state.local_of(self.folder, saved)
             saved = saved.model_copy(
                 update={
@@ -538,10 +539,3 @@ def _verified(packs: Path, entry: PackEntry) -> Exemplars:
             task=entry.task,
         )
     return pack.parse(data)
-
-
-def _by_class(entry: PackEntry, exemplars: Exemplars) -> dict[int, tuple[int, int]]:
-    """How many exemplars of each class a pack holds, and their bytes."""
-    counts = [count for _, count in entry.runs]
-    sizes = np.add.reduceat(exemplars.sizes, np.cumsum([0, *counts[:-1]])).tolist()
-    return {class_id: (count, size) for (class_id, count), size in zip(entry.runs, sizes, strict=True)}

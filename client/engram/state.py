@@ -22,6 +22,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pydantic
 
 from engram import files, pack, shares
@@ -47,9 +48,13 @@ VERSION = 1
 
 
 class TaskState(Answer):
-    """What a change has to know of a task beside its pack. `means` are `Means.to_bytes`, in base 64."""
+    """What is to be known of a task beside its pack.
+
+    `class_bytes` are the bytes of each class in the pack, beside its runs; `means` are `Means.to_bytes`, in base 64.
+    """
 
     seen: dict[int, int]
+    class_bytes: list[int]
     decision: Decision | None = None
     means: str | None = None
 
@@ -274,12 +279,14 @@ def after_change(folder: Path, saved: Saved, before: Content, after: Content, ge
     for number, task in after.tasks.items():
         if task is before.tasks.get(number):
             continue
-        exemplars = task.load()
+        exemplars, sizes = task.load(), list[int]()
         entries.pop(number, None)
         if exemplars is not None and len(exemplars):
             entries[number] = _put(folder / "packs", number, exemplars)
+            firsts = np.cumsum([0, *(count for _, count in entries[number].runs[:-1])])
+            sizes = np.add.reduceat(exemplars.sizes, firsts).tolist()
         means = None if task.means is None else b64encode(task.means.to_bytes()).decode("ascii")
-        states[number] = TaskState(seen=dict(task.seen), decision=task.decision, means=means)
+        states[number] = TaskState(seen=dict(task.seen), class_bytes=sizes, decision=task.decision, means=means)
     policy, held = after.policy, [entries[number] for number in sorted(entries)]
     classes = {class_id for task in after.tasks.values() for class_id in task.seen}
     quality: dict[str, Any] = {}
