@@ -41,20 +41,22 @@ IMPORT_NAMES = {
 }
 """Where a distribution's modules are not called as it is. FastAPI stands on starlette and anyio, typer on click."""
 
-NOT_FOR_THE_SERVICE = {f"engram.{name}" for name in ("transport", "folder", "client", "mirror", "loader", "cli")}
+NOT_FOR_THE_SERVICE = {
+    f"engram.{name}" for name in ("transport", "folder", "client", "mirror", "local", "loader", "cli")
+}
 
 ORDER = {
     "engram": [
-        "errors schemas",
+        "errors names schemas files",
         "fields",
         "form shares draw tar transport",
         "strip folder",
         "pack batch",
         "selection",
         "content",
-        "memory",
+        "memory state",
         "client",
-        "mirror loader",
+        "mirror local loader",
         "cli",
     ],
     "engram_service": [
@@ -219,7 +221,7 @@ def test_methods_never_see_a_url_a_session_or_a_file() -> None:
     for name in methods:
         found = imports(name)
         assert not {m for m in found if m.split(".")[0] in {"httpx", "pathlib", "os", "io", "sqlalchemy"}}, name
-        assert not found & {"engram", "engram.client", "engram.mirror", "engram.loader"}, name
+        assert not found & {"engram", "engram.client", "engram.local", "engram.mirror", "engram.loader"}, name
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
-"""This file is the public face of the library: what `import engram` offers.
+"""What `import engram` offers.
 
-    from engram import Client, Mirror, ReplayLoader
+    from engram import Client, LocalBuffer, Mirror, ReplayLoader
 
 Formats have modules of their own: `engram.strip`, `engram.pack`, `engram.tar`, `engram.draw`, `engram.batch`.
 """
@@ -25,6 +25,7 @@ from engram.errors import (
     Unavailable,
 )
 from engram.loader import ReplayLoader
+from engram.local import LocalBuffer
 from engram.mirror import Mirror
 from engram.schemas import Buffer, Decision, Ingest, IngestOptions, Manifest, Task
 
@@ -45,6 +46,7 @@ __all__ = [
     "Ingest",
     "IngestOptions",
     "InvalidRequest",
+    "LocalBuffer",
     "Manifest",
     "Mirror",
     "NotFound",

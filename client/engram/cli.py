@@ -16,6 +16,7 @@ import pydantic
 import typer
 from PIL import Image
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -35,6 +36,7 @@ from engram.schemas import (
     Strategy,
     Subsampling,
     Task,
+    first_fault,
 )
 
 app = typer.Typer(
@@ -44,6 +46,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+_NAMES_SHOWN = 8
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
 _AMOUNT = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmg]i?)?b?\s*", re.IGNORECASE)
 
@@ -148,16 +151,27 @@ def show(context: typer.Context, buffer: BufferArgument) -> None:
         _out().print(f"used {found.used_bytes:,} of {found.limit_bytes:,} bytes ({used:.1f} %)")
         _out().print(f"budget {found.budget_bytes:,} bytes{each}, shared by {found.share_by}, {found.subsampling}")
         _out().print("no exemplars yet" if found.quality is None else f"quality {found.quality}, {found.quality_is}")
+        if found.is_frozen:
+            _out().print("frozen: a snapshot that takes no change")
         for name, type_text in found.fields.items():
             _out().print(f"field {name}: {type_text}", markup=False)
         table = Table(box=None)
         for heading in ("task", "exemplars", "bytes", "classes"):
             table.add_column(heading, justify="right")
+        if found.class_names:
+            table.add_column("names")
         for number in found.tasks:
             task = client.task(buffer, number)
             numbers = (task.task, task.exemplars, task.bytes, len(task.classes))
-            table.add_row(*(f"{value:,}" for value in numbers))
+            table.add_row(*(f"{value:,}" for value in numbers), *([_names_of(task)] if found.class_names else []))
         _out().print(table)
+
+
+def _names_of(task: Task) -> str:
+    """The classes of a task as a cell: their names, the ids of those that have none."""
+    shown = [row.name or str(row.class_id) for row in task.classes[:_NAMES_SHOWN]]
+    more = len(task.classes) - len(shown)
+    return escape(", ".join(shown) + (f" and {more:,} more" if more else ""))
 
 
 @app.command()
@@ -233,9 +247,12 @@ def _print_task(task: Task) -> None:
     table = Table(box=None)
     for heading in ("class", "seen", "exemplars", "bytes", "share"):
         table.add_column(heading, justify="right")
+    is_named = any(row.name is not None for row in task.classes)
+    if is_named:
+        table.add_column("name")
     for row in task.classes:
         numbers = (row.class_id, row.seen, row.exemplars, row.bytes, row.share_bytes)
-        table.add_row(*(f"{value:,}" for value in numbers))
+        table.add_row(*(f"{value:,}" for value in numbers), *([escape(row.name or "-")] if is_named else []))
     _out().print(table)
     if task.decision is not None:
         _print_decision(task.decision)
@@ -332,6 +349,43 @@ def export(
 
 
 @app.command()
+def fork(
+    context: typer.Context,
+    source: Annotated[str, typer.Argument(help="The buffer to begin with.")],
+    name: Annotated[str, typer.Argument(help="The new buffer's name.")],
+    budget: Annotated[str | None, typer.Option(help="Bytes of the new buffer; the source's if not given.")] = None,
+    generation: Annotated[int | None, typer.Option(min=0, help="The one that the source must be at.")] = None,
+    frozen: Annotated[bool, typer.Option("--frozen", help="Make a snapshot, which takes no change.")] = False,
+) -> None:
+    """Make a buffer that begins with the content of another one and shares its packs."""
+    with _client(context) as client:
+        budget_bytes = None if budget is None else _bytes(budget)
+        made = client.fork(source, name, generation=generation, budget_bytes=budget_bytes, frozen=frozen)
+        kind = "snapshot" if made.is_frozen else "buffer"
+        _out().print(f"{kind} {made.name}: generation {made.generation} of {source}, {made.exemplars:,} exemplars")
+
+
+@app.command()
+def rename(
+    context: typer.Context,
+    buffer: BufferArgument,
+    names: Annotated[list[str], typer.Argument(help="ID=NAME, as often as you like.")],
+) -> None:
+    """Name classes by their ids."""
+    with _client(context) as client:
+        made = client.rename_classes(buffer, dict(map(_id_and_name, names)))
+        for class_id, name in made.class_names.items():
+            _out().print(f"{class_id}: {name}", markup=False)
+
+
+def _id_and_name(text: str) -> tuple[int, str]:
+    class_id, equals, name = text.partition("=")
+    if not equals or not (class_id.isascii() and class_id.isdigit()):
+        raise ValueError(f"{text!r} is not ID=NAME, like 3=cat")
+    return int(class_id), name
+
+
+@app.command()
 def delete(
     context: typer.Context,
     buffer: BufferArgument,
@@ -409,8 +463,7 @@ def _client(context: typer.Context) -> Iterator[Client]:
         with Client(context.obj) as client:
             yield client
     except pydantic.ValidationError as error:
-        first = error.errors()[0]
-        _fail(f"{'.'.join(map(str, first['loc']))}: {first['msg']}")
+        _fail(first_fault(error))
     except (EngramError, ValueError, OSError) as error:
         _fail(str(error))
 

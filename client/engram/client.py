@@ -62,6 +62,7 @@ from engram.schemas import (
     Exemplar,
     ExemplarPage,
     Extractor,
+    ForkCreate,
     Health,
     Ingest,
     IngestOptions,
@@ -72,6 +73,7 @@ from engram.schemas import (
     Strategy,
     Subsampling,
     Task,
+    first_fault,
 )
 from engram.transport import KEEPALIVE_S, Connections, Started, Unsupported
 
@@ -223,8 +225,7 @@ class Client:
                 fields=declared,
             )
         except pydantic.ValidationError as error:
-            first = error.errors()[0]
-            raise InvalidRequest(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+            raise InvalidRequest(first_fault(error)) from error
         try:
             return Buffer.model_validate_json(self._send("POST", "/v1/buffers", body=_json(wanted)))
         except Conflict:
@@ -267,6 +268,55 @@ class Client:
         body = _json(BufferChange(budget_bytes=budget_bytes))
         headers = _if_match(generation)
         return Buffer.model_validate_json(self._send("PATCH", _buffer_path(name), headers=headers, body=body))
+
+    def rename_classes(self, name: str, class_names: Mapping[int, str]) -> Buffer:
+        """The buffer with these names of classes, by their ids; the other classes keep theirs.
+
+        Raises:
+            Conflict: a name belongs to another class, or the buffer is frozen.
+            InvalidRequest: a name is empty, a number, not printable, or has more than 200 characters.
+        """
+        try:
+            change = BufferChange(class_names=dict(class_names))
+        except pydantic.ValidationError as error:
+            raise InvalidRequest(first_fault(error)) from error
+        return Buffer.model_validate_json(self._send("PATCH", _buffer_path(name), body=_json(change)))
+
+    def class_names(self, name: str) -> dict[int, str]:
+        """The names of a buffer's classes, by their ids.
+
+        Raises:
+            NotFound: no such buffer.
+        """
+        return self.buffer(name).class_names
+
+    def fork(
+        self,
+        source: str,
+        name: str,
+        *,
+        generation: int | None = None,
+        budget_bytes: int | None = None,
+        frozen: bool = False,
+    ) -> Buffer:
+        """A new buffer that begins with the content of another one, whose packs it shares; later each goes its own way.
+
+        Args:
+            source: the buffer to fork; uploads to it may go on.
+            name: of the new buffer.
+            generation: the generation that the source must be at; None takes the newest.
+            budget_bytes: of the new buffer; None takes the source's.
+            frozen: whether the new buffer is a snapshot, which takes no change but can be forked again.
+
+        Raises:
+            NotFound: no such buffer.
+            Conflict: the name is taken, or the source is at another generation.
+        """
+        try:
+            wanted = ForkCreate(name=name, generation=generation, budget_bytes=budget_bytes, frozen=frozen)
+        except pydantic.ValidationError as error:
+            raise InvalidRequest(first_fault(error)) from error
+        return Buffer.model_validate_json(self._send("POST", f"{_buffer_path(source)}/forks", body=_json(wanted)))
 
     def delete_buffer(self, name: str) -> None:
         """The buffer and all its exemplars are gone.
@@ -313,16 +363,17 @@ class Client:
             buffer: a buffer's name.
             task: the task's number.
             images_NHWC: uint8 RGB or grey; `[N, H, W]` is grey.
-            class_ids_N: N integers.
+            class_ids_N: N integers, which are class ids, or N strings, which are names: those that the buffer knows
+                stand for the ids that they have there, new ones get new ids (see `class_names`).
             fields: the columns that the buffer declares, by name: arrays `[N, ...]`, lists of N arrays where they are
                 ragged, lists of N texts.
             options: how images are ranked and measured.
             idempotency_key: the same key makes a repeated upload the same ingest; None makes a new one.
 
         Raises:
-            ValueError: arrays of another type or shape, or of no images.
+            ValueError: arrays of another type or shape, or of no images; a string that is no name.
             NotFound: no such buffer.
-            Conflict: the buffer has images of another shape, the key another body.
+            Conflict: the buffer is frozen or has images of another shape, the key another body.
 
         Fields that are not what the buffer declares end the ingest: `wait` raises `BadUpload`.
         """
@@ -345,7 +396,7 @@ class Client:
         options: IngestOptions | None = None,
         idempotency_key: str | None = None,
     ) -> Ingest:
-        """Hand over a folder of class folders (`cat/x.png`); see `engram.folder` for their class ids.
+        """Hand over a folder of class folders: `cat/x.png` is of the class named cat, `7/x.png` of class 7.
 
         Args:
             buffer: a buffer's name.
@@ -356,7 +407,7 @@ class Client:
             idempotency_key: as in `upload`.
 
         Raises:
-            BadUpload: no class folders, no images, or an image to resize is damaged.
+            BadUpload: no class folders, names and integers side by side, no images, or an image to resize is damaged.
         """
         files = folders.images(Path(folder))
         body = _Upload(lambda: folders.chunks(files, resize=resize))

@@ -96,6 +96,8 @@ class Content:
     """A memory as it stands. `quality` is that of every exemplar, None while there has been none.
 
     `schema` are the fields that every exemplar has beside its image; they are declared with the memory and stay.
+    `class_names` are the names of class ids. `next_class_id` is above every id that was ever seen or named, so that a
+    new name never gets the id of a class that was deleted.
     """
 
     policy: Policy
@@ -104,6 +106,8 @@ class Content:
     is_provisional: bool = True
     shape: Shape | None = None
     schema: Schema = NO_FIELDS
+    class_names: Mapping[int, str] = field(default_factory=dict)
+    next_class_id: int = 0
 
     def classes(self) -> dict[int, list[int]]:
         """The classes each task has ever seen, stored or not: all of them have shares."""

@@ -1,7 +1,8 @@
-"""This file is a folder of classes as an upload: `ROOT/CLASS/**/image.png`, one folder per class.
+"""Reads a folder of classes, `ROOT/CLASS/**/image.png`, as an upload.
 
-If every class folder is named by an integer, that integer is the class id; else ids follow the sorted names, from 0.
-Hidden files and files that are no images (by extension) are passed over.
+If every class folder is named by an integer, that integer is the class id, and folders come in the order of these
+numbers. Else the folders' names are the names of classes, and the buffer finds their ids: `cat` is the same class in
+every upload. Hidden files and files that are no images (by extension) are passed over.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from PIL import Image
 
 from engram import tar
 from engram.errors import BadUpload, EngramError
+from engram.names import class_name
 
 # Files are the user's own, so only a decoder's own limit applies; the service has its own.
 _MAX_PIXELS = 2**28
@@ -25,38 +27,52 @@ class ImageFile:
     """One image of a class folder."""
 
     path: Path
-    class_id: int
+    class_id: int | str
 
 
-def class_ids(root: Path) -> dict[str, int]:
-    """The class id of every class folder, by its name.
+def classes(root: Path) -> dict[Path, int | str]:
+    """The class of every class folder: integers in their order, or names in that of their characters.
 
     Raises:
-        BadUpload: no class folder there, or two folders with the same integer (`1` and `01`).
+        BadUpload: no class folder there, integers and names side by side, a folder whose name names no class, or two
+            folders of one class (`1` and `01`).
     """
-    names = sorted(child.name for child in root.iterdir() if child.is_dir() and not child.name.startswith("."))
-    if not names:
+    folders = sorted(child for child in root.iterdir() if child.is_dir() and not child.name.startswith("."))
+    if not folders:
         raise BadUpload(f"{root} has no class folders; expected {root}/CLASS/image.png")
-    if not all(name.isascii() and name.isdigit() for name in names):
-        return {name: number for number, name in enumerate(names)}
-    ids = {name: int(name) for name in names}
-    if len(set(ids.values())) != len(names):
-        raise BadUpload(f"two class folders of {root} name the same integer: {', '.join(names)}")
-    return ids
+    numbered = [folder for folder in folders if folder.name.isascii() and folder.name.isdigit()]
+    if 0 < len(numbered) < len(folders):
+        named = next(folder for folder in folders if folder not in numbered)
+        raise BadUpload(
+            f"the class folders of {root} are integers and names: {numbered[0].name!r} and {named.name!r}; "
+            "the classes of an upload are all integers or all names"
+        )
+    if numbered:
+        found: dict[Path, int | str] = {folder: int(folder.name) for folder in folders}
+        found = dict(sorted(found.items(), key=lambda item: item[1]))
+    else:
+        try:
+            found = {folder: class_name(folder.name) for folder in folders}
+        except ValueError as error:
+            raise BadUpload(f"a class folder of {root} has a name that is none of a class: {error}") from error
+    if len(set(found.values())) != len(folders):
+        kind = "integer" if numbered else "name"
+        raise BadUpload(f"two class folders of {root} have the same {kind}: {', '.join(path.name for path in folders)}")
+    return found
 
 
 def images(root: Path) -> list[ImageFile]:
-    """The images of every class folder, in the order of their paths.
+    """The images of every class folder, in the order of the classes and then of their paths.
 
     Raises:
-        BadUpload: not a folder, no class folders, no images.
+        BadUpload: not a folder, no images, or as `classes`.
     """
     if not root.is_dir():
         raise BadUpload(f"{root} is not a folder")
     found = [
         ImageFile(path, class_id)
-        for name, class_id in class_ids(root).items()
-        for path in sorted((root / name).rglob("*"))
+        for folder, class_id in classes(root).items()
+        for path in sorted(folder.rglob("*"))
         if path.suffix[1:].lower() in tar.IMAGE_EXTENSIONS and not path.name.startswith(".") and path.is_file()
     ]
     if not found:
@@ -73,7 +89,7 @@ def chunks(files: list[ImageFile], *, resize: tuple[int, int] | None) -> Iterato
     return tar.write_encoded(_entry(file, resize) for file in files)
 
 
-def _entry(file: ImageFile, resize: tuple[int, int] | None) -> tuple[str, bytes, int]:
+def _entry(file: ImageFile, resize: tuple[int, int] | None) -> tuple[str, bytes, int | str]:
     content = file.path.read_bytes()
     if resize is None:
         return file.path.suffix[1:], content, file.class_id

@@ -24,6 +24,7 @@ from engram.batch import Batch
 from engram.client import Client
 from engram.draw import Request
 from engram.errors import Conflict
+from engram.local import LocalBuffer
 from engram.mirror import Mirror, Snapshot
 from engram.schemas import Strategy
 
@@ -38,7 +39,7 @@ class ReplayLoader:
     goes on with the step after the last batch that was taken.
 
     Args:
-        source: a mirror, or a (client, buffer name) pair.
+        source: a mirror, a local buffer, or a (client, buffer name) pair.
         size: exemplars per batch and rank (per task for `per_task`).
         strategy: see `engram.draw`.
         seed: of the draws.
@@ -55,7 +56,7 @@ class ReplayLoader:
 
     def __init__(
         self,
-        source: Mirror | tuple[Client, str],
+        source: Mirror | LocalBuffer | tuple[Client, str],
         size: int,
         *,
         strategy: Strategy = "uniform",
@@ -138,7 +139,7 @@ class ReplayLoader:
     def generation(self) -> int:
         """The generation that batches come from, fixed at the first use."""
         if self._generation is None:
-            if isinstance(self._source, Mirror):
+            if isinstance(self._source, Mirror | LocalBuffer):
                 self._generation = self._source.generation
             else:
                 client, buffer = self._source
@@ -176,12 +177,12 @@ class ReplayLoader:
     def _asker(self) -> Callable[[int], Asked]:
         """The function that asks for a step's batch. It must not refer to this loader, or its threads keep it alive."""
         request, generation = self._request, self.generation
-        if isinstance(self._source, Mirror):
+        if isinstance(self._source, Mirror | LocalBuffer):
             snapshot = self._source.snapshot()
             if snapshot.manifest.generation != generation:
                 raise Conflict(
-                    f"the loader stands at generation {generation}, the mirror at {snapshot.manifest.generation}: "
-                    "load the state before the mirror moves on, or draw from the service"
+                    f"the loader stands at generation {generation}, its source at {snapshot.manifest.generation}: "
+                    "load the state before the source moves on, or draw from the service"
                 )
             return lambda step: _Mirrored(snapshot, replace(request, step=step))
         client, buffer = self._source

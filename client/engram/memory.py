@@ -20,7 +20,7 @@ made again, and stays.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import Literal
@@ -28,7 +28,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from engram import pack
+from engram import names, pack
 from engram.content import NOTHING, ROOMY_QUALITY, Content, Means, Task, shares_of
 from engram.errors import BadUpload, BudgetExceeded, Conflict, InvalidRequest, NotFound
 from engram.fields import KEY
@@ -36,7 +36,7 @@ from engram.schemas import MAX_CLASS_ID, Decision, IngestOptions
 from engram.selection import ranking
 from engram.selection.embedding import BUILTIN_BLOCK, BuiltinEmbedder, Embedder, FloatArray, Shape
 from engram.selection.filling import fill, smallest
-from engram.selection.images import NO_IMAGES, Images, Pool, WorkDone
+from engram.selection.images import NO_IMAGES, Images, Pool, Relabelled, WorkDone
 from engram.selection.quality import choose, is_enough, measure
 from engram.selection.volume import DELTA, ENOUGH_BLOCKS
 from engram.strip import Exemplars, runs_of
@@ -50,11 +50,15 @@ _RANKING_PART = 0.5  # of the progress reported
 
 @dataclass(frozen=True)
 class Upload:
-    """Images for one task, and how to rank and measure them."""
+    """Images for one task, and how to rank and measure them.
+
+    Where `names` are given, the class ids of the images are places in them.
+    """
 
     task: int
     images: Images
     options: IngestOptions
+    names: Sequence[str] | None = None
 
 
 @dataclass(frozen=True)
@@ -111,9 +115,10 @@ def add(
         InvalidRequest: there are no images.
     """
     start = perf_counter()
-    images, options = upload.images, upload.options
-    if len(images.class_ids) == 0:
+    if len(upload.images.class_ids) == 0:
         raise InvalidRequest("0 images: at least one is needed")
+    content, upload = _identified(content, upload)
+    images, options = upload.images, upload.options
     _check_shape(content, images.shape)
     if images.schema != content.schema:
         raise BadUpload(f"the images bring the fields {images.schema.text or 'none'}, {content.schema.summary}")
@@ -285,6 +290,37 @@ def _within(changed: Content, *, was_roomy: bool) -> Content:
     if was_roomy and not _fits(changed, share):
         changed = _encode_again(*_chosen(_weighed(changed, share)))
     return _cut(changed, share)
+
+
+def rename(content: Content, given: Mapping[int, str]) -> Content:
+    """The content in which these class ids have these names, whether or not they have been seen yet.
+
+    Raises:
+        Conflict: a name belongs to another id.
+        InvalidRequest: what is given is no name.
+    """
+    most = max(given, default=-1)
+    return replace(
+        content,
+        class_names=names.renamed(content.class_names, given),
+        next_class_id=max(content.next_class_id, most + 1),
+    )
+
+
+def _identified(content: Content, upload: Upload) -> tuple[Content, Upload]:
+    """The upload with class ids in place of names, and the content that knows them.
+
+    Raises:
+        InvalidRequest: there is no class id left for a new name.
+    """
+    class_names = content.class_names
+    if upload.names is not None:
+        ids = names.identify(class_names, upload.names, content.next_class_id)
+        class_names = dict(sorted({**class_names, **{class_id: name for name, class_id in ids.items()}}.items()))
+        places = np.array([ids[name] for name in upload.names], np.int64)
+        upload = replace(upload, images=Relabelled(upload.images, places[upload.images.class_ids]), names=None)
+    above = max(content.next_class_id, int(upload.images.class_ids.max()) + 1, max(class_names, default=-1) + 1)
+    return replace(content, class_names=class_names, next_class_id=above), upload
 
 
 def _check_shape(content: Content, shape: Shape) -> None:

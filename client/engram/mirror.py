@@ -25,19 +25,23 @@ import pydantic
 from engram import batch, pack
 from engram.client import Client
 from engram.draw import Layout, Request, plan
-from engram.errors import NotFound, StripCorrupt
-from engram.schemas import Manifest, Model, Strategy
+from engram.errors import Conflict, NotFound, StripCorrupt
+from engram.schemas import Answer, Manifest, Strategy
 from engram.strip import Exemplars
 
 # A commit may replace packs between the manifest and their download; one after the other, some ten times is hopeless.
 _ATTEMPTS = 10
 
 
-class _Saved(Model):
-    """manifest.json. A buffer made anew under an old name counts generations from the start, so its birth matters."""
+class _Saved(Answer):
+    """manifest.json. A buffer made anew under an old name counts generations from the start, so its birth matters.
+
+    A folder with `local` is a buffer of its own (`engram.local`) and no mirror.
+    """
 
     created_at: datetime
     manifest: Manifest
+    local: object = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,6 +82,7 @@ class Mirror:
 
     Raises:
         NotFound: no such buffer.
+        Conflict: the folder holds a local buffer.
         Unavailable: the service does not answer.
     """
 
@@ -205,12 +210,20 @@ class Mirror:
 
     def _read_saved(self) -> _Saved | None:
         try:
-            return _Saved.model_validate_json((self.folder / "manifest.json").read_bytes())
+            saved = _Saved.model_validate_json((self.folder / "manifest.json").read_bytes())
         except (FileNotFoundError, pydantic.ValidationError):
+            if (self.folder / "manifest.copy.json").exists():
+                raise self._is_local() from None
             return None
+        if saved.local is not None:
+            raise self._is_local()
+        return saved
+
+    def _is_local(self) -> Conflict:
+        return Conflict(f"{self.folder} holds a local buffer, which a mirror would replace; choose another folder")
 
     def _save(self, saved: _Saved) -> None:
-        _write(self.folder / "manifest.json", saved.model_dump_json(indent=1).encode())
+        _write(self.folder / "manifest.json", saved.model_dump_json(indent=1, exclude_none=True).encode())
 
 
 def _nothing(buffer: str) -> Manifest:

@@ -8,9 +8,12 @@ All sizes are bytes, all times are UTC or seconds as the name says.
 from __future__ import annotations
 
 from datetime import datetime
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from engram.names import MAX_CLASS_ID as MAX_CLASS_ID
+from engram.names import class_name
 
 Per = Literal["buffer", "class"]
 ShareBy = Literal["class", "task"]
@@ -31,14 +34,14 @@ STRIPS_MEDIA_TYPE = "application/vnd.engram.strips"
 TAR_MEDIA_TYPE = "application/x-tar"
 """WebDataset: pairs of KEY.jpg (or another image) and KEY.cls."""
 
-MAX_CLASS_ID = 2**31 - 1
 MAX_TASK = 2**31 - 1
 
 MAX_BUDGET_BYTES = 2**53 - 1
 """The largest integer that every JSON parser reads exactly."""
 
 FieldName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,31}$")]
-ClassName = Annotated[str, Field(min_length=1, max_length=200)]
+ClassId = Annotated[int, Field(ge=0, le=MAX_CLASS_ID)]
+ClassName = Annotated[str, AfterValidator(class_name)]
 BufferName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Quality = Annotated[int, Field(ge=1, le=100)]
@@ -75,9 +78,34 @@ class BufferCreate(Model):
 
 
 class BufferChange(Model):
-    """A new budget; a smaller one drops the tails of every class, losslessly."""
+    """A new budget, new names of classes by their ids, or both.
 
-    budget_bytes: Annotated[int, Field(ge=1, le=MAX_BUDGET_BYTES)]
+    A smaller budget drops the tails of every class, losslessly. An id that is not mentioned keeps its name; a name that
+    another id has is refused.
+    """
+
+    budget_bytes: Annotated[int, Field(ge=1, le=MAX_BUDGET_BYTES)] | None = None
+    class_names: dict[ClassId, ClassName] = {}
+
+    @model_validator(mode="after")
+    def _says_something(self) -> Self:
+        if self.budget_bytes is None and not self.class_names:
+            raise ValueError("nothing to change: give budget_bytes, class_names or both")
+        return self
+
+
+class ForkCreate(Model):
+    """A new buffer that begins with the content of another one, whose packs it shares.
+
+    `generation` is the one that the source must be at: only the newest can be forked, because what herding goes toward
+    and what was seen of each class are known of that one alone. Freeze a fork of it to come back to it later.
+    `budget_bytes` None is the source's. A fork that is `frozen` is a snapshot: it takes no change.
+    """
+
+    name: BufferName
+    generation: Annotated[int, Field(ge=0, lt=2**31)] | None = None
+    budget_bytes: Annotated[int, Field(ge=1, le=MAX_BUDGET_BYTES)] | None = None
+    frozen: bool = False
 
 
 class Buffer(Answer):
@@ -202,6 +230,7 @@ class ClassSummary(Answer):
     """One class within one task. `seen` counts every image ever uploaded, `exemplars` those stored."""
 
     class_id: int
+    name: str | None = None
     seen: int
     exemplars: int
     bytes: int
@@ -290,3 +319,9 @@ class Health(Answer):
     version: str
     damaged_packs: list[str]
     problems: list[str]
+
+
+def first_fault(error: ValidationError) -> str:
+    """Where the first fault of malformed values is, and what it is."""
+    first = error.errors()[0]
+    return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"

@@ -1,7 +1,7 @@
-"""Reads and writes the upload format: a tar stream of images with class ids and fields, as WebDataset writes it.
+"""Reads and writes the upload format: a tar stream of images with classes and fields, as WebDataset writes it.
 
     KEY.ppm         the image: .ppm .pgm .png .jpg .jpeg .webp, any case
-    KEY.cls         its class id: an integer as ASCII text
+    KEY.cls         its class: an integer as ASCII text, or a name as UTF-8 (all of a stream one or the other)
     KEY.NAME.npy    its field NAME, if the buffer declares one: an array as `numpy.save` writes it (no pickles),
     KEY.NAME.json   or a number, a text or nested lists of numbers,
     KEY.NAME.txt    or a text field's text as it is, another field's as JSON
@@ -42,7 +42,7 @@ from PIL import Image
 
 from engram.errors import BadUpload, TooLarge
 from engram.fields import KEY, MAX_FIELDS, NO_FIELDS, TEXT, Cell, Schema, array_key
-from engram.schemas import MAX_CLASS_ID
+from engram.names import MAX_CLASS_ID, class_name
 
 BLOCK: Final = 512
 END: Final = bytes(2 * BLOCK)
@@ -57,7 +57,7 @@ MAX_SIDE: Final = 16_384
 
 # A name longer than any file system's path limit is an attack on memory, not a name.
 _MAX_EXTENDED_HEADER_BYTES: Final = 64 * 2**10
-_MAX_CLASS_BYTES: Final = 64
+_MAX_CLASS_BYTES: Final = 1024
 _CHUNK_BYTES: Final = 1 << 20
 
 _CLASS_TEXT = re.compile(rb"\s*\+?([0-9]{1,18})\s*")
@@ -73,13 +73,14 @@ UInt8Array = npt.NDArray[np.uint8]
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """One image with its class id. `image` is `size` bytes at `offset` in the stream, still encoded.
+    """One image with its class: an id, or a name that stands for one.
 
-    `fields` has what came with it, of whatever type that was sent in.
+    `image` is `size` bytes at `offset` in the stream, still encoded. `fields` has what came with it, of whatever type
+    that was sent in.
     """
 
     key: str
-    class_id: int
+    class_id: int | str
     image: bytes
     name: str
     offset: int
@@ -96,10 +97,19 @@ def read(stream: BinaryIO, *, schema: Schema = NO_FIELDS, max_member_bytes: int 
         max_member_bytes: of an image.
 
     Raises:
-        BadUpload: cut short, not a tar, a member without its pair, a key twice, a bad class id, a link or device, a
-            field that is not declared or cannot be read.
+        BadUpload: cut short, not a tar, a member without its pair, a key twice, a bad class id or name, ids and names
+            in one stream, a link or device, a field that is not declared or cannot be read.
         TooLarge: a member above its limit.
     """
+    first: Member | None = None
+    for member in _members(stream, schema, max_member_bytes):
+        first = first or member
+        if type(member.class_id) is not type(first.class_id):
+            raise _mixed(first, member)
+        yield member
+
+
+def _members(stream: BinaryIO, schema: Schema, max_member_bytes: int) -> Iterator[Member]:
     keys: set[int] = set()
     group = _Group(schema)
     for half in _halves(stream, max_member_bytes):
@@ -186,7 +196,7 @@ class _Group:
             self._fields[KEY] = image.key
         return Member(
             key=image.key,
-            class_id=_class_id(label),
+            class_id=_class(label),
             image=image.content,
             name=image.name,
             offset=image.offset,
@@ -300,14 +310,18 @@ def _unpaired(half: _Half | None, following: _Half | None) -> BadUpload:
     )
 
 
-def _class_id(label: _Half) -> int:
+def _class(label: _Half) -> int | str:
+    """The class id that a member holds, or the name."""
     match = _CLASS_TEXT.fullmatch(label.content)
     if match is None:
-        raise BadUpload(
-            f"member {label.name!r} holds {label.content[:24]!r} where a class id, an integer "
-            f"from 0 to {MAX_CLASS_ID}, was expected",
-            member=label.name,
-        )
+        try:
+            return class_name(label.content.decode("utf-8"))
+        except ValueError as error:
+            raise BadUpload(
+                f"member {label.name!r} holds {label.content[:24]!r} where a class id, an integer "
+                f"from 0 to {MAX_CLASS_ID}, or the name of a class was expected ({error})",
+                member=label.name,
+            ) from error
     class_id = int(match[1])
     if class_id > MAX_CLASS_ID:
         raise BadUpload(
@@ -316,6 +330,16 @@ def _class_id(label: _Half) -> int:
             class_id=class_id,
         )
     return class_id
+
+
+def _mixed(first: Member, then: Member) -> BadUpload:
+    labels = f"{first.key}.cls", f"{then.key}.cls"
+    return BadUpload(
+        f"member {labels[0]!r} holds {first.class_id!r} and member {labels[1]!r} holds {then.class_id!r}: "
+        "the classes of an upload are all integers or all names",
+        member=labels[1],
+        first_member=labels[0],
+    )
 
 
 def _halves(stream: BinaryIO, max_member_bytes: int) -> Iterator[_Half]:
@@ -489,14 +513,15 @@ def write(
 ) -> Iterator[bytes]:
     """Yield a tar stream of arrays in chunks of about 1 MiB: PPM or PGM members, so that nothing is encoded.
 
-    Keys are the images' numbers, counted from `start`. Fields are arrays [N, ...], or lists of N arrays or texts.
+    Keys are the images' numbers, counted from `start`. Class ids are integers; strings are names. Fields are arrays
+    [N, ...], or lists of N arrays or texts.
 
     Raises:
-        ValueError: not uint8 `[N, H, W, C]` or `[N, H, W]`, C not 1 or 3, counts that differ, a class id out of range.
+        ValueError: as `labelled`.
     """
-    images_NHWC, class_ids = _checked(images_NHWC, class_ids)
+    images_NHWC, class_ids_N, names = labelled(images_NHWC, class_ids)
     fixed, ragged = _checked_fields(fields or {}, len(images_NHWC))
-    layout = _Layout(images_NHWC.shape[1:], class_ids, fixed)
+    layout = _Layout(images_NHWC.shape[1:], class_ids_N, names, fixed)
     count = len(images_NHWC)
     step = max(1, _CHUNK_BYTES // layout.group_bytes)
     for first in range(0, count, step):
@@ -556,7 +581,15 @@ def _numeric(name: str, cell: Any) -> Cell:
     return array
 
 
-def _checked(images_NHWC: UInt8Array, class_ids: npt.ArrayLike) -> tuple[UInt8Array, npt.NDArray[np.int64]]:
+def labelled(
+    images_NHWC: UInt8Array, class_ids: npt.ArrayLike
+) -> tuple[UInt8Array, npt.NDArray[np.int64], tuple[str, ...] | None]:
+    """Images [N, H, W, C] and an int64 for each: its class id and None, or its place in the names that follow.
+
+    Raises:
+        ValueError: not uint8 `[N, H, W, C]` or `[N, H, W]`, C not 1 or 3, counts that differ, a class id out of range,
+            a string that is no name of a class.
+    """
     images_NHWC = np.asarray(images_NHWC)
     if images_NHWC.ndim == 3:
         images_NHWC = images_NHWC[..., None]
@@ -566,11 +599,22 @@ def _checked(images_NHWC: UInt8Array, class_ids: npt.ArrayLike) -> tuple[UInt8Ar
             f"got {images_NHWC.dtype} {list(images_NHWC.shape)}"
         )
     ids = np.asarray(class_ids)
-    if ids.shape != (len(images_NHWC),) or (ids.size and not np.issubdtype(ids.dtype, np.integer)):
-        raise ValueError(f"{len(images_NHWC)} images need as many integer class ids, got {ids.dtype} {list(ids.shape)}")
+    if ids.dtype == object and all(isinstance(name, str) for name in ids.flat):
+        ids = ids.astype(str)
+    is_named = ids.dtype.kind == "U"
+    if ids.shape != (len(images_NHWC),) or (ids.size and not is_named and not np.issubdtype(ids.dtype, np.integer)):
+        raise ValueError(
+            f"{len(images_NHWC)} images need as many integer class ids or names, got {ids.dtype} {list(ids.shape)}"
+        )
+    if is_named:
+        # Texts that differ may be one name: places of texts become places of names.
+        texts, places = np.unique(ids, return_inverse=True)
+        spelled = [class_name(text) for text in texts.tolist()]
+        names = tuple(sorted({*spelled}))
+        return images_NHWC, np.array([names.index(name) for name in spelled], np.int64)[places], names
     if ids.size and not 0 <= int(ids.min()) <= int(ids.max()) <= MAX_CLASS_ID:
         raise ValueError(f"class ids must be 0 to {MAX_CLASS_ID}, got {int(ids.min())} to {int(ids.max())}")
-    return images_NHWC, ids.astype(np.int64)
+    return images_NHWC, ids.astype(np.int64), None
 
 
 _KEY_DIGITS: Final = len(array_key(0))
@@ -588,6 +632,7 @@ class _Layout:
         self,
         shape: tuple[int, ...],
         class_ids_N: npt.NDArray[np.int64],
+        names: tuple[str, ...] | None = None,
         fields: Mapping[str, npt.NDArray[Any]] = MappingProxyType({}),
     ) -> None:
         height, width, channels = shape
@@ -597,8 +642,12 @@ class _Layout:
         blank = array_key(0)
         image = entry(f"{blank}.{extension}", header + bytes(height * width * channels))
         distinct, self._template_N = np.unique(class_ids_N, return_inverse=True)
+        texts = [(str(c) if names is None else names[c]).encode() for c in distinct.tolist()]
+        longest = max(map(len, texts), default=0)
+        # All groups are of one size: where a name needs more than one block, spaces fill up the others.
+        labels = [entry(f"{blank}.cls", text.ljust(longest) if longest > BLOCK else text) for text in texts]
         self._headers = [0, len(image)]
-        at = len(image) + 2 * BLOCK
+        at = len(image) + (len(labels[0]) if labels else 2 * BLOCK)
         rest = b""
         self._columns: list[tuple[slice, npt.NDArray[Any]]] = []
         for name, column in fields.items():
@@ -610,8 +659,7 @@ class _Layout:
             at += len(member)
             rest += member
         self._templates = np.stack(
-            [np.frombuffer(image + entry(f"{blank}.cls", b"%d" % c) + rest, np.uint8) for c in distinct.tolist()]
-            or [np.zeros(at, np.uint8)]
+            [np.frombuffer(image + label + rest, np.uint8) for label in labels] or [np.zeros(at, np.uint8)]
         )
         self.group_bytes = self._templates.shape[1]
 
@@ -646,9 +694,9 @@ def _octal_digits(values_N: npt.NDArray[np.int64]) -> UInt8Array:
 
 
 def write_encoded(
-    files: Iterable[tuple[str, bytes, int] | tuple[str, bytes, int, Mapping[str, Cell]]],
+    files: Iterable[tuple[str, bytes, int | str] | tuple[str, bytes, int | str, Mapping[str, Cell]]],
 ) -> Iterator[bytes]:
-    """Yield a tar stream of already encoded images given as (extension, bytes, class id) and perhaps their fields.
+    """Yield a tar stream of already encoded images given as (extension, bytes, class id or name) and perhaps fields.
 
     Raises:
         ValueError: an extension that `read` would pass over.
@@ -659,7 +707,7 @@ def write_encoded(
         if extension.lower() not in IMAGE_EXTENSIONS:
             raise ValueError(f"extension {extension!r} is not one of {', '.join(IMAGE_EXTENSIONS)}")
         key = array_key(number)
-        group = [entry(f"{key}.{extension}", content), entry(f"{key}.cls", b"%d" % class_id)]
+        group = [entry(f"{key}.{extension}", content), entry(f"{key}.cls", str(class_id).encode())]
         group += [field_member(key, name, cell) for fields in more for name, cell in fields.items()]
         parts += group
         size += sum(map(len, group))

@@ -29,8 +29,7 @@ def create(session: Session, wanted: BufferCreate) -> Buffer:
         InvalidRequest: it declares fields that there cannot be.
     """
     fields = Schema.declare(wanted.fields).declared
-    if session.get(BufferRow, wanted.name) is not None:
-        raise Conflict(f"there is a buffer {wanted.name!r} already; delete it first or choose another name")
+    check_free(session, wanted.name)
     state: QualityState = "provisional" if wanted.quality is None else "fixed"
     row = BufferRow(
         **wanted.model_dump() | {"fields": fields},
@@ -41,12 +40,35 @@ def create(session: Session, wanted: BufferCreate) -> Buffer:
     )
     session.add(row)
     session.flush()
-    return _describe(session, row)
+    return describe(session, row)
+
+
+def check_free(session: Session, name: str) -> None:
+    """Returns if no buffer has this name.
+
+    Raises:
+        Conflict: there is one of that name.
+    """
+    if session.get(BufferRow, name) is not None:
+        raise Conflict(f"there is a buffer {name!r} already; delete it first or choose another name")
+
+
+def check_thawed(row: BufferRow) -> None:
+    """Returns if the buffer takes changes.
+
+    Raises:
+        Conflict: it is frozen.
+    """
+    if row.is_frozen:
+        raise Conflict(
+            f"buffer {row.name!r} is frozen at generation {row.generation}; fork it and change the fork, or delete it",
+            buffer=row.name,
+        )
 
 
 def read_all(session: Session) -> list[Buffer]:
     """Every buffer, by name."""
-    return [_describe(session, row) for row in session.scalars(select(BufferRow).order_by(BufferRow.name)).all()]
+    return [describe(session, row) for row in session.scalars(select(BufferRow).order_by(BufferRow.name)).all()]
 
 
 def read(session: Session, name: str) -> Buffer:
@@ -55,7 +77,7 @@ def read(session: Session, name: str) -> Buffer:
     Raises:
         NotFound: there is no such buffer.
     """
-    return _describe(session, find(session, name))
+    return describe(session, find(session, name))
 
 
 def delete(session: Session, name: str) -> None:
@@ -144,6 +166,7 @@ def task(session: Session, name: str, number: int) -> Task:
     packs = live_packs(session, name)
     own = [pack for pack in packs if pack.task == number]
     stored = {c: (count, size) for pack in own for (c, count), size in zip(pack.runs, pack.class_bytes, strict=True)}
+    names = class_names(row)
     granted = shares.leaves(
         row.budget_bytes, per=row.per, share_by=row.share_by, classes_by_task=classes_by_task(session, name)
     )
@@ -156,6 +179,7 @@ def task(session: Session, name: str, number: int) -> Task:
         classes=[
             ClassSummary(
                 class_id=class_id,
+                name=names.get(class_id),
                 seen=seen,
                 exemplars=stored.get(class_id, (0, 0))[0],
                 bytes=stored.get(class_id, (0, 0))[1],
@@ -237,7 +261,8 @@ def _limit_bytes(row: BufferRow, classes: dict[int, list[int]]) -> int:
     return shares.limit(row.budget_bytes, per=row.per, classes=len(distinct))
 
 
-def _describe(session: Session, row: BufferRow) -> Buffer:
+def describe(session: Session, row: BufferRow) -> Buffer:
+    """A buffer as it stands."""
     packs = live_packs(session, row.name)
     classes = classes_by_task(session, row.name)
     return Buffer(

@@ -1,6 +1,6 @@
 """Where generations are made: the only code that changes which packs a buffer has.
 
-Every change (an upload, another budget, a deleted task) goes the same way:
+Every change (an upload, another budget, other names, a deleted task) goes the same way:
 
 1. read the buffer at generation g as a content of `engram.memory`, whose packs are read when they are asked for;
 2. let `engram.memory` make the new content, at whatever cost;
@@ -23,16 +23,17 @@ from typing import Any
 import numpy as np
 from sqlalchemy import delete, select, text, update
 from sqlalchemy.orm import Session
+from sqlalchemy.sql.elements import ColumnElement
 
 from engram import memory, pack
 from engram.content import Content, Means, Policy, Task
 from engram.errors import Conflict, NotFound, Unavailable
 from engram.fields import Schema
 from engram.memory import Where
-from engram.schemas import Decision
+from engram.schemas import Buffer, BufferChange, Decision, ForkCreate
 from engram.strip import Exemplars, runs_of
 
-from .buffers import entry, find, image_shape, live_packs
+from .buffers import check_free, check_thawed, class_names, describe, entry, find, image_shape, live_packs
 from .database import Database
 from .ingest import Claim, LeaseLost, holds
 from .storage import PackStore
@@ -69,7 +70,7 @@ def commit(
 
     Raises:
         NotFound: no such buffer.
-        Conflict: the buffer is not at `expected_generation`.
+        Conflict: the buffer is frozen, or not at `expected_generation`.
         LeaseLost: the ingest was cancelled, deleted or claimed by another worker; nothing changed.
         StorageFull: the disk is full; nothing changed.
         Unavailable: lost too many races; nothing changed.
@@ -78,26 +79,34 @@ def commit(
         with database.reading() as session:
             row = find(session, buffer)
             before = read_content(session, store, row)
-        if expected_generation is not None and row.generation != expected_generation:
-            raise Conflict(
-                f"buffer {buffer!r} is at generation {row.generation}, the request expects {expected_generation}; "
-                "read it again and decide anew",
-                generation=row.generation,
-            )
+        check_thawed(row)
+        _check_generation(row, expected_generation)
         after = change(before)
-        changed = {number: task for number, task in after.tasks.items() if task is not before.tasks.get(number)}
-        packs = [
-            _put(store, row.name, number, exemplars)
-            for number, task in changed.items()
-            if (exemplars := task.load()) is not None
-        ]
+        packs = _put_changed(store, row.name, before, after)
         try:
             return _write(database, store, row, before, after, packs, ingest)
         except _Raced:
             continue
-    raise Unavailable(
-        f"{MAX_RACES} other changes of buffer {buffer!r} came first, one after the other; try again", retry_after_s=1
-    )
+    raise _overtaken(buffer)
+
+
+def change(
+    database: Database, store: PackStore, buffer: str, wanted: BufferChange, *, expected_generation: int | None = None
+) -> int:
+    """The buffer has this budget and its classes these names; returns the new generation.
+
+    Raises:
+        NotFound: no such buffer.
+        Conflict: a name belongs to another class; or as `commit`.
+        StorageFull, Unavailable: as `commit`.
+    """
+
+    def make(content: Content) -> Content:
+        if wanted.class_names:
+            content = memory.rename(content, wanted.class_names)
+        return content if wanted.budget_bytes is None else memory.reshare(content, budget_bytes=wanted.budget_bytes)
+
+    return commit(database, store, buffer, make, expected_generation=expected_generation)
 
 
 def reshare(
@@ -115,8 +124,53 @@ def reshare(
         NotFound: no such buffer or task.
         Conflict, StorageFull, Unavailable: as `commit`.
     """
-    change = partial(memory.reshare, budget_bytes=budget_bytes, without_task=without_task)
-    return commit(database, store, buffer, change, expected_generation=expected_generation)
+    make = partial(memory.reshare, budget_bytes=budget_bytes, without_task=without_task)
+    return commit(database, store, buffer, make, expected_generation=expected_generation)
+
+
+def fork(database: Database, store: PackStore, source: str, wanted: ForkCreate) -> Buffer:
+    """The new buffer: the content of the source under a budget of its own, in the source's packs where nothing went.
+
+    It counts generations on from the one that it was made of. Uploads to the source may go on meanwhile.
+
+    Raises:
+        NotFound: no such buffer.
+        Conflict: the name is taken, or the source is not at `wanted.generation`.
+        StorageFull, Unavailable: as `commit`.
+    """
+    for _ in range(MAX_RACES):
+        with database.reading() as session:
+            row = find(session, source)
+            check_free(session, wanted.name)
+            before = read_content(session, store, row)
+        _check_generation(row, wanted.generation)
+        after = before if wanted.budget_bytes is None else memory.reshare(before, budget_bytes=wanted.budget_bytes)
+        packs = _put_changed(store, wanted.name, before, after)
+        try:
+            return _write_fork(database, store, row, wanted, before, after, packs)
+        except _Raced:
+            continue
+    raise _overtaken(source)
+
+
+def _check_generation(row: BufferRow, expected: int | None) -> None:
+    """Returns if the buffer is at this generation, None being any.
+
+    Raises:
+        Conflict: it is at another.
+    """
+    if expected is not None and row.generation != expected:
+        raise Conflict(
+            f"buffer {row.name!r} is at generation {row.generation}, the request expects {expected}; "
+            "read it again and decide anew",
+            generation=row.generation,
+        )
+
+
+def _overtaken(buffer: str) -> Unavailable:
+    return Unavailable(
+        f"{MAX_RACES} other changes of buffer {buffer!r} came first, one after the other; try again", retry_after_s=1
+    )
 
 
 def remove(
@@ -195,6 +249,8 @@ def read_content(session: Session, store: PackStore, buffer: BufferRow) -> Conte
         is_provisional=buffer.quality_is == "provisional",
         shape=image_shape(buffer),
         schema=Schema.declare(buffer.fields),
+        class_names=class_names(buffer),
+        next_class_id=buffer.next_class_id,
     )
 
 
@@ -221,6 +277,13 @@ def _load(store: PackStore, row: PackRow) -> Exemplars | None:
     exemplars, rows = pack.salvage(data, row.exemplars)
     logger.error("pack %s is damaged; %d of its %d exemplars are kept", row.digest, len(rows), row.exemplars)
     return exemplars if len(rows) else None
+
+
+def _put_changed(store: PackStore, buffer: str, before: Content, after: Content) -> list[PackRow]:
+    """The rows, without their generation, of the packs of every task that changed; the packs are durable."""
+    changed = {number: task for number, task in after.tasks.items() if task is not before.tasks.get(number)}
+    loaded = ((number, task.load()) for number, task in changed.items())
+    return [_put(store, buffer, number, exemplars) for number, exemplars in loaded if exemplars is not None]
 
 
 def _put(store: PackStore, buffer: str, task: int, exemplars: Exemplars) -> PackRow:
@@ -252,20 +315,11 @@ def _write(
 ) -> int:
     """Step 4 of the module docstring, all or nothing."""
     generation, now = buffer.generation + 1, time.time()
-    values: dict[str, Any] = {"generation": generation, "budget_bytes": after.policy.budget_bytes}
-    if after.policy.quality is None:
-        values |= {"quality": after.quality, "quality_is": "provisional" if after.is_provisional else "decided"}
-    if after.shape is not None:
-        values["height"], values["width"], values["channels"] = after.shape
+    values = {"generation": generation, **_columns(after)}
     touched = [n for n in {*before.tasks, *after.tasks} if after.tasks.get(n) is not before.tasks.get(n)]
     with database.session() as session:
         exclusive(session)
-        unmoved = (
-            BufferRow.name == buffer.name,
-            BufferRow.generation == buffer.generation,
-            BufferRow.created_at == buffer.created_at,
-        )
-        if _changed(session, update(BufferRow).where(*unmoved).values(values)) != 1:
+        if _changed(session, update(BufferRow).where(*_unmoved(buffer)).values(values)) != 1:
             raise _Raced
         if not all(store.exists(new.digest) for new in packs):
             raise _Raced
@@ -282,6 +336,75 @@ def _write(
         if ingest is not None:
             _end(session, ingest, generation, now)
     return generation
+
+
+def _write_fork(
+    database: Database,
+    store: PackStore,
+    source: BufferRow,
+    wanted: ForkCreate,
+    before: Content,
+    after: Content,
+    packs: list[PackRow],
+) -> Buffer:
+    """The rows of a new buffer with this content, all or nothing; what did not change is in the source's packs."""
+    kept = [number for number, task in after.tasks.items() if task is before.tasks[number]]
+    with database.session() as session:
+        exclusive(session)
+        # Locked, so that no commit to the source retires the packs that are about to be named once more.
+        if session.scalars(select(BufferRow.name).where(*_unmoved(source)).with_for_update()).first() is None:
+            raise _Raced
+        if not all(store.exists(new.digest) for new in packs):
+            raise _Raced
+        check_free(session, wanted.name)
+        copied = {column.name: getattr(source, column.name) for column in BufferRow.__table__.columns}
+        own = {
+            "name": wanted.name,
+            "oldest_generation": source.generation,
+            "is_frozen": wanted.frozen,
+            "created_at": time.time(),
+        }
+        made = BufferRow(**(copied | _columns(after) | own))
+        session.add(made)
+        session.flush()
+        shared = [row for row in live_packs(session, source.name) if row.task in kept]
+        for row in [*packs, *(_copy(row, wanted.name) for row in shared)]:
+            row.since = source.generation
+            session.add(row)
+        for number, task in after.tasks.items():
+            session.add(_task_row(wanted.name, number, task))
+        session.flush()
+        return describe(session, made)
+
+
+def _unmoved(buffer: BufferRow) -> tuple[ColumnElement[bool], ...]:
+    """The conditions under which the buffer is still as it was read."""
+    return (
+        BufferRow.name == buffer.name,
+        BufferRow.generation == buffer.generation,
+        BufferRow.created_at == buffer.created_at,
+    )
+
+
+def _columns(content: Content) -> dict[str, Any]:
+    """What the row of a buffer with this content says."""
+    values: dict[str, Any] = {
+        "budget_bytes": content.policy.budget_bytes,
+        "class_names": {str(class_id): name for class_id, name in content.class_names.items()},
+        "next_class_id": content.next_class_id,
+    }
+    if content.policy.quality is None:
+        values |= {"quality": content.quality, "quality_is": "provisional" if content.is_provisional else "decided"}
+    if content.shape is not None:
+        values["height"], values["width"], values["channels"] = content.shape
+    return values
+
+
+def _copy(row: PackRow, buffer: str) -> PackRow:
+    """The row, without its generation, by which another buffer names the same pack."""
+    own = {"id", "buffer", "since", "until", "retired_at"}
+    columns = {column.name: getattr(row, column.name) for column in PackRow.__table__.columns if column.name not in own}
+    return PackRow(buffer=buffer, **columns)
 
 
 def _task_row(buffer: str, number: int, task: Task) -> TaskRow:

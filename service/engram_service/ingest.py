@@ -1,4 +1,4 @@
-"""This file is the way of an upload from the socket to a worker: the spool on disk and the queue in the database.
+"""The way of an upload from the socket to a worker: the spool on disk and the queue in the database.
 
     spool/ID.part     being received; its receiver holds an exclusive flock on it
     spool/ID.tar      complete and durable; waits for a worker, removed once its ingest is final
@@ -38,6 +38,7 @@ from sqlalchemy.sql.elements import ColumnElement
 from engram.errors import BadUpload, Conflict, EngramError, NotFound, TooLarge
 from engram.schemas import Ingest, IngestOptions, State
 
+from .buffers import check_thawed
 from .database import Database
 from .settings import Settings
 from .storage import disk_errors, fsync_path
@@ -176,7 +177,7 @@ def enqueue(
 
     Raises:
         NotFound: no such buffer.
-        Conflict: the key was used for another body, task or options.
+        Conflict: the buffer is frozen, or the key was used for another body, task or options.
     """
     try:
         try:
@@ -248,13 +249,16 @@ def _earlier(session: Session, wanted: IngestRow) -> IngestRow | None:
 
 
 def check_buffer(session: Session, buffer: str) -> None:
-    """Returns if the buffer exists.
+    """Returns if the buffer exists and takes uploads.
 
     Raises:
         NotFound: no such buffer.
+        Conflict: it is frozen.
     """
-    if session.get(BufferRow, buffer) is None:
+    row = session.get(BufferRow, buffer)
+    if row is None:
         raise NotFound(f"no buffer {buffer!r}; create it with POST /v1/buffers", buffer=buffer)
+    check_thawed(row)
 
 
 def read(session: Session, ingest_id: str) -> Ingest:

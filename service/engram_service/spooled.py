@@ -1,9 +1,9 @@
 """Reads the images of a spooled upload: once from end to end to check them, then by number in any order.
 
 The first pass decodes every image (a PPM or PGM only needs its header) and keeps 25 bytes about each: where it is,
-how long it is, its class id, whether its pixels lie in the file as they are. So an upload is refused before any
+how long it is, its class, whether its pixels lie in the file as they are. So an upload is refused before any
 work is done on it, and 100,000 images take 2.5 MB, whatever their size. Images are uint8 [N, H, W, C], C 1 or 3,
-all of one shape.
+all of one shape. Names of classes are kept once each: `class_ids` are then places in `names`.
 
 Fields are checked in the same pass and written, as records, to a file beside the upload that has no name, so that it
 goes with the process; 8 bytes about each record stay in memory.
@@ -51,7 +51,8 @@ class SpooledImages:
             schema: the fields that every image must bring.
 
         Raises:
-            BadUpload: the tar, an image or a field is not what it should be, shapes differ, or there is no image.
+            BadUpload: the tar, an image or a field is not what it should be, shapes differ, ids and names are mixed, or
+                there is no image.
             TooLarge: beyond a limit.
             StorageFull: the disk has no room for the fields.
         """
@@ -61,7 +62,7 @@ class SpooledImages:
         self._settings, self._path, self._file = settings, path, -1
         self._offsets, self._sizes, self._raw = array("q"), array("q"), bytearray()
         self._class_ids: array[int] = array("q")
-        self._distinct: set[int] = set()
+        self._places: dict[int | str, int] = {}
         self.shape: Shape = (0, 0, 0)
         try:
             self._read(report)
@@ -69,6 +70,7 @@ class SpooledImages:
             self._close()
             raise
         self.class_ids: IntArray = np.frombuffer(self._class_ids, np.int64)
+        self.names: tuple[str, ...] | None = tuple(name for name in self._places if isinstance(name, str)) or None
 
     def _read(self, report: Callable[[int], None]) -> None:
         # Large reads: a header, a label and a small image each would be a system call of its own.
@@ -142,15 +144,15 @@ class SpooledImages:
             raise TooLarge(
                 f"the upload has more than {settings.max_images} images; split it", max_images=settings.max_images
             )
-        self._distinct.add(member.class_id)
-        if len(self._distinct) > settings.max_classes:
+        place = self._places.setdefault(member.class_id, len(self._places))
+        if len(self._places) > settings.max_classes:
             raise TooLarge(
                 f"the upload has more than {settings.max_classes} classes; are these class ids?",
                 max_classes=settings.max_classes,
             )
         self._offsets.append(member.offset)
         self._sizes.append(member.size)
-        self._class_ids.append(member.class_id)
+        self._class_ids.append(place if isinstance(member.class_id, str) else member.class_id)
         self._raw.append(member.image[:2] in (b"P5", b"P6"))
         if self.schema:
             self._add_record(self.schema.record(member.fields, f"image {member.key!r}"))

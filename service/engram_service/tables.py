@@ -65,6 +65,8 @@ class BufferRow(Base):
     fields: Mapped[dict[str, str]] = mapped_column(JSON, server_default="{}", default=dict)
     # Class id (a string: JSON) to name.
     class_names: Mapped[dict[str, str]] = mapped_column(JSON, server_default="{}", default=dict)
+    # Above every class id ever seen or named: what the next new name gets.
+    next_class_id: Mapped[int] = mapped_column(BigInteger, server_default="0", default=0)
     is_frozen: Mapped[bool] = mapped_column(Boolean, server_default=false(), default=False)
     created_at: Mapped[float] = mapped_column(Float)
 

@@ -1,4 +1,4 @@
-"""This file is the worker: it claims ingests, selects and encodes their exemplars, commits them, and collects garbage.
+"""The worker: it claims ingests, selects and encodes their exemplars, commits them, and collects garbage.
 
 One worker does one ingest at a time. `engram-service serve` runs one as a child process (`Supervisor`), so that a
 large upload never slows a draw and a crash in a codec never takes the service along; `engram-service worker` runs
@@ -236,7 +236,7 @@ def perform(database: Database, store: PackStore, settings: Settings, held: Clai
         SpooledImages(held.spool, settings, beat.found, schema) as images,
         embedder(settings, held, images.shape) as chosen,
     ):
-        upload = memory.Upload(held.task, images, held.options)
+        upload = memory.Upload(held.task, images, held.options, images.names)
 
         def grow(content: Content) -> Content:
             beat.enter("selecting")

@@ -172,6 +172,38 @@ def test_class_folders_named_by_integers_are_their_ids(engram_client: Client, na
     assert engram_client.buffer(name).classes == [9, 10]
 
 
+def test_cat_and_dog_then_ship_and_truck_are_four_classes(engram_client: Client, name: str, tmp_path: Path) -> None:
+    for number, kind in enumerate(("cat", "dog", "ship", "truck")):
+        save(tmp_path / str(number // 2) / kind / "a.png", number)
+    engram_client.create_buffer(name, budget_bytes=10**6)
+    for task in range(2):
+        engram_client.wait(engram_client.upload_folder(name, task, tmp_path / str(task)))
+    engram_client.wait(engram_client.upload(name, 2, pictures(9, 3), ["truck", "ant", "cat"]))
+    expected = {0: "cat", 1: "dog", 2: "ship", 3: "truck", 4: "ant"}
+    assert engram_client.class_names(name) == engram_client.manifest(name).class_names == expected
+    assert [row.name for row in engram_client.task(name, 2).classes] == ["cat", "truck", "ant"]
+    assert set(engram_client.draw(name, 7).class_ids.tolist()) == {0, 1, 2, 3, 4}
+    assert engram_client.rename_classes(name, {0: "dog", 1: "cat"}).class_names == expected | {0: "dog", 1: "cat"}
+    with pytest.raises(engram.Conflict, match="class 4 cannot be named 'ship'"):
+        engram_client.rename_classes(name, {4: "ship"})
+    with pytest.raises(engram.InvalidRequest, match="number"):
+        engram_client.rename_classes(name, {4: "4"})
+
+
+def test_a_fork_goes_its_own_way_and_a_snapshot_none(engram_client: Client, name: str) -> None:
+    engram_client.create_buffer(name, budget_bytes=10**6)
+    send(engram_client, name, 0, [0, 1])
+    snapshot = engram_client.fork(name, f"{name}-s", generation=1, frozen=True)
+    fork = engram_client.fork(name, f"{name}-f", budget_bytes=5000)
+    assert (snapshot.is_frozen, fork.is_frozen, fork.budget_bytes) == (True, False, 5000)
+    send(engram_client, f"{name}-f", 1, [2, 3])
+    assert engram_client.buffer(name).tasks == [0]
+    with pytest.raises(engram.Conflict, match="frozen"):
+        send(engram_client, f"{name}-s", 1, [2, 3])
+    with pytest.raises(engram.InvalidRequest, match="name"):
+        engram_client.fork(name, "No Name")
+
+
 def test_a_folder_of_mixed_sizes_is_refused_unless_it_is_resized(
     engram_client: Client, name: str, tmp_path: Path
 ) -> None:

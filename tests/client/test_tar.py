@@ -110,6 +110,27 @@ def test_arrays_that_are_no_labelled_images_are_refused(sent: npt.NDArray[np.uin
         list(tar.write(sent, class_ids))
 
 
+def test_names_of_classes_are_written_and_read() -> None:
+    names = ["cat", "Ärger", "cat", "長" * 190]
+    written = b"".join(tar.write(images(4), names))
+    assert [member.class_id for member in read(written)] == names
+    with tarfile.open(fileobj=io.BytesIO(written)) as file:
+        assert len(file.getmembers()) == 8
+    assert [m.class_id for m in read(b"".join(tar.write_encoded([("ppm", PPM, "cat")])))] == ["cat"]
+
+
+def test_texts_that_are_one_name_are_one_class() -> None:
+    _, places, names = tar.labelled(images(3), ["caf\u00e9", " cafe\u0301 ", "bar"])
+    assert names == ("bar", "caf\u00e9")
+    assert places.tolist() == [1, 1, 0]
+
+
+@pytest.mark.parametrize("class_ids", [["cat", ""], ["cat", "7"], [1, "cat"], ["cat", "a\nb"]])
+def test_strings_that_name_no_class_are_refused(class_ids: list[str]) -> None:
+    with pytest.raises(ValueError, match="class"):
+        list(tar.write(images(2), class_ids))
+
+
 @pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
 def test_long_and_foreign_names_are_read_in_every_tar_format(format: int) -> None:
     deep = "/".join(["folder" * 5] * 6)
@@ -177,7 +198,13 @@ def test_noise_is_refused(noise: bytes) -> None:
         (archive(("a.ppm", PPM), ("a.png", PPM)), "has no pair"),
         (archive(("a.cls", b"1"), ("a.cls", b"1")), "has no pair"),
         (archive(*[("a.ppm", PPM), ("a.cls", b"1")] * 2), "key 'a' appears twice"),
-        (archive(("a.ppm", PPM), ("a.cls", b"cat")), "b'cat' where a class id"),
+        (
+            archive(("a.ppm", PPM), ("a.cls", b"3"), ("b.ppm", PPM), ("b.cls", b"cat")),
+            "'a.cls' holds 3 and member 'b.cls' holds 'cat'",
+        ),
+        (archive(("a.ppm", PPM), ("a.cls", b"c\0t")), "printable"),
+        (archive(("a.ppm", PPM), ("a.cls", b"\xff\xfe")), "where a class id"),
+        (archive(("a.ppm", PPM), ("a.cls", b"c" * 201)), "1 to 200 characters, got 201"),
         (archive(("a.ppm", PPM), ("a.cls", b"")), "b'' where a class id"),
         (archive(("a.ppm", PPM), ("a.cls", b"-1")), "where a class id"),
         (archive(("a.ppm", PPM), ("a.cls", b"1.5")), "where a class id"),

@@ -95,7 +95,7 @@ CASES: dict[str, Bad] = {
     "the same key twice": Bad(lambda: tar_of([*GOOD, *GOOD[:2]]), BadUpload, ("'0000'", "twice")),
     "no images": Bad(lambda: tar_of([]), BadUpload, ("0 images",)),
     "no images among other files": Bad(lambda: tar_of([("README.txt", b"hello")]), BadUpload, ("0 images",)),
-    "a class id that is a word": Bad(lambda: with_class("cat"), BadUpload, ("0007.cls", "b'cat'", "integer")),
+    "a name among class ids": Bad(lambda: with_class("cat"), BadUpload, ("0000.cls", "0007.cls", "'cat'", "integer")),
     "a class id that is a fraction": Bad(lambda: with_class("1.5"), BadUpload, ("b'1.5'", "integer")),
     "a class id below 0": Bad(lambda: with_class("-1"), BadUpload, ("b'-1'", "integer")),
     "a class id beyond 31 bits": Bad(lambda: with_class(str(2**31)), BadUpload, ("2147483648", "2147483647")),

@@ -1,4 +1,4 @@
-"""This file is where images come from: every source becomes one `Dataset` of uint8 arrays.
+"""Where images come from: every source becomes one `Dataset` of uint8 arrays.
 
 `load(source)` understands:
 
@@ -33,6 +33,7 @@ import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
 
 from engram.errors import BadUpload, NotFound
+from engram.folder import classes
 
 Images = npt.NDArray[np.uint8]
 ClassIds = npt.NDArray[np.int64]
@@ -223,31 +224,43 @@ def read_digits() -> Dataset:
 
 
 def read_image_folder(folder: Path, *, resize: int | None = None) -> Dataset:
-    """`train/CLASS/*` and `test/CLASS/*` (or validation, valid, val); class ids number the sorted folders of train.
+    """`train/CLASS/*` and `test/CLASS/*` (or validation, valid, val); for class ids see `class_ids`.
 
     Raises:
         NotFound: a split or a class folder is missing or empty.
         BadUpload: a file is not an image, or sizes differ and `resize` was not given.
     """
-    names = tuple(sorted(path.name for path in (folder / "train").iterdir() if path.is_dir()))
     test_split = next((split for split in TEST_SPLITS if (folder / split).is_dir()), None)
-    if not names or test_split is None:
+    if test_split is None or not any(path.is_dir() for path in (folder / "train").iterdir()):
         raise NotFound(f"{folder} needs train/CLASS/ and test/CLASS/ folders of images")
-    unknown = {path.name for path in (folder / test_split).iterdir() if path.is_dir()} - set(names)
+    ids = class_ids(folder / "train")
+    unknown = {path.name for path in (folder / test_split).iterdir() if path.is_dir()} - ids.keys()
     if unknown:
         raise NotFound(f"{folder / test_split} has the class folders {sorted(unknown)}, which train/ has not")
     arrays: list[Any] = []
     for split in ("train", test_split):
         files = [
             (path, class_id)
-            for class_id, name in enumerate(names)
+            for name, class_id in ids.items()
             for path in sorted((folder / split / name).glob("*"))
             if path.suffix.lower() in IMAGE_SUFFIXES
         ]
         arrays += [(_open(path) for path, _ in files), np.array([class_id for _, class_id in files], np.int64)]
     train, train_ids, test, test_ids = arrays
     both = _stack([*train, *test], resize=resize, source=str(folder))
+    # Integers are their own names, and there may be gaps between them.
+    names = () if any(name.isascii() and name.isdigit() for name in ids) else tuple(ids)
     return Dataset(folder.name, both[: len(train_ids)], train_ids, both[len(train_ids) :], test_ids, names)
+
+
+def class_ids(folder: Path) -> dict[str, int]:
+    """The class id of every class folder: the integers that they are, in order, or the places of their sorted names.
+
+    Raises:
+        BadUpload: as `engram.folder.classes`.
+    """
+    found = classes(folder)
+    return {path.name: place if isinstance(label, str) else label for place, (path, label) in enumerate(found.items())}
 
 
 def read_hub(name: str, *, resize: int | None = None, image: str | None = None, label: str | None = None) -> Dataset:

@@ -9,7 +9,7 @@ Letters: N images, H height, W width, C channels, P values of a thumbnail, D dim
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
 import numpy as np
@@ -82,6 +82,33 @@ class BuiltinEmbedder:
             pixels_NP = _shrink(images_NHWC[rows], *self._thumbnail).reshape(-1, len(self._projection_PD))
             np.matmul(pixels_NP, self._projection_PD, out=features_ND[rows])
         features_ND += self._flat_D
+        return unit_rows(features_ND)
+
+
+Embed = Callable[[UInt8Array], npt.ArrayLike]
+"""Features [N, D] of images [N, H, W, C]."""
+
+
+class FunctionEmbedder:
+    """Any function as an embedding: a network's feature extractor, usually. `name` says which."""
+
+    block = EXTRACTOR_BLOCK
+
+    def __init__(self, name: str, embed: Embed) -> None:
+        self.name = name
+        self._embed = embed
+
+    def embed(self, images_NHWC: UInt8Array) -> FloatArray:
+        """One row per image, unit L2 norm.
+
+        Raises:
+            ValueError: the function gave something else than a row of finite numbers for each image.
+        """
+        features_ND = np.array(self._embed(images_NHWC), np.float32)
+        if features_ND.ndim != 2 or len(features_ND) != len(images_NHWC) or not features_ND.size:
+            raise ValueError(f"{self.name} gave features {list(features_ND.shape)} for {len(images_NHWC)} images")
+        if not np.isfinite(features_ND).all():
+            raise ValueError(f"{self.name} gave features that are not finite")
         return unit_rows(features_ND)
 
 

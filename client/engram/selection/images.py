@@ -83,6 +83,32 @@ NO_IMAGES = ArrayImages(np.empty((0, 0, 0, 0), np.uint8), np.empty(0, np.int64))
 """An upload of nothing."""
 
 
+@dataclass(frozen=True, eq=False)
+class Relabelled:
+    """The same images under other class ids."""
+
+    images: Images
+    class_ids: IntArray
+
+    @property
+    def shape(self) -> Shape:
+        """(H, W, C) of every image."""
+        return self.images.shape
+
+    def read(self, indices: IntArray) -> UInt8Array:
+        """These images in this order."""
+        return self.images.read(indices)
+
+    @property
+    def schema(self) -> Schema:
+        """The fields that every image brings."""
+        return self.images.schema
+
+    def records(self, indices: IntArray) -> Sequence[Bytes]:
+        """The fields of these images in this order."""
+        return self.images.records(indices)
+
+
 class WorkDone:
     """Turns fractions of the work into counts of images that sum to `total`."""
 

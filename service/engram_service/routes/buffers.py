@@ -1,4 +1,4 @@
-"""This file is the routes of buffers: create, list, read, change the budget, delete; the manifest of a generation."""
+"""The routes of buffers: create, list, read, change, fork, delete; the manifest of a generation."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Annotated
 
 from fastapi import APIRouter, Header, Response
 
-from engram.schemas import Buffer, BufferChange, BufferCreate, BufferList, Manifest
+from engram.schemas import Buffer, BufferChange, BufferCreate, BufferList, ForkCreate, Manifest
 
 from .. import buffers, commit
 from .parts import BufferPath, DatabasePart, ExpectedGeneration, Generation, ReplayPart, StorePart, etag, matches
@@ -49,9 +49,20 @@ def change_buffer(
     store: StorePart,
     expected_generation: ExpectedGeneration,
 ) -> Buffer:
-    """Give a buffer another budget; a smaller one drops the tails of every class, losslessly."""
-    commit.reshare(database, store, buffer, budget_bytes=change.budget_bytes, expected_generation=expected_generation)
+    """Give a buffer another budget, its classes other names; a smaller budget drops the tails of every class."""
+    commit.change(database, store, buffer, change, expected_generation=expected_generation)
     return read_buffer(buffer, response, database)
+
+
+@router.post("/{buffer}/forks", status_code=201)
+def fork_buffer(
+    buffer: BufferPath, wanted: ForkCreate, response: Response, database: DatabasePart, store: StorePart
+) -> Buffer:
+    """Make a buffer that begins with the content of this one and shares its packs; a frozen one is a snapshot."""
+    made = commit.fork(database, store, buffer, wanted)
+    response.headers["Location"] = f"/v1/buffers/{made.name}"
+    response.headers["ETag"] = etag(made.generation)
+    return made
 
 
 @router.delete("/{buffer}", status_code=204)

@@ -1,0 +1,541 @@
+"""A memory in this process, on a folder, without a service: the same packs and the same draws.
+
+    memory = LocalBuffer("memory", budget_bytes=1_000_000)
+    memory.add(0, images_NHWC, class_ids_N)
+    batch = memory.draw(256, seed=7, step=0)
+
+The folder is a mirror's (`engram.mirror`; `engram.state` says what is in it), and what changes a buffer here is what
+changes it in a service (`engram.memory`): equal uploads with equal options give packs with equal digests. One process
+changes the folder at a time, and a second one is refused at once; any number may read it.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+import pydantic
+
+from engram import files, memory, pack, state, tar
+from engram.batch import Batch
+from engram.content import Content, shares_of
+from engram.draw import Layout, Request
+from engram.errors import Conflict, InvalidRequest, NotFound, StripCorrupt
+from engram.mirror import Snapshot
+from engram.schemas import (
+    MAX_TASK,
+    Buffer,
+    BufferCreate,
+    ClassSummary,
+    Decision,
+    IngestOptions,
+    Manifest,
+    PackEntry,
+    Per,
+    ShareBy,
+    Strategy,
+    Subsampling,
+    Task,
+    first_fault,
+)
+from engram.selection.embedding import BuiltinEmbedder, Embed, Embedder, FunctionEmbedder
+from engram.selection.images import ArrayImages
+from engram.state import Saved
+from engram.strip import Exemplars
+
+logger = logging.getLogger(__name__)
+
+# Another process may commit between the manifest and its packs; one after the other, some ten times is hopeless.
+_ATTEMPTS = 10
+
+
+class LocalBuffer:
+    """The buffer in a folder, made if there is none.
+
+    Args:
+        folder: nothing else should be kept there.
+        budget_bytes: of the whole buffer, or of each class. Needed for a new one, as the others are not.
+        per: which of the two ("buffer" if it is not given).
+        share_by: what gets equal shares: classes or tasks ("class").
+        subsampling: of the colour planes ("4:2:0").
+        quality: JPEG quality of all exemplars, for good; without it selection finds one.
+        fields: the columns that every exemplar has beside its image, by name.
+
+    Raises:
+        NotFound: there is no buffer in the folder, and no budget to make one.
+        Conflict: the buffer there has other settings than those given, or another process is just making one.
+        InvalidRequest: a setting is out of range.
+        StripCorrupt: manifest.json is damaged; the message says what is left and what to do.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        budget_bytes: int | None = None,
+        per: Per | None = None,
+        share_by: ShareBy | None = None,
+        subsampling: Subsampling | None = None,
+        quality: int | None = None,
+        fields: Mapping[str, str] | None = None,
+    ) -> None:
+        self.folder = Path(folder)
+        self._packs = self.folder / "packs"
+        self._snapshot: Snapshot | None = None
+        given: dict[str, Any] = {
+            "budget_bytes": budget_bytes,
+            "per": per,
+            "share_by": share_by,
+            "subsampling": subsampling,
+            "quality": quality,
+            "fields": None if fields is None else dict(fields),
+        }
+        given = {name: value for name, value in given.items() if value is not None}
+        saved = state.read(self.folder)
+        if saved is None:
+            saved = self._create(given)
+        elif given:
+            _check_settings(self.folder, saved, given)
+        self._saved = saved
+
+    def __reduce__(self) -> tuple[type[Self], tuple[Path]]:
+        """Another process opens the folder and reads the newest generation."""
+        return type(self), (self.folder,)
+
+    # What is there
+
+    @property
+    def generation(self) -> int:
+        """How many changes there have been."""
+        return self.manifest.generation
+
+    @property
+    def manifest(self) -> Manifest:
+        """The packs of this generation."""
+        return self._saved.manifest
+
+    @property
+    def class_names(self) -> dict[int, str]:
+        """The names of classes, by their ids."""
+        return self.manifest.class_names
+
+    @property
+    def is_frozen(self) -> bool:
+        """Whether this is a snapshot, which takes no change."""
+        return state.local_of(self.folder, self._saved).is_frozen
+
+    @property
+    def tasks(self) -> list[int]:
+        """The tasks that have a share, ascending."""
+        return list(state.local_of(self.folder, self._saved).tasks)
+
+    @property
+    def decisions(self) -> dict[int, Decision]:
+        """What each task's images said about quality."""
+        tasks = state.local_of(self.folder, self._saved).tasks
+        return {number: task.decision for number, task in tasks.items() if task.decision is not None}
+
+    def describe(self) -> Buffer:
+        """The buffer as it stands."""
+        saved, manifest = self._saved, self._saved.manifest
+        local = state.local_of(self.folder, saved)
+        return Buffer(
+            name=manifest.buffer,
+            budget_bytes=local.budget_bytes,
+            limit_bytes=manifest.limit_bytes,
+            per=local.per,
+            share_by=local.share_by,
+            subsampling=local.subsampling,
+            quality=local.quality,
+            quality_is=local.quality_is,
+            generation=manifest.generation,
+            used_bytes=manifest.used_bytes,
+            exemplars=sum(entry.exemplars for entry in manifest.packs),
+            tasks=list(local.tasks),
+            classes=sorted({class_id for entry in manifest.packs for class_id, count in entry.runs if count}),
+            image_shape=manifest.image_shape,
+            fields=manifest.fields,
+            class_names=manifest.class_names,
+            is_frozen=local.is_frozen,
+            created_at=saved.created_at,
+        )
+
+    def task(self, task: int) -> Task:
+        """A task as it is stored: classes, counts, bytes and the decision on its quality.
+
+        Raises:
+            NotFound: there is no such task.
+        """
+        saved = self._saved
+        local = state.local_of(self.folder, saved)
+        if task not in local.tasks:
+            raise NotFound(f"there is no task {task} in {self.folder}; there are {list(local.tasks)}", task=task)
+        content, held = state.content_of(self.folder, saved), local.tasks[task]
+        granted = shares_of(content.policy, content.classes())[task]
+        packs = [entry for entry in saved.manifest.packs if entry.task == task]
+        runs = [run for entry in packs for run in entry.runs]
+        stored = {c: (count, size) for (c, count), size in zip(runs, held.class_bytes, strict=True)}
+        return Task(
+            buffer=saved.manifest.buffer,
+            task=task,
+            quality=local.quality or 0,
+            bytes=sum(entry.bytes for entry in packs),
+            exemplars=sum(entry.exemplars for entry in packs),
+            classes=[
+                ClassSummary(
+                    class_id=class_id,
+                    name=saved.manifest.class_names.get(class_id),
+                    seen=seen,
+                    exemplars=stored.get(class_id, (0, 0))[0],
+                    bytes=stored.get(class_id, (0, 0))[1],
+                    share_bytes=granted.get(class_id, 0),
+                )
+                for class_id, seen in sorted(held.seen.items())
+            ],
+            decision=held.decision,
+        )
+
+    # Changes
+
+    def add(
+        self,
+        task: int,
+        images_NHWC: npt.NDArray[np.uint8],
+        class_ids_N: npt.ArrayLike,
+        *,
+        options: IngestOptions | None = None,
+        embed: Embed | None = None,
+        embed_name: str | None = None,
+        progress: Callable[[int], None] | None = None,
+    ) -> Task:
+        """Keep as many images of a task as its shares hold; they are on disk when this returns the task.
+
+        Args:
+            task: the task's number.
+            images_NHWC: uint8 RGB or grey; `[N, H, W]` is grey.
+            class_ids_N: N integers, which are class ids, or N strings, which are names: those that the buffer knows
+                stand for the ids that they have there, new ones get new ids.
+            options: how images are ranked and measured, as for an upload to a service.
+            embed: makes features float32 `[n, D]` of images uint8 `[n, H, W, C]`; None: the built-in embedding.
+            embed_name: which function that is. Means of images are continued only under the name they were made under.
+            progress: called often, with how many images further the work is; what it raises ends it.
+
+        Raises:
+            ValueError: arrays of another type or shape, or of no images; a function without a name, or bad features.
+            BudgetExceeded: not one exemplar of the task fits.
+            Conflict: the buffer is frozen, has images of another shape, or is just being changed by another process.
+            InvalidRequest: the task is out of range, or the options name an extractor of a service.
+            StorageFull: the disk is full; nothing changed.
+        """
+        images_NHWC, class_ids_N, names = tar.labelled(images_NHWC, class_ids_N)
+        if not len(images_NHWC):
+            raise ValueError("there are no images to add")
+        if not 0 <= task <= MAX_TASK:
+            raise InvalidRequest(f"a task's number lies in 0..{MAX_TASK}, got {task}")
+        options = options or IngestOptions()
+        if options.extractor is not None:
+            raise InvalidRequest("extractor: models are registered with a service; give `embed` to a local buffer")
+        images = ArrayImages(images_NHWC, class_ids_N)
+        embedder: Embedder = BuiltinEmbedder(images.shape)
+        if embed is not None:
+            if not embed_name:
+                raise ValueError("give `embed` an `embed_name`: means of images are only continued under the same one")
+            embedder = FunctionEmbedder(embed_name, embed)
+        upload = memory.Upload(task, images, options, names)
+        advance = progress or (lambda count: None)
+        self._change(partial(memory.add, upload=upload, embedder=embedder, advance=advance))
+        return self.task(task)
+
+    def delete_task(self, task: int) -> None:
+        """The task's exemplars are gone, in a new generation; what its classes were named stays known.
+
+        Raises:
+            NotFound: there is no such task.
+            Conflict: the buffer is frozen, or is just being changed by another process.
+        """
+        self._change(partial(memory.reshare, without_task=task))
+
+    def change_budget(self, budget_bytes: int, *, generation: int | None = None) -> None:
+        """The buffer has another budget; a smaller one drops the tails of every class.
+
+        Args:
+            budget_bytes: the new budget.
+            generation: the generation this change was decided on; None changes any.
+
+        Raises:
+            InvalidRequest: the budget is out of range.
+            Conflict: the buffer is frozen, at another generation, or is just being changed by another process.
+        """
+        _validated({"budget_bytes": budget_bytes})
+        self._change(partial(memory.reshare, budget_bytes=budget_bytes), generation)
+
+    def rename_classes(self, class_names: Mapping[int, str]) -> None:
+        """These classes have these names, by their ids; the others keep theirs.
+
+        Raises:
+            InvalidRequest: a name is empty, a number, not printable, or has more than 200 characters.
+            Conflict: a name belongs to another class; or as `delete_task`.
+        """
+        self._change(partial(memory.rename, given=class_names))
+
+    def fork(
+        self,
+        folder: str | Path,
+        *,
+        generation: int | None = None,
+        budget_bytes: int | None = None,
+        frozen: bool = False,
+    ) -> LocalBuffer:
+        """A buffer in another folder that begins with the content of this one; later each goes its own way.
+
+        Packs are hard links where the file system allows it, copies elsewhere. Other processes may go on changing this
+        buffer meanwhile.
+
+        Args:
+            folder: empty, or made.
+            generation: the generation that this buffer must be at; None takes the newest.
+            budget_bytes: of the fork; None takes that of this buffer.
+            frozen: whether the fork is a snapshot, which takes no change but can be forked again.
+
+        Raises:
+            Conflict: the folder holds something already, or this buffer is at another generation.
+            InvalidRequest: the budget is out of range.
+            StorageFull: the disk is full.
+        """
+        target = Path(folder)
+        if budget_bytes is not None:
+            _validated({"budget_bytes": budget_bytes})
+        with state.writing(target):
+            state.check_empty(target)
+            for _ in range(_ATTEMPTS):
+                saved = state.newest(self.folder)
+                _check_generation(saved, generation)
+                try:
+                    _share(self._packs, target / "packs", saved.manifest)
+                    break
+                except FileNotFoundError:
+                    # Another process has made a new generation meanwhile, or somebody took the pack away.
+                    if state.newest(self.folder).manifest.generation == saved.manifest.generation:
+                        raise state.missing(self._packs, saved.manifest) from None
+            else:
+                raise Conflict(f"{_ATTEMPTS} changes of {self.folder} came first, one after the other; try again")
+            local = state.local_of(self.folder, saved)
+            saved = saved.model_copy(
+                update={
+                    "created_at": datetime.now(UTC),
+                    "manifest": saved.manifest.model_copy(update={"buffer": target.resolve().name}),
+                    "local": local.model_copy(update={"is_frozen": frozen}),
+                }
+            )
+            before = state.content_of(target, saved)
+            after = before if budget_bytes is None else memory.reshare(before, budget_bytes=budget_bytes)
+            state.publish(target, state.after_change(target, saved, before, after, saved.manifest.generation))
+        return LocalBuffer(target)
+
+    # Replay
+
+    def draw(
+        self,
+        size: int,
+        *,
+        seed: int = 0,
+        step: int = 0,
+        strategy: Strategy = "uniform",
+        tasks: Sequence[int] | None = None,
+        exclude_tasks: Sequence[int] = (),
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> Batch:
+        """A replay minibatch, equal to `Client.draw` with the same arguments from equal packs.
+
+        Raises:
+            NotFound: a task named in `tasks` holds no exemplar.
+            Conflict: the buffer is empty, or has nothing but the excluded tasks.
+            InvalidRequest: a number is out of range.
+            StripCorrupt: a pack is damaged.
+        """
+        chosen = None if tasks is None else tuple(tasks)
+        request = Request(size, seed, step, strategy, chosen, tuple(exclude_tasks), rank, world_size)
+        return self.snapshot().draw(request)
+
+    def snapshot(self) -> Snapshot:
+        """This generation, which stays as it is when the buffer goes on.
+
+        Raises:
+            StripCorrupt: a pack is damaged or gone.
+        """
+        for _ in range(_ATTEMPTS):
+            saved, known = self._saved, self._snapshot
+            if known is not None and known.manifest is saved.manifest:
+                return known
+            try:
+                self._snapshot = _snapshot_of(self._packs, saved.manifest, known)
+            except FileNotFoundError:
+                # Another process has made a new generation and removed what it does not need: that one is read.
+                if not self.refresh():
+                    break
+        raise state.missing(self._packs, self.manifest)
+
+    def refresh(self) -> bool:
+        """What other processes have changed is seen from here on; true if there is another generation than before.
+
+        Raises:
+            StripCorrupt: manifest.json is damaged.
+        """
+        newest = state.newest(self.folder)
+        is_new = (newest.created_at, newest.manifest.generation) != (self._saved.created_at, self.generation)
+        if is_new:
+            self._saved = newest
+        return is_new
+
+    # Files
+
+    def _create(self, given: dict[str, Any]) -> Saved:
+        if "budget_bytes" not in given:
+            raise NotFound(f"there is no buffer in {self.folder}; give budget_bytes to make one")
+        wanted = _validated(given)
+        with state.writing(self.folder):
+            found = state.read(self.folder)
+            if found is not None:
+                _check_settings(self.folder, found, given)
+                return found
+            state.check_empty(self.folder)
+            self._packs.mkdir(exist_ok=True)
+            saved = state.new(self.folder.resolve().name, wanted)
+            state.publish(self.folder, saved)
+            return saved
+
+    def _change(self, change: Callable[[Content], Content], generation: int | None = None) -> None:
+        """The buffer's content is what `change` makes of it, in a new generation.
+
+        Raises:
+            Conflict: the buffer is frozen, at another generation, a mirror, or just being changed elsewhere.
+            StorageFull: the disk is full; nothing changed.
+        """
+        with state.writing(self.folder):
+            saved = state.newest(self.folder)
+            if state.local_of(self.folder, saved).is_frozen:
+                raise Conflict(
+                    f"the buffer in {self.folder} is frozen at generation {saved.manifest.generation}; "
+                    "fork it and change the fork"
+                )
+            _check_generation(saved, generation)
+            before = state.content_of(self.folder, saved)
+            after = change(before)
+            saved = state.after_change(self.folder, saved, before, after, saved.manifest.generation + 1)
+            state.publish(self.folder, saved)
+        self._saved = saved
+
+
+def _check_settings(folder: Path, saved: Saved, given: Mapping[str, Any]) -> None:
+    """Returns if the buffer has these settings.
+
+    Raises:
+        Conflict: it has others, or is a mirror.
+    """
+    local = state.local_of(folder, saved)
+    actual: dict[str, Any] = {
+        "budget_bytes": local.budget_bytes,
+        "per": local.per,
+        "share_by": local.share_by,
+        "subsampling": local.subsampling,
+        "quality": local.quality if local.quality_is == "fixed" else None,
+        "fields": saved.manifest.fields,
+    }
+    other = [f"{name} {actual[name]} (asked: {value})" for name, value in given.items() if actual[name] != value]
+    if other:
+        raise Conflict(
+            f"the buffer in {folder} has other settings: {', '.join(other)}; open it without settings, and give it "
+            "another budget with change_budget"
+        )
+
+
+def _check_generation(saved: Saved, generation: int | None) -> None:
+    """Returns if the buffer is at this generation, None being any.
+
+    Raises:
+        Conflict: it is at another.
+    """
+    if generation not in (None, saved.manifest.generation):
+        raise Conflict(
+            f"the buffer is at generation {saved.manifest.generation}, {generation} is expected; look again and decide "
+            "anew",
+            generation=saved.manifest.generation,
+        )
+
+
+def _validated(settings: Mapping[str, Any]) -> BufferCreate:
+    """The settings with defaults for what is not given.
+
+    Raises:
+        InvalidRequest: one is out of range.
+    """
+    try:
+        return BufferCreate.model_validate({"name": "local", **settings})
+    except pydantic.ValidationError as error:
+        raise InvalidRequest(first_fault(error)) from error
+
+
+def _share(source: Path, target: Path, manifest: Manifest) -> None:
+    """The manifest's packs are in the other folder too, durably, and nothing else is.
+
+    Raises:
+        FileNotFoundError: a pack is gone.
+    """
+    target.mkdir(exist_ok=True)
+    named = {entry.digest for entry in manifest.packs}
+    for path in target.iterdir():
+        if path.name not in named:
+            path.unlink()
+    for digest in named:
+        try:
+            os.link(source / digest, target / digest)
+        except (FileNotFoundError, FileExistsError):
+            if not (target / digest).exists():
+                raise
+        except OSError:
+            # Another file system, or one without links.
+            files.write_durably(target / digest, (source / digest).read_bytes())
+    files.fsync_path(target)
+    files.fsync_path(target.parent)
+
+
+def _snapshot_of(packs: Path, manifest: Manifest, known: Snapshot | None) -> Snapshot:
+    """The generation, ready to draw from; packs that another snapshot holds are taken from there.
+
+    Raises:
+        FileNotFoundError: a pack is gone.
+        StripCorrupt: a pack is damaged.
+    """
+    held = (
+        {} if known is None else dict(zip([entry.digest for entry in known.manifest.packs], known.packs, strict=True))
+    )
+    opened = tuple(held.get(entry.digest) or _verified(packs, entry) for entry in manifest.packs)
+    return Snapshot(manifest, Layout(manifest.packs), opened)
+
+
+def _verified(packs: Path, entry: PackEntry) -> Exemplars:
+    """A pack that is what its name says.
+
+    Raises:
+        FileNotFoundError: it is gone.
+        StripCorrupt: it is damaged.
+    """
+    path = packs / entry.digest
+    data = path.read_bytes()
+    if pack.digest(data) != entry.digest:
+        _, rows = pack.salvage(data, entry.exemplars)
+        raise StripCorrupt(
+            f"{path}, the pack of task {entry.task}, does not match its name: {len(rows)} of its {entry.exemplars} "
+            "exemplars are intact. Restore it from a backup or a fork; a change of the task keeps what is intact",
+            digest=entry.digest,
+            task=entry.task,
+        )
+    return pack.parse(data)
