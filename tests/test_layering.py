@@ -46,9 +46,10 @@ NOT_FOR_THE_SERVICE = {f"engram.{name}" for name in ("transport", "folder", "cli
 ORDER = {
     "engram": [
         "errors schemas",
-        "form shares draw tar transport",
+        "files form shares draw tar transport",
         "strip folder",
-        "pack batch",
+        "pack batch index",
+        "packs",
         "selection",
         "content",
         "memory",

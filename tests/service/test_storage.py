@@ -16,7 +16,9 @@ import pytest
 
 from engram import pack, strip
 from engram.errors import NotFound, StorageFull, Unavailable
-from engram_service.storage import PackCache, PackStore, write_durably
+from engram.files import write_durably
+from engram.packs import PackCache
+from engram_service.storage import PackStore
 from tests.contents import pictures
 from tests.servers import environment
 

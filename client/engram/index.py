@@ -1,0 +1,149 @@
+"""The index of a pack: where each exemplar's segment lies, so that a draw reads these bytes and no others.
+
+It is derived from the pack and lies beside it. Whoever finds none, or one that does not hold, makes it anew from the
+pack; so it need not survive a power cut, and it is no part of the budget. Twelve bytes for each exemplar.
+
+Bytes, in this order (numbers are little-endian):
+
+    magic:8 = "ENGRIDX1"  crc:4             CRC-32 of everything after it
+    digest:32  pack_bytes:8                 the pack that it belongs to
+    height:2  width:2  channels:1  sampling:1  quality:1  wide:1  count:4  runs:4  schema_bytes:4
+    class_id:4 * runs  length:4 * runs      runs of class ids, as in a manifest
+    start:4 * count                         (8 * count if `wide`, for packs of 4 GiB and more)
+    length:4 * count  segment_crc:4 * count
+    schema:schema_bytes                     UTF-8; empty: exemplars have no fields
+
+`sampling` is 1 for 4:2:0, else 0.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import cast
+from zlib import crc32
+
+import numpy as np
+import numpy.typing as npt
+
+from engram.form import Form
+from engram.strip import Bytes, ChecksumArray, Exemplars, IntArray, runs_of
+
+_MAGIC = b"ENGRIDX1"
+_START = struct.Struct("<8sI")
+_HEAD = struct.Struct("<32sQHHBBBBIII")
+
+
+class Indexed(Exemplars):
+    """Exemplars of a pack whose class ids are made when they are asked for, which a draw never does.
+
+    `starts` and `lengths` are views of the index, in its types.
+    """
+
+    def __init__(self, index: Index, data: Bytes) -> None:
+        columns = {"starts": index.starts, "lengths": index.lengths, "checksums": index.checksums}
+        for name, value in {"form": index.form, "data": data, "index": index, **columns}.items():
+            object.__setattr__(self, name, value)
+
+    index: Index
+
+    @property
+    def class_ids(self) -> IntArray:
+        """One for each exemplar, made each time."""
+        class_ids, lengths = self.index.runs
+        return np.repeat(class_ids.astype(np.int64), lengths)
+
+
+@dataclass(frozen=True, eq=False)
+class Index:
+    """What an index says; the arrays are views of its bytes. `runs` are class ids and how many exemplars of each."""
+
+    digest: str
+    pack_bytes: int
+    form: Form
+    runs: tuple[npt.NDArray[np.uint32], npt.NDArray[np.uint32]]
+    starts: IntArray
+    lengths: IntArray
+    checksums: ChecksumArray
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def over(self, data: Bytes) -> Exemplars:
+        """The exemplars of the pack that has these bytes, or of something that gives them slice by slice."""
+        return Indexed(self, data)
+
+
+def to_bytes(exemplars: Exemplars, digest: str) -> bytes:
+    """The index of the pack of this digest, which was parsed as `exemplars`."""
+    form, pack_bytes, count = exemplars.form, len(exemplars.data), len(exemplars)
+    runs = np.array(runs_of(exemplars.class_ids), "<u4").reshape(-1, 2).T
+    is_wide = pack_bytes >= 2**32
+    body = b"".join(
+        [
+            _HEAD.pack(
+                bytes.fromhex(digest),
+                pack_bytes,
+                form.height,
+                form.width,
+                form.channels,
+                form.subsampling == "4:2:0",
+                form.quality,
+                is_wide,
+                count,
+                runs.shape[1],
+                0,
+            ),
+            runs.tobytes(),
+            exemplars.starts.astype("<u8" if is_wide else "<u4").tobytes(),
+            exemplars.lengths.astype("<u4").tobytes(),
+            exemplars.checksums.astype("<u4").tobytes(),
+        ]
+    )
+    return _START.pack(_MAGIC, crc32(body)) + body
+
+
+def of(exemplars: Exemplars, digest: str) -> Index:
+    """The index of the pack of this digest, which was parsed as `exemplars`."""
+    found = parse(to_bytes(exemplars, digest), digest)
+    assert found is not None, "what is written is read"
+    return found
+
+
+def parse(data: bytes, digest: str) -> Index | None:
+    """What these bytes say of the pack of this digest; None if they are no index of it, or not as they were written."""
+    if len(data) < _START.size + _HEAD.size:
+        return None
+    magic, checksum = _START.unpack_from(data)
+    found, pack_bytes, height, width, channels, sampling, quality, wide, count, runs, schema_bytes = _HEAD.unpack_from(
+        data, _START.size
+    )
+    at = _START.size + _HEAD.size
+    if magic != _MAGIC or found.hex() != digest or schema_bytes:
+        return None
+    if len(data) != at + 8 * runs + (16 if wide else 12) * count or crc32(memoryview(data)[_START.size :]) != checksum:
+        return None
+
+    def column(kind: str, length: int) -> npt.NDArray[np.uint32]:
+        nonlocal at
+        values = np.frombuffer(data, kind, length, at)
+        at += values.nbytes
+        return values
+
+    class_ids, lengths = column("<u4", runs), column("<u4", runs)
+    return Index(
+        digest,
+        pack_bytes,
+        _form(height, width, channels, sampling, quality),
+        (class_ids, lengths),
+        cast(IntArray, column("<u8" if wide else "<u4", count)),
+        cast(IntArray, column("<u4", count)),
+        column("<u4", count),
+    )
+
+
+@lru_cache(maxsize=1024)
+def _form(height: int, width: int, channels: int, sampling: int, quality: int) -> Form:
+    """Kept, so that the headers of a form are computed once."""
+    return Form(height, width, channels, "4:2:0" if sampling else "4:4:4", quality)
