@@ -23,6 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import NamedTuple, Protocol, get_args
 
 import numpy as np
@@ -122,9 +123,12 @@ class Layout:
         self.pack_starts: IntArray = np.cumsum([0, *(pack.exemplars for pack in packs)])
         self.count = int(self.pack_starts[-1])
         self.tasks = sorted({pack.task for pack in packs})
-        runs = [(at, pack.task, *run) for at, pack in enumerate(packs) for run in pack.runs]
-        columns = np.array(runs, np.int64).reshape(-1, 4).T.copy()
-        self._run_packs, self._run_tasks, self._run_classes, self._run_counts = columns
+        lengths = [len(pack.runs) for pack in packs]
+        numbers = chain.from_iterable(chain.from_iterable(pack.runs) for pack in packs)
+        runs = np.fromiter(numbers, np.int64, 2 * sum(lengths)).reshape(-1, 2)
+        self._run_packs = np.repeat(np.arange(len(packs)), lengths)
+        self._run_tasks = np.repeat(np.array([pack.task for pack in packs], np.int64), lengths)
+        self._run_classes, self._run_counts = runs.T.copy()
         self._run_starts = np.cumsum(self._run_counts) - self._run_counts
         if int(self._run_counts.sum()) != self.count:
             raise ValueError(f"the packs' runs sum to {self._run_counts.sum()} exemplars, the packs to {self.count}")

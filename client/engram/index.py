@@ -5,15 +5,17 @@ pack; so it need not survive a power cut, and it is no part of the budget. Twelv
 
 Bytes, in this order (numbers are little-endian):
 
-    magic:8 = "ENGRIDX1"  crc:4             CRC-32 of everything after it
-    digest:32  pack_bytes:8                 the pack that it belongs to
+    magic:8 = "ENGRIDX1"
+    head_crc:4  columns_crc:4               CRC-32 of the head, and of everything after it
+    digest:32  pack_bytes:8                 the head: the pack that it belongs to,
     height:2  width:2  channels:1  sampling:1  quality:1  wide:1  count:4  runs:4  schema_bytes:4
     class_id:4 * runs  length:4 * runs      runs of class ids, as in a manifest
     start:4 * count                         (8 * count if `wide`, for packs of 4 GiB and more)
     length:4 * count  segment_crc:4 * count
     schema:schema_bytes                     UTF-8; empty: exemplars have no fields
 
-`sampling` is 1 for 4:2:0, else 0.
+`sampling` is 1 for 4:2:0, else 0. A draw that reads segments from disk compares each with its checksum, so it finds out
+about a wrong column; `is_sound` is for whoever does not.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ from engram.form import Form
 from engram.strip import Bytes, ChecksumArray, Exemplars, IntArray, runs_of
 
 _MAGIC = b"ENGRIDX1"
-_START = struct.Struct("<8sI")
+_START = struct.Struct("<8sII")
 _HEAD = struct.Struct("<32sQHHBBBBIII")
 
 
@@ -66,9 +68,16 @@ class Index:
     starts: IntArray
     lengths: IntArray
     checksums: ChecksumArray
+    columns: memoryview
+    columns_crc: int
 
     def __len__(self) -> int:
         return len(self.lengths)
+
+    @property
+    def is_sound(self) -> bool:
+        """True if every column is as it was written."""
+        return crc32(self.columns) == self.columns_crc
 
     def over(self, data: Bytes) -> Exemplars:
         """The exemplars of the pack that has these bytes, or of something that gives them slice by slice."""
@@ -80,28 +89,17 @@ def to_bytes(exemplars: Exemplars, digest: str) -> bytes:
     form, pack_bytes, count = exemplars.form, len(exemplars.data), len(exemplars)
     runs = np.array(runs_of(exemplars.class_ids), "<u4").reshape(-1, 2).T
     is_wide = pack_bytes >= 2**32
-    body = b"".join(
+    shape = (form.height, form.width, form.channels, form.subsampling == "4:2:0", form.quality)
+    head = _HEAD.pack(bytes.fromhex(digest), pack_bytes, *shape, is_wide, count, runs.shape[1], 0)
+    columns = b"".join(
         [
-            _HEAD.pack(
-                bytes.fromhex(digest),
-                pack_bytes,
-                form.height,
-                form.width,
-                form.channels,
-                form.subsampling == "4:2:0",
-                form.quality,
-                is_wide,
-                count,
-                runs.shape[1],
-                0,
-            ),
             runs.tobytes(),
             exemplars.starts.astype("<u8" if is_wide else "<u4").tobytes(),
             exemplars.lengths.astype("<u4").tobytes(),
             exemplars.checksums.astype("<u4").tobytes(),
         ]
     )
-    return _START.pack(_MAGIC, crc32(body)) + body
+    return _START.pack(_MAGIC, crc32(head), crc32(columns)) + head + columns
 
 
 def of(exemplars: Exemplars, digest: str) -> Index:
@@ -112,17 +110,18 @@ def of(exemplars: Exemplars, digest: str) -> Index:
 
 
 def parse(data: bytes, digest: str) -> Index | None:
-    """What these bytes say of the pack of this digest; None if they are no index of it, or not as they were written."""
+    """What these bytes say of the pack of this digest; None if they are no index of it. See also `Index.is_sound`."""
     if len(data) < _START.size + _HEAD.size:
         return None
-    magic, checksum = _START.unpack_from(data)
+    magic, head_crc, columns_crc = _START.unpack_from(data)
     found, pack_bytes, height, width, channels, sampling, quality, wide, count, runs, schema_bytes = _HEAD.unpack_from(
         data, _START.size
     )
     at = _START.size + _HEAD.size
-    if magic != _MAGIC or found.hex() != digest or schema_bytes:
+    columns = memoryview(data)[at:]
+    if magic != _MAGIC or crc32(data[_START.size : at]) != head_crc or found.hex() != digest or schema_bytes:
         return None
-    if len(data) != at + 8 * runs + (16 if wide else 12) * count or crc32(memoryview(data)[_START.size :]) != checksum:
+    if len(columns) != 8 * runs + (16 if wide else 12) * count:
         return None
 
     def column(kind: str, length: int) -> npt.NDArray[np.uint32]:
@@ -140,6 +139,8 @@ def parse(data: bytes, digest: str) -> Index | None:
         cast(IntArray, column("<u8" if wide else "<u4", count)),
         cast(IntArray, column("<u4", count)),
         column("<u4", count),
+        columns,
+        columns_crc,
     )
 
 

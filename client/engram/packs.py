@@ -57,6 +57,8 @@ _HANDLE_SHARE, _MOST_HANDLES = 4, 16_384
 
 # Packs are read in the background about half of the time, so that draws find the processor free.
 _BREATH_S = 0.02
+# Nor while the first draw still opens packs.
+_PATIENCE_S = 0.1
 _BLOCK_BYTES = 2**22
 
 # What a pack takes in memory beside its bytes, roughly: some objects, and a row of its index for each exemplar.
@@ -93,9 +95,13 @@ class PackFolder:
         Raises:
             NotFound: `digest` is not 64 hex digits, so that a name from the network never becomes a path.
         """
+        return Path(self.place(digest))
+
+    def place(self, digest: str) -> str:
+        """As `path`, in a tenth of the time: a first draw opens hundreds of packs."""
         if not _NAME.fullmatch(digest):
             raise NotFound(f"no pack {digest!r}: a pack is named by the 64 hex digits of its SHA-256")
-        return self.folder / digest
+        return f"{self.folder}/{digest}"
 
     def index_path(self, digest: str) -> Path:
         """Where the pack's index is, whether or not it exists."""
@@ -134,7 +140,7 @@ class PackFolder:
             OSError: the process may open no more files.
         """
         try:
-            return index.parse(self.index_path(digest).read_bytes(), digest)
+            return index.parse(_read_file(self.place(digest) + _INDEX), digest)
         except OSError as error:
             if error.errno in _TOO_MANY:
                 raise
@@ -148,7 +154,7 @@ class PackFolder:
             Unavailable: the disk does not give it.
         """
         try:
-            return self.path(digest).read_bytes()
+            return _read_file(self.place(digest))
         except FileNotFoundError:
             raise NotFound(f"no pack {digest}", digest=digest) from None
         except OSError as error:
@@ -204,6 +210,19 @@ class PackFolder:
         return path.name.startswith(".") and path.suffix == ".tmp"
 
 
+def _read_file(path: str) -> bytes:
+    """In a third of the time that `Path.read_bytes` takes for a small file."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        parts, left = [], os.fstat(descriptor).st_size
+        while left > 0 and (part := os.read(descriptor, left)):
+            parts.append(part)
+            left -= len(part)
+    finally:
+        os.close(descriptor)
+    return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
 def _holds(path: Path, data: bytes) -> bool:
     try:
         return path.stat().st_size == len(data) and path.read_bytes() == data
@@ -214,7 +233,7 @@ def _holds(path: Path, data: bytes) -> bool:
 class _File:
     """An open descriptor, closed when nobody refers to it: so never while another thread reads from it."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: str) -> None:
         self.descriptor = -1
         self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
 
@@ -261,7 +280,7 @@ class _Handles:
         return len(self._open)
 
     def open(self, source: _OnDisk) -> _File:
-        file = self.with_room(lambda: _File(self._folder.path(source.digest)))
+        file = self.with_room(lambda: _File(self._folder.place(source.digest)))
         with self._lock:
             source.file = file
             self._open[source] = None
@@ -524,9 +543,9 @@ class PackCache:
         return None if found is None or len(found) != count else found
 
     def _read(self, digest: str, count: int, *, gently: bool = False) -> LoadedPack | None:
-        """The pack in memory if it has an index and matches its name; None if it must be parsed."""
+        """The pack in memory if it has an index that holds and matches its name; None if it must be parsed."""
         known = self._index(digest, count)
-        if known is None:
+        if known is None or not known.is_sound:
             return None
         try:
             data = self._handles.with_room(lambda: self.store.get(digest))
@@ -591,6 +610,7 @@ class PackCache:
 
     def _read_all(self) -> None:
         """Every waiting pack is verified, and in memory if it fits."""
+        self._is_closed.wait(_PATIENCE_S)
         while True:
             with self._settled:
                 if not self._waiting or self._is_closed.is_set():

@@ -9,8 +9,6 @@ How they are written and read is in `engram.packs`.
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from engram.packs import PackFolder
 
 
@@ -19,11 +17,10 @@ class PackStore(PackFolder):
 
     pattern = "??/*"
 
-    def path(self, digest: str) -> Path:
+    def place(self, digest: str) -> str:
         """Where the pack is, whether or not it exists.
 
         Raises:
             NotFound: `digest` is not 64 hex digits, so that a name from the network never becomes a path.
         """
-        path = super().path(digest)
-        return path.parent / digest[:2] / digest
+        return f"{super().place(digest)[:-64]}{digest[:2]}/{digest}"
