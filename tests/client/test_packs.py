@@ -8,7 +8,10 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
+from typing import cast
 from zlib import crc32
 
 import numpy as np
@@ -20,7 +23,7 @@ from engram import batch, files, index, pack, packs, strip
 from engram.draw import Layout, Request, plan
 from engram.errors import NotFound, Unavailable
 from engram.packs import Damaged, LoadedPack, PackCache, PackFolder
-from engram.schemas import PackEntry
+from engram.schemas import PackEntry, Subsampling
 from tests.contents import pictures
 from tests.servers import environment
 
@@ -48,9 +51,9 @@ def put(folder: PackFolder, seed: int = 0, count: int = COUNT) -> str:
     return digest
 
 
-def opened(folder: PackFolder, digests: Sequence[str], max_bytes: int = 0, **options: int) -> PackCache:
+def opened(folder: PackFolder, digests: Sequence[str], max_bytes: int = 0, max_handles: int | None = None) -> PackCache:
     """A cache that holds these packs; by default none of them in memory."""
-    cache = PackCache(folder, max_bytes, **options)
+    cache = PackCache(folder, max_bytes, max_handles=max_handles)
     cache.hold(digests)
     return cache
 
@@ -103,7 +106,7 @@ def flip_segment(folder: PackFolder, digest: str, row: int) -> None:
 
 @given(st.integers(1, 90), st.integers(0, 5), st.sampled_from(["4:2:0", "4:4:4"]))
 @settings(max_examples=30, deadline=None)
-def test_an_index_says_what_parsing_the_pack_says(count: int, classes: int, subsampling: strip.Subsampling) -> None:
+def test_an_index_says_what_parsing_the_pack_says(count: int, classes: int, subsampling: Subsampling) -> None:
     class_ids = np.sort(np.arange(count) % (classes + 1))
     data = pack.to_bytes(strip.encode(pictures(1, count), class_ids, quality=50, subsampling=subsampling))
     parsed, digest = pack.parse(data), pack.digest(data)
@@ -120,14 +123,7 @@ def test_an_index_says_what_parsing_the_pack_says(count: int, classes: int, subs
 
 def test_an_index_of_a_pack_beyond_4_gib_has_wide_starts() -> None:
     parsed = pack.parse(packed())
-    moved = strip.Exemplars(
-        parsed.form,
-        range(2**33),
-        parsed.starts + 2**32,
-        parsed.lengths,
-        parsed.class_ids,
-        parsed.checksums,  # type: ignore[arg-type]
-    )
+    moved = replace(parsed, starts=parsed.starts + 2**32, data=cast(bytes, range(2**33)))
     found = index.of(moved, "0" * 64)
     assert found.pack_bytes == 2**33
     assert np.array_equal(found.starts, parsed.starts + 2**32)
@@ -213,7 +209,7 @@ def test_damage_that_no_draw_met_is_found_in_the_background(folder: PackFolder) 
         cache.get(digest, COUNT)
         assert cache.settle(60)
         assert cache.damaged() == [digest]
-        flip_segment(folder, digest, 7)
+        folder.put(packed())
 
 
 def test_a_pack_that_is_cut_short_while_it_is_open_loses_its_end_and_nothing_else(folder: PackFolder) -> None:
@@ -292,14 +288,10 @@ def test_what_nobody_holds_takes_nothing_and_makes_room(folder: PackFolder) -> N
 def open_packs(folder: PackFolder) -> list[str]:
     """The packs of the folder that this process has open."""
     names = []
-    for descriptor in os.listdir("/proc/self/fd"):
-        try:
-            target = os.readlink(f"/proc/self/fd/{descriptor}")
-        except FileNotFoundError:  # of the listing itself
-            continue
-        if target.startswith(str(folder.folder)):
-            names.append(Path(target).name)
-    return names
+    for descriptor in Path("/proc/self/fd").iterdir():
+        with suppress(FileNotFoundError):  # the listing's own
+            names.append(descriptor.readlink())
+    return [name.name for name in names if name.parent == folder.folder]
 
 
 def test_no_more_packs_are_open_than_allowed(folder: PackFolder) -> None:
