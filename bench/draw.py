@@ -42,11 +42,12 @@ from sklearn.datasets import load_sample_images
 from engram import Client, IngestOptions, Mirror, ReplayLoader, batch, pack, strip
 from engram.draw import Request
 from engram.mirror import Snapshot
+from engram.packs import PackCache
 from engram.schemas import Manifest, PackEntry, Strategy
 from engram_service.database import Database
 from engram_service.replay import Replay, View
 from engram_service.settings import Settings
-from engram_service.storage import PackCache, PackStore
+from engram_service.storage import PackStore
 
 UInt8Array = npt.NDArray[np.uint8]
 
@@ -243,13 +244,14 @@ def growths_with_tasks(folder: Path, plan: Plan) -> dict[str, float]:
     store = PackStore(settings.packs_dir)
     pool = strip.encode(cut_patches(2000, seed=0), np.zeros(2000, np.int64), quality=50)
     replay = Replay(Database(settings), PackCache(store, 10**9), settings)
-    views = {tasks: View(spread(pool, tasks, store), 0.0) for tasks in (FEW_TASKS, MANY_TASKS)}
+    views = {tasks: View("b", tasks, 0.0, spread(pool, tasks, store).packs) for tasks in (FEW_TASKS, MANY_TASKS)}
     rows: list[tuple[Cell, ...]] = []
     ratios: dict[str, tuple[float, float]] = {}
     strategies: tuple[Strategy, ...] = ("uniform", "task_balanced", "class_balanced")
     for view in views.values():
-        for entry in view.manifest.packs:
-            replay.cache.get(entry.digest, entry.exemplars)
+        replay.cache.hold(view.digests)
+        for digest, count in zip(view.digests, view.counts, strict=True):
+            replay.cache.whole(digest, count)
     for strategy in strategies:
         seconds: dict[int, list[float]] = {tasks: [] for tasks in views}
         sizes: dict[int, list[int]] = {tasks: [] for tasks in views}

@@ -23,13 +23,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, get_args
+from itertools import chain
+from typing import NamedTuple, Protocol, get_args
 
 import numpy as np
 import numpy.typing as npt
 
+# From here and not as `np.random`, which numpy imports when it is first asked for: that took a first draw 20 ms.
+from numpy.random import Philox
+
 from engram.errors import Conflict, InvalidRequest, NotFound
-from engram.schemas import PackEntry, Strategy
+from engram.schemas import Strategy
 
 IntArray = npt.NDArray[np.int64]
 WordArray = npt.NDArray[np.uint64]
@@ -68,6 +72,22 @@ class Request:
             raise InvalidRequest(f"rank must lie in 0..world_size-1, got rank {self.rank} of {self.world_size}")
 
 
+class Held(Protocol):
+    """What a draw must know of a pack; a `PackEntry`, for one."""
+
+    @property
+    def task(self) -> int:
+        """The task whose exemplars it holds."""
+
+    @property
+    def exemplars(self) -> int:
+        """How many."""
+
+    @property
+    def runs(self) -> Sequence[Sequence[int]]:
+        """[class id, count] for each class, in order of rows."""
+
+
 class Groups(NamedTuple):
     """Groups of exemplars, laid end to end on one axis, each a sequence of runs of rows.
 
@@ -99,17 +119,30 @@ class Layout:
     Global rows number the exemplars of all packs in manifest order.
     """
 
-    def __init__(self, packs: Sequence[PackEntry]) -> None:
+    def __init__(self, packs: Sequence[Held]) -> None:
         self.pack_starts: IntArray = np.cumsum([0, *(pack.exemplars for pack in packs)])
         self.count = int(self.pack_starts[-1])
         self.tasks = sorted({pack.task for pack in packs})
-        runs = [(at, pack.task, *run) for at, pack in enumerate(packs) for run in pack.runs]
-        columns = np.array(runs, np.int64).reshape(-1, 4).T.copy()
-        self._run_packs, self._run_tasks, self._run_classes, self._run_counts = columns
+        lengths = [len(pack.runs) for pack in packs]
+        numbers = chain.from_iterable(chain.from_iterable(pack.runs) for pack in packs)
+        runs = np.fromiter(numbers, np.int64, 2 * sum(lengths)).reshape(-1, 2)
+        self._run_packs = np.repeat(np.arange(len(packs)), lengths)
+        self._run_tasks = np.repeat(np.array([pack.task for pack in packs], np.int64), lengths)
+        self._run_classes, self._run_counts = runs.T.copy()
         self._run_starts = np.cumsum(self._run_counts) - self._run_counts
         if int(self._run_counts.sum()) != self.count:
             raise ValueError(f"the packs' runs sum to {self._run_counts.sum()} exemplars, the packs to {self.count}")
         self._groups: dict[tuple[str, tuple[int, ...] | None, tuple[int, ...]], Groups] = {}
+
+    @property
+    def bytes(self) -> int:
+        """Memory it takes; groups are remembered beside that, up to 64 times as much."""
+        return self.pack_starts.nbytes + 5 * self._run_packs.nbytes
+
+    def runs(self, pack: int) -> list[tuple[int, int]]:
+        """(class id, count) of each class of the pack at this place in the manifest."""
+        first, end = np.searchsorted(self._run_packs, [pack, pack + 1]).tolist()
+        return list(zip(self._run_classes[first:end].tolist(), self._run_counts[first:end].tolist(), strict=True))
 
     def groups(self, by: str, tasks: tuple[int, ...] | None, exclude_tasks: tuple[int, ...]) -> Groups:
         """The groups by "all", "class" or "task" of the tasks that pass the filters; remembered for the next step.
@@ -174,7 +207,7 @@ def _below(words: WordArray, bounds: IntArray) -> IntArray:
 
 def _sample(groups: Groups, request: Request) -> IntArray:
     """Global rows of this rank's part of the batch."""
-    words = np.random.Philox(key=np.array([request.seed, request.step], np.uint64))
+    words = Philox(key=np.array([request.seed, request.step], np.uint64))
     count = len(groups.sizes)
     total = request.size * request.world_size
     if request.strategy == "per_task":
@@ -192,7 +225,7 @@ def _sample(groups: Groups, request: Request) -> IntArray:
     return _rows(groups, owner, picks)
 
 
-def _slice_of_rank(words: np.random.Philox, owner: IntArray, quotas: IntArray, request: Request) -> IntArray:
+def _slice_of_rank(words: Philox, owner: IntArray, quotas: IntArray, request: Request) -> IntArray:
     """The positions in the global batch that belong to this rank."""
     if request.strategy == "per_task":
         position = np.arange(len(owner)) - np.repeat(np.cumsum(quotas) - quotas, quotas)
@@ -208,7 +241,7 @@ def _smallest(words: WordArray, count: int) -> IntArray:
     return np.concatenate([below, np.flatnonzero(words == last)[: count - len(below)]])
 
 
-def _distinct(words: np.random.Philox, groups: Groups, quotas: IntArray, owner: IntArray) -> IntArray:
+def _distinct(words: Philox, groups: Groups, quotas: IntArray, owner: IntArray) -> IntArray:
     """For each group g, quotas[g] picks in 0..sizes[g]-1, in random order: distinct as far as the group reaches.
 
     Groups of which less than half is wanted are sampled by rejection, each repeated pick drawn again; the others are
@@ -227,7 +260,7 @@ def _distinct(words: np.random.Philox, groups: Groups, quotas: IntArray, owner: 
     return picks
 
 
-def _shuffles(words: np.random.Philox, sizes: IntArray, quotas: IntArray) -> IntArray:
+def _shuffles(words: Philox, sizes: IntArray, quotas: IntArray) -> IntArray:
     """The first quotas[g] of 0..sizes[g]-1 shuffled, and shuffled again as often as it takes, group after group."""
     rounds = -(-quotas // sizes)
     decks = np.repeat(sizes, rounds)
@@ -240,7 +273,7 @@ def _shuffles(words: np.random.Philox, sizes: IntArray, quotas: IntArray) -> Int
     return shuffled
 
 
-def _rejection(words: np.random.Philox, groups: Groups, owner: IntArray) -> IntArray:
+def _rejection(words: Philox, groups: Groups, owner: IntArray) -> IntArray:
     bounds, base = groups.sizes[owner], groups.begins[owner]
     picks = _below(words.random_raw(len(owner)), bounds)
     while True:
@@ -268,7 +301,7 @@ def _epoch(groups: Groups, request: Request) -> IntArray:
     epoch, step = divmod(request.step, steps)
     first = step * batch + request.rank * request.size
     positions = np.arange(first, min(first + request.size, total), dtype=np.int64)
-    keys = np.random.Philox(key=np.array([request.seed, epoch + _EPOCH_KEY], np.uint64)).random_raw(_ROUNDS)
+    keys = Philox(key=np.array([request.seed, epoch + _EPOCH_KEY], np.uint64)).random_raw(_ROUNDS)
     picks = _permute(positions, total, keys)
     return _rows(groups, np.zeros(len(picks), np.int64), picks)
 

@@ -20,6 +20,7 @@ from engram.errors import StorageFull
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
 _CGROUPS = Path("/sys/fs/cgroup")
+_OWN_CGROUPS = Path("/proc/self/cgroup")
 
 
 def write_durably(path: Path, data: bytes) -> None:
@@ -91,7 +92,7 @@ def memory_limit_bytes() -> int:
     """The memory that this process may use: the machine's, or what its control group leaves of that."""
     limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
     with suppress(OSError, ValueError):
-        for line in Path("/proc/self/cgroup").read_text().splitlines():
+        for line in _OWN_CGROUPS.read_text().splitlines():
             _, controllers, group = line.split(":", 2)
             if controllers == "":  # version 2
                 limits += _limits(_CGROUPS, group, "memory.max")

@@ -1,11 +1,14 @@
-"""The mirror: a local copy of a buffer's packs, so that replay needs no request per minibatch.
+"""A local copy of a buffer's packs, so that replay needs no request per minibatch.
 
     FOLDER/manifest.json     the generation that is mirrored, and when its buffer was created
-    FOLDER/packs/DIGEST      its packs, named by their SHA-256
+    FOLDER/packs/            its packs and their indexes (`engram.packs`)
 
-`refresh` brings it to the newest generation: one conditional request when nothing changed, and only new packs are
-fetched when something did. Draws are the service's pure function over the same packs: equal arguments at equal
-generations give equal bytes. Packs are held in memory, verified against their names when they are loaded.
+`refresh` brings it to the newest generation: one conditional request when nothing changed. When something did, packs
+that only lost the tails of their classes are made from those that are here, and only new ones are fetched, several at a
+time. Draws are the service's pure function over the same packs: equal arguments at equal generations give equal bytes.
+
+Packs are verified against their names and kept in memory as far as they fit; of the others a draw reads what it needs,
+and an exemplar that does not match its checksum has its pack fetched again.
 
 Files appear by rename, packs before the manifest that names them, so a process killed at any time leaves a mirror that
 the next one can use. Several processes may share a folder.
@@ -14,23 +17,35 @@ the next one can use. Several processes may share a folder.
 from __future__ import annotations
 
 import threading
-import uuid
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
+from typing import TypeVar
 
 import pydantic
 
-from engram import batch, pack
+from engram import batch, files, pack, packs
 from engram.client import Client
 from engram.draw import Layout, Request, plan
 from engram.errors import Conflict, NotFound, StripCorrupt
-from engram.schemas import Answer, Manifest, Strategy
+from engram.packs import Damaged, LoadedPack, PackCache, PackFolder
+from engram.schemas import Answer, Manifest, PackEntry, Strategy
 from engram.strip import Exemplars
 
 # A commit may replace packs between the manifest and their download; one after the other, some ten times is hopeless.
 _ATTEMPTS = 10
+
+# Packs fetched or read at once: their digests are computed outside Python's lock, and a service answers several.
+_THREADS = 4
+
+# What a process that died left of a file; one that is being written is younger.
+_ABANDONED_S = 3600.0
+
+
+_T = TypeVar("_T")
 
 
 class _Saved(Answer):
@@ -46,11 +61,13 @@ class _Saved(Answer):
 
 @dataclass(frozen=True, eq=False)
 class Snapshot:
-    """One generation, complete and immutable: what a draw needs."""
+    """One generation, complete: what a draw needs. `repair` replaces a pack that turns out to be damaged on disk."""
 
     manifest: Manifest
     layout: Layout
-    packs: tuple[Exemplars, ...]
+    packs: list[Exemplars]
+    repair: Callable[[PackEntry], Exemplars] = field(repr=False)
+    is_in_memory: bool
 
     def parts(self, request: Request) -> list[batch.Part]:
         """What a draw returns; nothing for a rank without a part of an epoch's last step.
@@ -58,8 +75,20 @@ class Snapshot:
         Raises:
             NotFound: a task named in `tasks` holds no exemplar.
             Conflict: nothing to draw from.
+            Unavailable: a pack is damaged or gone, and the service does not give it again.
         """
-        return batch.collect(self.packs, plan(self.layout, request))
+        chosen = plan(self.layout, request)
+        if self.is_in_memory:
+            return batch.collect(self.packs, chosen)
+        for _ in range(_ATTEMPTS):
+            try:
+                return packs.collect(self.packs, chosen)
+            except Damaged as error:
+                damaged = error
+                for at, entry in enumerate(self.manifest.packs):
+                    if entry.digest == error.digest:
+                        self.packs[at] = self.repair(entry)
+        raise damaged
 
     def draw(self, request: Request) -> batch.Batch:
         """The replay minibatch of this request.
@@ -67,6 +96,7 @@ class Snapshot:
         Raises:
             NotFound: a task named in `tasks` holds no exemplar.
             Conflict: nothing to draw from.
+            Unavailable: as `parts`.
         """
         parts = self.parts(request)
         return batch.from_parts(parts) if parts else batch.empty()
@@ -79,6 +109,7 @@ class Mirror:
         client: where packs come from; it must stay open for `refresh`.
         buffer: the buffer's name.
         folder: made if it does not exist; nothing else should be kept there.
+        cache_bytes: of packs in memory; None: 1 GiB, or a quarter of the memory of this process if that is less.
 
     Raises:
         NotFound: no such buffer.
@@ -86,20 +117,19 @@ class Mirror:
         Unavailable: the service does not answer.
     """
 
-    def __init__(self, client: Client, buffer: str, folder: str | Path) -> None:
+    def __init__(self, client: Client, buffer: str, folder: str | Path, *, cache_bytes: int | None = None) -> None:
         self.buffer = buffer
         self.folder = Path(folder)
         self._client = client
-        self._packs = self.folder / "packs"
-        self._packs.mkdir(parents=True, exist_ok=True)
+        self._store = PackFolder(self.folder / "packs")
+        self._store.folder.mkdir(parents=True, exist_ok=True)
+        self._cache = PackCache(self._store, cache_bytes, eager=True)
         self._refreshing = threading.Lock()
         self._created_at: datetime | None = None
-        self._parsed: dict[str, Exemplars] = {}
+        self._snapshot = self._snapshot_of(_nothing(buffer), [])
         saved = self._read_saved()
-        if saved is not None and self._use_local(saved.manifest):
-            self._created_at = saved.created_at
-        else:
-            self._snapshot = Snapshot(_nothing(buffer), Layout([]), ())
+        if saved is not None:
+            self._use_local(saved)
         self.refresh()
 
     @property
@@ -162,51 +192,92 @@ class Mirror:
         request = Request(size, seed, step, strategy, chosen, tuple(exclude_tasks), rank, world_size)
         return self._snapshot.draw(request)
 
-    def _fetch(self, manifest: Manifest) -> Manifest:
-        """All packs of this manifest, or of a newer one that replaced it meanwhile, are in the folder and parsed."""
+    def _fetch(self, manifest: Manifest) -> Snapshot:
+        """This generation, or a newer one that replaced it meanwhile, its packs in the folder, open and held."""
         for _ in range(_ATTEMPTS):
+            digests = [entry.digest for entry in manifest.packs]
+            self._cache.hold(digests)
             try:
-                for entry in manifest.packs:
-                    if entry.digest not in self._parsed and not self._load(entry.digest):
-                        self._parsed[entry.digest] = self._download(entry.digest)
-                return manifest
-            except NotFound as error:
-                missing = error
-                manifest = self._client.manifest(self.buffer)
-        raise missing
+                return self._snapshot_of(manifest, self._bring(manifest))
+            except BaseException as error:
+                self._cache.release(digests)
+                if not isinstance(error, NotFound):
+                    raise
+                gone = error
+            manifest = self._client.manifest(self.buffer)
+        raise gone
 
-    def _download(self, digest: str) -> Exemplars:
-        content = self._client.pack(digest)
-        exemplars = pack.parse(content)
-        _write(self._packs / digest, content)
-        return exemplars
+    def _bring(self, manifest: Manifest) -> list[LoadedPack]:
+        """The packs of a manifest: from memory, from the folder, from packs that are here, from the service."""
+        entries = manifest.packs
+        opened = dict(enumerate(_at_once(self._local, entries)))
+        for at, entry in enumerate(entries):
+            opened[at] = opened[at] or self._derive(entry)
+        missing = [at for at in opened if opened[at] is None]
+        opened |= zip(missing, _at_once(self._download, [entries[at] for at in missing]), strict=True)
+        return [found for found in opened.values() if found is not None]
 
-    def _load(self, digest: str) -> bool:
-        """Take a pack from the folder; false, which costs a download, if it is missing, damaged or of version 1."""
+    def _local(self, entry: PackEntry) -> LoadedPack | None:
+        """The pack if it is here and intact."""
+        if not self._cache.peek([entry.digest]) and not self._store.exists(entry.digest):
+            return None
         try:
-            content = (self._packs / digest).read_bytes()
-            if pack.digest(content) != digest:
-                return False
-            self._parsed[digest] = pack.parse(content)
-        except (FileNotFoundError, StripCorrupt):
-            return False
-        return True
+            found = self._cache.get(entry.digest, entry.exemplars)
+        except StripCorrupt:  # of version 1, for one
+            return None
+        return None if found.is_damaged else found
 
-    def _use_local(self, manifest: Manifest) -> bool:
-        if not all(self._load(entry.digest) for entry in manifest.packs):
-            return False
-        self._adopt(manifest)
-        return True
+    def _derive(self, entry: PackEntry) -> LoadedPack | None:
+        """The pack made from the one of the same task that is here, if it is a prefix of each of its classes."""
+        runs = dict(entry.runs)
+        for old in self.manifest.packs:
+            held = dict(old.runs)
+            if old.task != entry.task or any(count > held.get(class_id, 0) for class_id, count in runs.items()):
+                continue
+            exemplars = self._cache.get(old.digest, old.exemplars).exemplars
+            if exemplars is None or old.quality != entry.quality:
+                continue
+            with suppress(Damaged, ValueError):  # it is damaged: another pack is fetched, or this one again
+                content = pack.to_bytes(pack.prefix(exemplars, runs))
+                if pack.digest(content) == entry.digest:
+                    return self._cache.add(entry.digest, content)
+        return None
 
-    def _adopt(self, manifest: Manifest) -> None:
-        packs = tuple(self._parsed[entry.digest] for entry in manifest.packs)
-        self._snapshot = Snapshot(manifest, Layout(manifest.packs), packs)
-        self._parsed = {entry.digest: exemplars for entry, exemplars in zip(manifest.packs, packs, strict=True)}
+    def _download(self, entry: PackEntry) -> LoadedPack:
+        return self._cache.add(entry.digest, self._client.pack(entry.digest))
+
+    def _repair(self, entry: PackEntry) -> Exemplars:
+        found = self._cache.reload(entry.digest, entry.exemplars)
+        if found.is_damaged:
+            found = self._download(entry)
+        assert found.exemplars is not None, "a pack that was added holds some"
+        return found.exemplars
+
+    def _use_local(self, saved: _Saved) -> None:
+        """The mirror is what the folder holds, unless something there is missing or damaged: then it is fetched."""
+        entries = saved.manifest.packs
+        digests = [entry.digest for entry in entries]
+        self._cache.hold(digests)
+        opened = [found for found in _at_once(self._local, entries) if found is not None]
+        if len(opened) < len(entries):
+            self._cache.release(digests)
+            return
+        self._snapshot, self._created_at = self._snapshot_of(saved.manifest, opened), saved.created_at
+
+    def _adopt(self, snapshot: Snapshot) -> None:
+        before, self._snapshot = self._snapshot, snapshot
+        self._cache.release(entry.digest for entry in before.manifest.packs)
+
+    def _snapshot_of(self, manifest: Manifest, opened: list[LoadedPack]) -> Snapshot:
+        exemplars = [found.exemplars for found in opened if found.exemplars is not None]
+        is_in_memory = all(found.in_memory for found in opened)
+        return Snapshot(manifest, Layout(manifest.packs), exemplars, self._repair, is_in_memory)
 
     def _drop_unnamed(self) -> None:
-        for path in self._packs.iterdir():
-            if path.name not in self._parsed and not path.name.startswith("."):
-                path.unlink(missing_ok=True)
+        named = {entry.digest for entry in self.manifest.packs}
+        for digest in [digest for digest, _ in self._store.digests() if digest not in named]:
+            self._store.delete(digest)
+        self._store.sweep(_ABANDONED_S)
 
     def _read_saved(self) -> _Saved | None:
         try:
@@ -223,18 +294,22 @@ class Mirror:
         return Conflict(f"{self.folder} holds a local buffer, which a mirror would replace; choose another folder")
 
     def _save(self, saved: _Saved) -> None:
-        _write(self.folder / "manifest.json", saved.model_dump_json(indent=1, exclude_none=True).encode())
+        content = saved.model_dump_json(indent=1, exclude_none=True).encode()
+        files.write_whole(self.folder / "manifest.json", content)
 
 
 def _nothing(buffer: str) -> Manifest:
     return Manifest(buffer=buffer, generation=-1, used_bytes=0, limit_bytes=0, image_shape=None, packs=[])
 
 
-def _write(path: Path, content: bytes) -> None:
-    """The file appears whole or not at all; it is verified when it is read, so nothing waits for the disk."""
-    part = path.with_name(f".{path.name[:32]}.{uuid.uuid4().hex}.part")
-    try:
-        part.write_bytes(content)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+def _at_once(work: Callable[[PackEntry], _T], entries: Sequence[PackEntry]) -> list[_T]:
+    """What `work` gives for each entry, several at a time; after a failure no other one is begun."""
+    if len(entries) < 2:
+        return [work(entry) for entry in entries]
+    with ThreadPoolExecutor(_THREADS) as pool:
+        found = [pool.submit(work, entry) for entry in entries]
+        try:
+            return [future.result() for future in found]
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise

@@ -216,13 +216,17 @@ class Loose(NamedTuple):
     checksums: ChecksumArray
     records: list[Bytes] | None = None
 
-    def fields(self) -> dict[str, Column]:
-        """The columns of the fields by name.
+    def fields(self, names: frozenset[str] | None = None) -> dict[str, Column]:
+        """The columns of the fields by name, only some if `names` are given.
 
         Raises:
             StripCorrupt: a record is not what the schema says.
         """
-        return {} if self.records is None else self.form.schema.decode(self.records)
+        return {} if self.records is None else self.form.schema.decode(self.records, names)
+
+    def is_intact(self) -> bool:
+        """Whether the bytes of each are those that its checksum is of."""
+        return bool((_checksums(self.segments, self.records) == self.checksums).all())
 
     def to_strips(self, *, tasks: npt.ArrayLike | None = None, rows: npt.ArrayLike | None = None) -> list[bytes]:
         """Strips of at most `form.max_images`.

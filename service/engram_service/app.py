@@ -1,4 +1,4 @@
-"""This file is the application: `create_app(settings)` builds everything, nothing is built at import."""
+"""The application: `create_app(settings)` builds everything, nothing is built at import."""
 
 from __future__ import annotations
 
@@ -6,9 +6,12 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
+from anyio.to_thread import run_sync
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from fastapi.routing import APIRoute
+
+from engram.packs import PackCache, raise_handles
 
 from . import __version__, problems
 from .auth import OPEN_PATHS, Gate, require_token_beyond_loopback
@@ -17,7 +20,7 @@ from .database import Database
 from .replay import Replay
 from .routes import buffers, draw, exemplars, export, extractors, health, ingests, packs, tasks
 from .settings import Settings
-from .storage import PackCache, PackStore
+from .storage import PackStore
 
 DESCRIPTION = """A compressed replay memory for continual learning.
 
@@ -36,11 +39,16 @@ def create_app(settings: Settings) -> FastAPI:
     settings.make_folders()
     database = open_database(settings)
     store = PackStore(settings.packs_dir)
+    raise_handles()
     cache = PackCache(store, settings.cache_bytes)
+    replay = Replay(database, cache, settings)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        # In the thread pool, so that its first thread is there too.
+        await run_sync(replay.warm)
         yield
+        cache.close()
         database.close()
 
     app = FastAPI(
@@ -54,7 +62,7 @@ def create_app(settings: Settings) -> FastAPI:
     )
     app.state.settings, app.state.database = settings, database
     app.state.store, app.state.cache = store, cache
-    app.state.replay = Replay(database, cache, settings)
+    app.state.replay = replay
     problems.install(app)
     app.add_middleware(BodyLimit, settings=settings)
     app.add_middleware(Gate, settings=settings)

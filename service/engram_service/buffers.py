@@ -6,11 +6,13 @@ budget, a deleted task) is in `commit`.
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
+from typing import Any, NamedTuple
 
-from sqlalchemy import or_, select
+from sqlalchemy import Select, Text, cast, or_, select
 from sqlalchemy.orm import Session
 
 from engram import shares
@@ -103,11 +105,7 @@ def find(session: Session, name: str) -> BufferRow:
 
 def live_packs(session: Session, name: str, generation: int | None = None) -> Sequence[PackRow]:
     """The packs of a generation (None: the current one) in ascending order of task."""
-    query = select(PackRow).where(PackRow.buffer == name).order_by(PackRow.task, PackRow.id)
-    if generation is None:
-        return session.scalars(query.where(PackRow.until.is_(None))).all()
-    alive = or_(PackRow.until.is_(None), PackRow.until > generation)
-    return session.scalars(query.where(PackRow.since <= generation, alive)).all()
+    return session.scalars(_live(select(PackRow), name, generation)).all()
 
 
 def manifest(session: Session, name: str, generation: int | None = None) -> Manifest:
@@ -118,15 +116,7 @@ def manifest(session: Session, name: str, generation: int | None = None) -> Mani
     """
     row = find(session, name)
     wanted = row.generation if generation is None else generation
-    if not row.oldest_generation <= wanted <= row.generation:
-        state = "is yet to come" if wanted > row.generation else "has been collected"
-        raise NotFound(
-            f"generation {wanted} of buffer {name!r} {state}; the current one is {row.generation}",
-            buffer=name,
-            generation=wanted,
-            current_generation=row.generation,
-            oldest_generation=row.oldest_generation,
-        )
+    check_generation(row, wanted)
     packs = live_packs(session, name, wanted)
     return Manifest(
         buffer=name,
@@ -138,6 +128,49 @@ def manifest(session: Session, name: str, generation: int | None = None) -> Mani
         class_names=class_names(row),
         packs=[entry(pack) for pack in packs],
     )
+
+
+def check_generation(row: BufferRow, wanted: int) -> None:
+    """Returns if this generation of the buffer can be answered.
+
+    Raises:
+        NotFound: it is yet to come or collected already.
+    """
+    if not row.oldest_generation <= wanted <= row.generation:
+        state = "is yet to come" if wanted > row.generation else "has been collected"
+        raise NotFound(
+            f"generation {wanted} of buffer {row.name!r} {state}; the current one is {row.generation}",
+            buffer=row.name,
+            generation=wanted,
+            current_generation=row.generation,
+            oldest_generation=row.oldest_generation,
+        )
+
+
+class DrawnFrom(NamedTuple):
+    """A pack as a draw needs to know it: cheap to read by the thousand."""
+
+    digest: str
+    task: int
+    exemplars: int
+    quality: int
+    bytes: int
+    runs: list[list[int]]
+
+
+def packs_to_draw_from(session: Session, name: str, generation: int) -> list[DrawnFrom]:
+    """The packs of a generation in the order of its manifest."""
+    columns = (PackRow.digest, PackRow.task, PackRow.exemplars, PackRow.quality, PackRow.bytes)
+    # Runs as text, to be read at once: a thousand packs take 4 ms and not 20.
+    query: Select[Any] = select(*columns, cast(PackRow.runs, Text))  # type: ignore[assignment]  # its Any is one column
+    rows = session.execute(_live(query, name, generation)).all()
+    runs = json.loads(f"[{','.join(row[-1] for row in rows)}]")
+    return [DrawnFrom._make((*row[:-1], held)) for row, held in zip(rows, runs, strict=True)]
+
+
+def named_packs(session: Session, digests: Sequence[str]) -> set[str]:
+    """Those of these packs that some generation still names."""
+    return set(session.scalars(select(PackRow.digest).where(PackRow.digest.in_(digests))))
 
 
 def generation_of(session: Session, name: str) -> int:
@@ -253,6 +286,14 @@ def exemplars_of_pack(session: Session, digest: str) -> int:
     if found is None:
         raise NotFound(f"there is no pack {digest}", digest=digest)
     return found
+
+
+def _live(query: Select[Any], name: str, generation: int | None) -> Select[Any]:
+    query = query.where(PackRow.buffer == name).order_by(PackRow.task, PackRow.id)
+    if generation is None:
+        return query.where(PackRow.until.is_(None))
+    alive = or_(PackRow.until.is_(None), PackRow.until > generation)
+    return query.where(PackRow.since <= generation, alive)
 
 
 def _limit_bytes(row: BufferRow, classes: dict[int, list[int]]) -> int:

@@ -1,8 +1,9 @@
-"""This file is the garbage collector: it removes what no row of the database names, and never what one will.
+"""Removes what no row of the database names, and never what one will.
 
 Three kinds of leftovers:
 
-- packs of generations whose grace period is over: the rows first, then the files that no row names any more;
+- packs of generations whose grace period is over, and of the oldest ones if retired packs take more than
+  `retired_bytes`: the rows first, then the files that no row names any more;
 - packs of commits that never happened (a crash, a lost race): files older than the grace period without a row;
 - uploads whose ingest is final, or that nobody finished (a crash between rename and commit).
 
@@ -23,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sqlalchemy import delete, func, select, update
+from sqlalchemy.orm import Session
 
 from .commit import exclusive
 from .database import Database
@@ -48,9 +50,11 @@ class Collected:
 
 def collect(database: Database, store: PackStore, settings: Settings) -> Collected:
     """Leftovers older than the grace period are gone; safe to run at any time, in any number of processes."""
+    retired = _retired_rows(database, settings)
+    old = [digest for digest, age_s in store.digests() if age_s > settings.grace_s]
     found = Collected(
-        rows=_retired_rows(database, settings.grace_s),
-        packs=_unnamed_packs(database, store, settings.grace_s),
+        rows=len(retired),
+        packs=_unnamed_packs(database, store, list(dict.fromkeys([*retired, *old]))),
         uploads=_uploads(database, settings.spool_dir),
     )
     store.sweep(settings.grace_s)
@@ -59,35 +63,60 @@ def collect(database: Database, store: PackStore, settings: Settings) -> Collect
     return found
 
 
-def _retired_rows(database: Database, grace_s: float) -> int:
-    expired = PackRow.retired_at < time.time() - grace_s
+def _retired_rows(database: Database, settings: Settings) -> list[str]:
+    """Rows of generations whose time is over are gone; returns the digests that they named."""
     with database.reading() as session:
-        if session.scalars(select(PackRow.id).where(expired).limit(1)).first() is None:
-            return 0
+        oldest = _oldest_generations(session, settings)
+    if not oldest:
+        return []
     with database.session() as session:
-        newest = session.execute(
-            select(PackRow.buffer, func.max(PackRow.until)).where(expired).group_by(PackRow.buffer)
-        )
-        for buffer, until in newest.all():
+        digests: list[str] = []
+        for buffer, until in oldest.items():
             session.execute(
                 update(BufferRow)
                 .where(BufferRow.name == buffer, BufferRow.oldest_generation < until)
                 .values(oldest_generation=until)
             )
-        return len(session.scalars(delete(PackRow).where(expired).returning(PackRow.id)).all())
+            ended = (PackRow.buffer == buffer, PackRow.until <= until)
+            digests += session.scalars(delete(PackRow).where(*ended).returning(PackRow.digest))
+    return digests
 
 
-def _unnamed_packs(database: Database, store: PackStore, grace_s: float) -> int:
+def _oldest_generations(session: Session, settings: Settings) -> dict[str, int]:
+    """The first generation of each buffer that stays, of those that have to let some go."""
+    expired = PackRow.retired_at < time.time() - settings.grace_s
+    newest = select(PackRow.buffer, func.max(PackRow.until)).where(expired).group_by(PackRow.buffer)
+    oldest = {buffer: until for buffer, until in session.execute(newest) if until is not None}
+    live = select(PackRow.digest).where(PackRow.until.is_(None))
+    retired = select(PackRow.buffer, PackRow.until, PackRow.digest, PackRow.bytes).where(
+        PackRow.until.is_not(None), PackRow.digest.not_in(live)
+    )
+    last: dict[str, int] = {}
+    seen: set[str] = set()
+    used = 0
+    # From the newest on: what is left when they have taken what is allowed has to go.
+    newest_first = retired.order_by(PackRow.retired_at.desc(), PackRow.id.desc())
+    for buffer, until, digest, size in session.execute(newest_first):
+        assert until is not None, "these rows have ended"
+        used += 0 if digest in seen else size
+        seen.add(digest)
+        is_last = until == last.setdefault(buffer, until)
+        if used > settings.retired_bytes and not is_last and until > oldest.get(buffer, -1):
+            oldest[buffer] = until
+    return oldest
+
+
+def _unnamed_packs(database: Database, store: PackStore, digests: list[str]) -> int:
+    """Those of these packs that no row names have no file any more; returns how many had."""
     removed = 0
-    old = [digest for digest, age_s in store.digests() if age_s > grace_s]
-    for digests in (old[at : at + BATCH] for at in range(0, len(old), BATCH)):
-        named_by = select(PackRow.digest).where(PackRow.digest.in_(digests))
+    for some in (digests[at : at + BATCH] for at in range(0, len(digests), BATCH)):
+        named_by = select(PackRow.digest).where(PackRow.digest.in_(some))
         with database.reading() as session:
-            if set(digests) <= set(session.scalars(named_by)):
+            if set(some) <= set(session.scalars(named_by)):
                 continue
         with database.session() as session:
             exclusive(session)
-            for digest in set(digests) - set(session.scalars(named_by)):
+            for digest in set(some) - set(session.scalars(named_by)):
                 store.delete(digest)
                 removed += 1
     return removed

@@ -259,24 +259,10 @@ def _task(store: PackStore, row: TaskRow, live: PackRow | None) -> Task:
         seen={int(class_id): count for class_id, count in row.seen.items()},
         kept={} if live is None else dict(entry(live).runs),
         pack_bytes=0 if live is None else live.bytes,
-        load=lambda: None if live is None else _load(store, live),
+        load=lambda: None if live is None else store.load(live.digest, live.exemplars)[0],
         decision=None if row.decision is None else Decision.model_validate(row.decision),
         means=None if row.means is None else Means.from_bytes(row.means),
     )
-
-
-def _load(store: PackStore, row: PackRow) -> Exemplars | None:
-    """The exemplars of a pack; of a damaged one those that are intact, None if none is."""
-    try:
-        data = store.get(row.digest)
-    except NotFound:
-        logger.error("pack %s has no file; its %d exemplars are dropped", row.digest, row.exemplars)
-        return None
-    if pack.digest(data) == row.digest:
-        return pack.parse(data)
-    exemplars, rows = pack.salvage(data, row.exemplars)
-    logger.error("pack %s is damaged; %d of its %d exemplars are kept", row.digest, len(rows), row.exemplars)
-    return exemplars if len(rows) else None
 
 
 def _put_changed(store: PackStore, buffer: str, before: Content, after: Content) -> list[PackRow]:
@@ -289,11 +275,13 @@ def _put_changed(store: PackStore, buffer: str, before: Content, after: Content)
 def _put(store: PackStore, buffer: str, task: int, exemplars: Exemplars) -> PackRow:
     """The row, without its generation, of a pack that is durable."""
     data, runs = pack.to_bytes(exemplars), runs_of(exemplars.class_ids)
+    digest = store.put(data)
+    store.write_index(digest, pack.parse(data))
     first = np.cumsum([0, *(count for _, count in runs[:-1])])
     return PackRow(
         buffer=buffer,
         task=task,
-        digest=store.put(data),
+        digest=digest,
         bytes=len(data),
         exemplars=len(exemplars),
         quality=exemplars.form.quality,

@@ -19,12 +19,12 @@ from anyio.to_thread import run_sync
 from sqlalchemy.orm import Session
 
 from engram.errors import BadUpload, NotFound, TooLarge
+from engram.files import disk_errors, fsync_path
 from engram.schemas import Extractor
 
 from .database import Database
 from .embedder import ExtractorLimits, inspect
 from .settings import Settings
-from .storage import disk_errors, fsync_path
 from .tables import ExtractorRow
 
 BLOCK_BYTES = 2**20

@@ -36,12 +36,12 @@ from sqlalchemy.orm import Session, aliased
 from sqlalchemy.sql.elements import ColumnElement
 
 from engram.errors import BadUpload, Conflict, EngramError, NotFound, TooLarge
+from engram.files import disk_errors, fsync_path
 from engram.schemas import Ingest, IngestOptions, State
 
 from .buffers import check_thawed
 from .database import Database
 from .settings import Settings
-from .storage import disk_errors, fsync_path
 from .tables import BufferRow, IngestRow
 
 ACTIVE: tuple[State, ...] = ("received", "selecting", "encoding")

@@ -1,8 +1,8 @@
-"""Replay: draws, exports and single exemplars of a generation, out of cached packs.
+"""Replay: draws, exports and single exemplars of a generation, out of packs that are kept open or in memory.
 
-A generation never changes, so everything that is derived from it is computed once and kept: its manifest, the layout
-that draws are planned on, the parsed packs. `peek` and `draw(may_load=False)` answer from these alone, so the route can
-call them on the event loop instead of hiring a thread.
+A generation never changes, so everything that is derived from it is computed once and kept while it is in use: the
+layout that draws are planned on, the indexes of its packs, their bytes as far as they fit. `peek` and
+`draw(may_load=False)` answer from memory alone, so the route can call them on the event loop and needs no thread.
 
 The database is asked again for a kept generation once a second: the buffer may have been deleted, or made anew under
 the same name, or the generation collected. Exemplars whose bytes are damaged are left out and counted.
@@ -14,51 +14,82 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import islice
 
 import numpy as np
 
-from engram import batch, tar
-from engram.draw import Layout, Plan, Request, plan
+from engram import batch, packs, strip, tar
+from engram.draw import STRATEGIES, Layout, Plan, Request, plan
 from engram.errors import InvalidRequest, NotFound, Unavailable
 from engram.fields import KEY, Cell
-from engram.schemas import Exemplar, ExemplarPage, Manifest, PackEntry
+from engram.packs import LoadedPack, PackCache
+from engram.schemas import Exemplar, ExemplarPage, PackEntry
 from engram.strip import Exemplars, Loose
 
 from . import buffers
+from .buffers import DrawnFrom
 from .database import Database
 from .settings import Settings
-from .storage import PackCache
+from .tables import BufferRow
 
 RECHECK_S = 1.0
 """How long a generation is answered without asking the database whether it still is one."""
 
+MAX_VIEW_BYTES = 2**27
+"""Of generations and the indexes of their packs; those not asked for longest are let go, the last one never."""
+
+IDLE_S = 600.0
+"""A generation that nobody draws from for so long is let go."""
+
+IDLE_SUPERSEDED_S = 60.0
+"""The same for one that has a successor."""
+
 Write = Callable[[Sequence[batch.Part]], bytes]
+Collect = Callable[[dict[int, strip.Exemplars], Plan, batch.IntArray], list[batch.Part]]
 
-MAX_VIEWS = 256
-"""Generations kept: some kilobytes each, a few per buffer that is being replayed."""
+# A string of 64 characters and its place in three lists.
+_PACK_BYTES = 137
 
 
-@dataclass(eq=False)
 class View:
     """One generation, ready to draw from."""
 
-    manifest: Manifest
-    created_at: float
-    layout: Layout = field(init=False)
-    digests: list[str] = field(init=False)
-    checked_at: float = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.layout = Layout(self.manifest.packs)
-        self.digests = [entry.digest for entry in self.manifest.packs]
+    def __init__(self, buffer: str, generation: int, created_at: float, held: Sequence[DrawnFrom | PackEntry]) -> None:
+        self.buffer = buffer
+        self.generation = generation
+        self.created_at = created_at
+        self.layout = Layout(held)
+        self.digests = [pack.digest for pack in held]
+        self.counts = [pack.exemplars for pack in held]
+        self._rest = [(pack.task, pack.quality, pack.bytes) for pack in held]
         self.checked_at = time.monotonic()
 
     @property
     def is_fresh(self) -> bool:
         """True while it need not be compared with the database."""
         return time.monotonic() - self.checked_at < RECHECK_S
+
+    @property
+    def bytes(self) -> int:
+        """Memory it takes, roughly."""
+        return self.layout.bytes + _PACK_BYTES * len(self.digests)
+
+    def tasks(self) -> list[int]:
+        """The task of each pack."""
+        return [task for task, _, _ in self._rest]
+
+    def entry(self, place: int) -> PackEntry:
+        """A pack as the manifest lists it."""
+        task, quality, size = self._rest[place]
+        return PackEntry(
+            digest=self.digests[place],
+            task=task,
+            bytes=size,
+            exemplars=self.counts[place],
+            quality=quality,
+            runs=self.layout.runs(place),
+        )
 
 
 @dataclass(frozen=True)
@@ -81,6 +112,17 @@ class Replay:
         self._views: OrderedDict[tuple[str, int], View] = OrderedDict()
         self._lock = threading.Lock()
 
+    def warm(self) -> None:
+        """What the first draw would import, compile and connect is there: it would take longer than the draw."""
+        with self.database.reading() as session:
+            buffers.packs_to_draw_from(session, "", 0)
+            session.get(BufferRow, "")
+        self.peek("", None)
+        some = strip.encode(np.zeros((2, 8, 8, 3), np.uint8), [0, 1], quality=50)
+        layout = Layout([DrawnFrom("", 0, 2, 50, 0, [[0, 1], [1, 1]])])
+        for strategy in STRATEGIES:
+            batch.assemble(packs.collect([some], plan(layout, Request(1, strategy=strategy))))
+
     def peek(self, buffer: str, generation: int | None) -> View | None:
         """The generation if it is known and fresh; never waits for database or disk."""
         if generation is None:
@@ -99,22 +141,21 @@ class Replay:
         with self.database.reading() as session:
             row = buffers.find(session, buffer)
             wanted = row.generation if generation is None else generation
+            buffers.check_generation(row, wanted)
             known = self._views.get((buffer, wanted))
-            if known is None or known.created_at != row.created_at or wanted < row.oldest_generation:
-                known = View(buffers.manifest(session, buffer, wanted), row.created_at)
+            if known is None or known.created_at != row.created_at:
+                held = buffers.packs_to_draw_from(session, buffer, wanted)
+                known = View(buffer, wanted, row.created_at, held)
         known.checked_at = time.monotonic()
-        with self._lock:
-            self._views[buffer, wanted] = known
-            self._views.move_to_end((buffer, wanted))
-            while len(self._views) > MAX_VIEWS:
-                self._views.popitem(last=False)
+        self._keep(known)
+        self._let_go(buffer, row.oldest_generation)
         return known
 
     def forget(self, buffer: str) -> None:
         """Nothing is kept of the buffer: it was deleted, and its name may soon mean another one."""
         with self._lock:
             for key in [key for key in self._views if key[0] == buffer]:
-                del self._views[key]
+                self._drop(key)
 
     def draw(
         self,
@@ -124,11 +165,11 @@ class Replay:
         *,
         may_load: bool = True,
     ) -> Drawn | None:
-        """What the request asks for, as `write` makes it; None if packs must be loaded and `may_load` is false.
+        """What the request asks for, as `write` makes it; None if it is not all in memory and `may_load` is false.
 
         Raises:
             InvalidRequest: more exemplars than one answer may hold.
-            NotFound: a task is not in this generation.
+            NotFound: a task is not in this generation, or it was collected meanwhile.
             Conflict: there is nothing to draw from.
             Unavailable: every chosen exemplar is damaged, or the disk does not answer.
         """
@@ -136,23 +177,19 @@ class Replay:
         chosen = plan(view.layout, request)
         touched = list(dict.fromkeys(chosen.packs.tolist()))
         loaded = self.cache.peek([view.digests[index] for index in touched])
-        if loaded is None:
-            if not may_load:
-                return None
-            entries = [view.manifest.packs[index] for index in touched]
-            loaded = [self.cache.get(entry.digest, entry.exemplars) for entry in entries]
-        wanted, places = len(chosen.rows), chosen.rows
-        if any(found.rows is not None for found in loaded):
-            places = np.concatenate(
-                [found.places(chosen.rows[chosen.packs == index]) for index, found in zip(touched, loaded, strict=True)]
-            )
-            intact = places >= 0
-            chosen, places = Plan(*(column[intact] for column in chosen)), places[intact]
-            if not len(places):
-                raise Unavailable(f"all {wanted} exemplars of this draw are damaged on disk; /healthz names the packs")
-        packs = {i: found.exemplars for i, found in zip(touched, loaded, strict=True) if found.exemplars is not None}
-        body = write(batch.collect(packs, chosen, places))
-        return Drawn(body, view.manifest.generation, len(places), wanted - len(places))
+        if loaded is None and not may_load:
+            return None
+        if loaded is not None:
+            drawn = _draw(view, chosen, touched, loaded, batch.collect)
+        else:
+            wanted = [(view.digests[index], view.counts[index]) for index in touched]
+            drawn = self.cache.read(wanted, lambda opened: _draw(view, chosen, touched, opened, packs.collect))
+        parts, missing = drawn
+        if missing:
+            self._check_stands(view)
+        if missing and not parts:
+            raise Unavailable(f"all {missing} exemplars of this draw are damaged on disk; /healthz names the packs")
+        return Drawn(write(parts), view.generation, len(chosen.rows) - missing, missing)
 
     def export(self, view: View) -> Iterator[bytes]:
         """Every exemplar of the generation as a WebDataset tar of stand-alone JPEGs, one pack in memory at a time.
@@ -173,9 +210,10 @@ class Replay:
             Unavailable: the disk does not answer.
         """
         found: list[Exemplar] = []
-        for entry in view.manifest.packs:
-            if (task is not None and entry.task != task) or (after is not None and entry.task < after[0]):
+        for place, of_task in enumerate(view.tasks()):
+            if (task is not None and of_task != task) or (after is not None and of_task < after[0]):
                 continue
+            entry = view.entry(place)
             rows = _rows_after(entry, class_id, after if after is not None and entry.task == after[0] else None)
             # One more than the page holds tells whether there is another page.
             found += self._describe(entry, rows, limit + 1 - len(found))
@@ -191,8 +229,7 @@ class Replay:
             NotFound: the pack has no such row.
             Unavailable: the row is damaged, or the disk does not answer.
         """
-        exemplars, place = self._find(entry, row)
-        return exemplars.jpeg(place)
+        return next(self._one(entry, row).files())
 
     def fields(self, entry: PackEntry, row: int) -> dict[str, Cell]:
         """What one exemplar has in each field.
@@ -201,18 +238,59 @@ class Replay:
             NotFound: the pack has no such row.
             Unavailable: the row is damaged, or the disk does not answer.
         """
-        exemplars, place = self._find(entry, row)
-        return {name: column[0] for name, column in exemplars.select([place]).fields().items()}
+        return {name: column[0] for name, column in self._one(entry, row).fields().items()}
 
-    def _find(self, entry: PackEntry, row: int) -> tuple[Exemplars, int]:
-        """A pack's intact exemplars, and which of them is the row."""
+    def _one(self, entry: PackEntry, row: int) -> Loose:
+        """One exemplar."""
         if not 0 <= row < entry.exemplars:
             raise NotFound(f"pack {entry.digest} has rows 0..{entry.exemplars - 1}, not {row}", row=row)
-        loaded = self.cache.get(entry.digest, entry.exemplars)
-        place = loaded.places(np.array([row], np.int64)).item()
-        if loaded.exemplars is None or place < 0:
-            raise Unavailable(f"row {row} of pack {entry.digest} is damaged on disk", digest=entry.digest, row=row)
-        return loaded.exemplars, place
+
+        def one(loaded: list[LoadedPack]) -> Loose:
+            place = loaded[0].places(np.array([row], np.int64))
+            if loaded[0].exemplars is None or place.item() < 0:
+                raise Unavailable(f"row {row} of pack {entry.digest} is damaged on disk", digest=entry.digest, row=row)
+            return packs.pick(loaded[0].exemplars, place)
+
+        return self.cache.read([(entry.digest, entry.exemplars)], one)
+
+    def _keep(self, view: View) -> None:
+        key = view.buffer, view.generation
+        with self._lock:
+            known = self._views.get(key)
+            if known is not view:
+                self.cache.hold(view.digests)
+                if known is not None:
+                    self.cache.release(known.digests)
+                self._views[key] = view
+            self._views.move_to_end(key)
+
+    def _let_go(self, buffer: str, oldest_generation: int) -> None:
+        """Generations that were collected, that nobody has asked for of late, or that are too many."""
+        now = time.monotonic()
+        with self._lock:
+            newest = dict(sorted(self._views))
+            for key, view in list(self._views.items()):
+                idle_s = IDLE_S if newest[key[0]] == key[1] else IDLE_SUPERSEDED_S
+                if now - view.checked_at > idle_s or (key[0] == buffer and key[1] < oldest_generation):
+                    self._drop(key)
+            room = MAX_VIEW_BYTES - sum(view.bytes for view in self._views.values())
+            while len(self._views) > 1 and self.cache.index_bytes > room:
+                room += self._drop(next(iter(self._views)))
+
+    def _drop(self, key: tuple[str, int]) -> int:
+        """It is let go; returns the bytes it took."""
+        view = self._views.pop(key)
+        self.cache.release(view.digests)
+        return view.bytes
+
+    def _check_stands(self, view: View) -> None:
+        """Returns if the generation still is one: of a collected one the packs may well be gone.
+
+        Raises:
+            NotFound: it was collected meanwhile, or its buffer deleted.
+        """
+        with self.database.reading() as session:
+            buffers.check_generation(buffers.find(session, view.buffer), view.generation)
 
     def _check_size(self, layout: Layout, request: Request) -> None:
         groups = 1
@@ -230,8 +308,8 @@ class Replay:
                 )
 
     def _every_pack(self, view: View) -> Iterator[Loose]:
-        for entry in view.manifest.packs:
-            exemplars = self.cache.get(entry.digest, entry.exemplars).exemplars
+        for digest, count in zip(view.digests, view.counts, strict=True):
+            exemplars = self.cache.whole(digest, count).exemplars
             if exemplars is not None:
                 yield exemplars.loose()
 
@@ -239,22 +317,42 @@ class Replay:
         wanted = list(islice(rows, limit))
         if not wanted:
             return []
-        loaded = self.cache.get(entry.digest, entry.exemplars)
-        places = loaded.places(np.array([row for row, _, _ in wanted], np.int64)).tolist()
-        keys = {} if loaded.exemplars is None else _keys(loaded.exemplars, [place for place in places if place >= 0])
-        return [
-            Exemplar(
-                pack=entry.digest,
-                row=row,
-                task=entry.task,
-                class_id=class_id,
-                rank=rank,
-                bytes=0 if loaded.exemplars is None or place < 0 else loaded.exemplars.sizes.item(place),
-                quality=entry.quality,
-                key=keys.get(place),
-            )
-            for (row, class_id, rank), place in zip(wanted, places, strict=True)
-        ]
+
+        def describe(loaded: list[LoadedPack]) -> list[Exemplar]:
+            exemplars, rows = loaded[0].exemplars, np.array([row for row, _, _ in wanted], np.int64)
+            places = loaded[0].places(rows).tolist()
+            keys = {} if exemplars is None else _keys(exemplars, [place for place in places if place >= 0])
+            return [
+                Exemplar(
+                    pack=entry.digest,
+                    row=row,
+                    task=entry.task,
+                    class_id=class_id,
+                    rank=rank,
+                    bytes=0 if exemplars is None or place < 0 else exemplars.sizes.item(place),
+                    quality=entry.quality,
+                    key=keys.get(place),
+                )
+                for (row, class_id, rank), place in zip(wanted, places, strict=True)
+            ]
+
+        return self.cache.read([(entry.digest, entry.exemplars)], describe)
+
+
+def _draw(
+    view: View, chosen: Plan, touched: list[int], loaded: list[LoadedPack], collect: Collect
+) -> tuple[list[batch.Part], int]:
+    """What is intact of the chosen exemplars, and how many are not; `touched` are the places of the packs `loaded`."""
+    places, lost = chosen.rows, 0
+    if any(found.rows is not None for found in loaded):
+        places = np.concatenate(
+            [found.places(chosen.rows[chosen.packs == at]) for at, found in zip(touched, loaded, strict=True)]
+        )
+        intact = places >= 0
+        lost = len(places) - int(intact.sum())
+        chosen, places = Plan(*(column[intact] for column in chosen)), places[intact]
+    held = {at: found.exemplars for at, found in zip(touched, loaded, strict=True) if found.exemplars is not None}
+    return (collect(held, chosen, places) if len(places) else []), lost
 
 
 def tar_of(parts: Sequence[batch.Part]) -> bytes:
@@ -273,7 +371,7 @@ def _keys(exemplars: Exemplars, places: list[int]) -> dict[int, str]:
     """The keys of some exemplars, if their buffer keeps keys."""
     if not exemplars.schema.has_key:
         return {}
-    keys = exemplars.select(places).fields(frozenset({KEY}))[KEY]
+    keys = packs.pick(exemplars, np.array(places, np.int64)).fields(frozenset({KEY}))[KEY]
     return {place: str(key) for place, key in zip(places, keys, strict=True)}
 
 

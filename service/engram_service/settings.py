@@ -83,8 +83,9 @@ class Settings(BaseSettings):
     extractor_batch_s: Annotated[float, Field(gt=0)] = 120.0
     """How long an extractor may take to load, and for one batch of images; it stops models that never return."""
 
-    cache_bytes: Annotated[int, Field(ge=0)] = 2**30
-    """Parsed packs kept in memory by each service process. Draws from packs that do not fit read the disk each time."""
+    cache_bytes: Annotated[int | None, Field(ge=0)] = None
+    """Packs kept in memory by each service process; draws from what does not fit read the disk. None: 1 GiB, or a
+    quarter of the memory that the process may use if that is less."""
 
     worker_poll_s: Annotated[float, Field(gt=0)] = 0.2
     """How often an idle worker looks for a new ingest."""
@@ -97,6 +98,10 @@ class Settings(BaseSettings):
 
     grace_s: Annotated[float, Field(ge=0)] = 600.0
     """How long packs and manifests of older generations stay readable, so that a slow client can finish its draw."""
+
+    retired_bytes: Annotated[int, Field(ge=0)] = 2**30
+    """Packs that only older generations name. Beyond it the oldest generations go before `grace_s` is over; the last
+    one before the current stays for all of it."""
 
     @field_validator("admin_token")
     @classmethod

@@ -24,9 +24,9 @@ import numpy.typing as npt
 from engram import tar
 from engram.errors import BadUpload, EngramError, TooLarge
 from engram.fields import NO_FIELDS, Schema
+from engram.files import disk_errors
 
 from .settings import Settings
-from .storage import disk_errors
 
 UInt8Array = npt.NDArray[np.uint8]
 IntArray = npt.NDArray[np.int64]

@@ -82,7 +82,8 @@ def test_a_mirror_downloads_what_is_new_and_drops_what_is_gone(
     assert first < {entry.digest for entry in mirror.manifest.packs}
     engram_client.delete_task(name, 0)
     mirror = Mirror(engram_client, name, tmp_path)
-    assert {path.name for path in (tmp_path / "packs").iterdir()} == {entry.digest for entry in mirror.manifest.packs}
+    digests = {entry.digest for entry in mirror.manifest.packs}
+    assert {path.name for path in (tmp_path / "packs").iterdir()} == digests | {f"{name}.index" for name in digests}
     assert set(mirror.draw(9).tasks.tolist()) == {1}
 
 

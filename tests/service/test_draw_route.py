@@ -215,7 +215,7 @@ def test_a_pack_that_is_put_back_is_whole_again(
     damage(served, 0)
     assert client.get(f"{DRAW}?size=50&strategy=epoch").headers["Engram-Damaged"] == "1"
     assert served.state.store.put(data) == manifest.packs[0].digest
-    monkeypatch.setattr("engram_service.storage.RECHECK_S", 0.0)
+    monkeypatch.setattr("engram.packs.RECHECK_S", 0.0)
     assert "Engram-Damaged" not in client.get(f"{DRAW}?size=50&strategy=epoch").headers
     assert client.get("/healthz").json()["status"] == "ok"
 

@@ -16,7 +16,8 @@ import pytest
 
 from engram import pack, strip
 from engram.errors import NotFound, StorageFull, Unavailable
-from engram_service.storage import PackCache, PackStore, write_durably
+from engram.files import write_durably
+from engram_service.storage import PackStore
 from tests.contents import pictures
 from tests.servers import environment
 
@@ -57,9 +58,11 @@ def test_putting_again_repairs_a_damaged_file(store: PackStore) -> None:
 
 def test_what_was_deleted_is_not_found_and_deleting_it_again_is_fine(store: PackStore) -> None:
     digest = store.put(packed())
+    store.write_index(digest, pack.parse(packed()))
     store.delete(digest)
     store.delete(digest)
     assert not store.exists(digest)
+    assert leftovers(store) == []
     with pytest.raises(NotFound, match=digest):
         store.get(digest)
 
@@ -149,6 +152,16 @@ PackStore(__import__("pathlib").Path({str(store.folder)!r})).put(b"x" * 1000)
     assert leftovers(store) == []
 
 
+def test_an_index_whose_pack_is_gone_is_swept(store: PackStore) -> None:
+    kept, gone = store.put(packed(1)), store.put(packed(2))
+    for digest, seed in ((kept, 1), (gone, 2)):
+        store.write_index(digest, pack.parse(packed(seed)))
+        os.utime(store.index_path(digest), (1, 1))
+    store.path(gone).unlink()
+    assert store.sweep(older_than_s=3600) == 1
+    assert sorted(leftovers(store)) == [store.path(kept), store.index_path(kept)]
+
+
 def test_a_pack_is_visible_whole_or_not_at_all_while_many_put_it(store: PackStore) -> None:
     data = packed(3, 200)
     digest = pack.digest(data)
@@ -171,64 +184,3 @@ def test_a_pack_is_visible_whole_or_not_at_all_while_many_put_it(store: PackStor
     watcher.join()
     assert seen <= {None, data}
     assert leftovers(store) == [store.path(digest)]
-
-
-def test_the_cache_keeps_the_most_recent_packs_within_its_bytes(store: PackStore) -> None:
-    digests = [store.put(packed(seed)) for seed in range(4)]
-    one = PackCache(store, 10**9).get(digests[0], 10).bytes
-    cache = PackCache(store, int(2.5 * one))
-    for digest in digests[:2]:
-        cache.get(digest, 10)
-    cache.get(digests[0], 10)
-    cache.get(digests[2], 10)
-    assert [cache.peek([digest]) is not None for digest in digests] == [True, False, True, False]
-    assert cache.bytes <= cache.max_bytes
-
-
-def test_a_pack_larger_than_the_cache_is_served_all_the_same(store: PackStore) -> None:
-    cache = PackCache(store, 0)
-    for digest in [store.put(packed(seed)) for seed in range(3)]:
-        loaded = cache.get(digest, 10)
-        assert loaded.exemplars is not None
-        assert len(loaded.exemplars) == 10
-    assert cache.bytes == loaded.bytes
-
-
-def test_many_threads_load_a_pack_once(store: PackStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    digest = store.put(packed(5, 500))
-    reads: list[str] = []
-    read = store.get
-
-    def counted(digest: str) -> bytes:
-        reads.append(digest)
-        return read(digest)
-
-    monkeypatch.setattr(store, "get", counted)
-    cache = PackCache(store, 10**9)
-    threads = [threading.Thread(target=cache.get, args=(digest, 500)) for _ in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert reads == [digest]
-
-
-def test_a_pack_that_does_not_match_its_name_is_known_as_damaged(store: PackStore) -> None:
-    data = packed()
-    digest = store.put(data)
-    store.path(digest).write_bytes(data[:-30])
-    cache = PackCache(store, 10**9)
-    loaded = cache.get(digest, 10)
-    assert loaded.is_damaged
-    assert cache.damaged() == [digest]
-    cache.forget(digest)
-    assert (cache.damaged(), cache.bytes) == ([], 0)
-
-
-def test_another_pack_under_the_name_is_damage_and_not_content(store: PackStore) -> None:
-    digest = store.put(packed(1))
-    store.path(digest).write_bytes(packed(2, 7))
-    loaded = PackCache(store, 10**9).get(digest, 10)
-    assert loaded.is_damaged
-    assert loaded.rows is not None
-    assert len(loaded.rows) == 0

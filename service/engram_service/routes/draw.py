@@ -170,7 +170,7 @@ def _representation(accept: str) -> tuple[str, Write]:
 
 
 def _load_and_draw(replay: Replay, buffer: str, generation: int | None, wanted: draw.Request, write: Write) -> Drawn:
-    drawn = replay.draw(replay.view(buffer, generation), wanted, write)
+    drawn = replay.draw(replay.peek(buffer, generation) or replay.view(buffer, generation), wanted, write)
     assert drawn is not None, "packs may be loaded"
     return drawn
 

@@ -27,7 +27,7 @@ def export(buffer: BufferPath, replay: ReplayPart, generation: Generation = None
     # The first chunk before the status line: what is wrong from the start is a problem and not a cut stream.
     first: Iterator[bytes] = iter([next(chunks)])
     headers = {
-        "Engram-Generation": str(view.manifest.generation),
-        "Content-Disposition": f'attachment; filename="{buffer}-{view.manifest.generation}.tar"',
+        "Engram-Generation": str(view.generation),
+        "Content-Disposition": f'attachment; filename="{buffer}-{view.generation}.tar"',
     }
     return StreamingResponse(chain(first, chunks), media_type=TAR_MEDIA_TYPE, headers=headers)

@@ -1,4 +1,4 @@
-"""This file is the routes for whoever watches the service: does it live, can it work."""
+"""Routes for whoever watches the service: whether it lives, and whether it can work."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from fastapi import APIRouter
 from engram.errors import EngramError, Unavailable
 from engram.schemas import Health
 
-from .. import __version__
+from .. import __version__, buffers
 from .parts import CachePart, DatabasePart, SettingsPart
 
 router = APIRouter(tags=["health"])
@@ -22,6 +22,12 @@ def healthz(database: DatabasePart, cache: CachePart) -> Health:
     except EngramError as error:
         problems.append(error.message)
     damaged = cache.damaged()
+    if damaged and not problems:
+        with database.reading() as session:
+            named = buffers.named_packs(session, damaged)
+        for digest in set(damaged) - named:
+            cache.forget(digest)  # collected meanwhile
+        damaged = sorted(named)
     return Health(
         status="degraded" if damaged or problems else "ok",
         version=__version__,

@@ -49,7 +49,7 @@ def read_pack(
     path = cache.store.path(sha256)
     with database.reading() as session:
         count = buffers.exemplars_of_pack(session, sha256)
-    loaded = cache.get(sha256, count)
+    loaded = cache.whole(sha256, count)
     exemplars = loaded.exemplars
     as_picture = asks_for_picture(accept)
     tag = etag(f"{sha256}-picture" if as_picture else sha256)

@@ -7,12 +7,13 @@ from typing import Annotated
 from fastapi import Depends, Header, Path, Query, Request
 
 from engram.errors import InvalidRequest
+from engram.packs import PackCache
 from engram.schemas import MAX_TASK
 
 from ..database import Database
 from ..replay import Replay
 from ..settings import Settings
-from ..storage import PackCache, PackStore
+from ..storage import PackStore
 
 
 # Coroutines, so that FastAPI calls them where they are instead of hiring a thread for each.
