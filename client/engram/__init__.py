@@ -1,8 +1,9 @@
-"""This file is the public face of the library: what `import engram` offers.
+"""The public names of the library: what `import engram` offers.
 
     from engram import Client, Mirror, ReplayLoader
 
-Formats have modules of their own: `engram.strip`, `engram.pack`, `engram.tar`, `engram.draw`, `engram.batch`.
+Formats have modules of their own: `engram.strip`, `engram.pack`, `engram.tar`, `engram.draw`, `engram.batch`. Data sets for
+PyTorch are in `engram.torch`, which is the one module that imports torch.
 """
 
 from engram.batch import Batch

@@ -21,6 +21,13 @@ Rule = Literal["all_higher", "any"]
 State = Literal["received", "selecting", "encoding", "committed", "failed", "cancelled"]
 QualityState = Literal["fixed", "provisional", "decided"]
 Strategy = Literal["uniform", "class_balanced", "task_balanced", "per_task", "epoch"]
+Liveness = Literal["ok", "degraded"]
+
+API_NUMBER = 2
+"""Of the HTTP API, which the service states on every answer. It is raised when a client of the old number would
+misunderstand a service of the new one or the other way round, not when something is added."""
+
+API_HEADER = "Engram-API"
 
 CANDIDATE_QUALITIES = (10, 25, 50, 75, 90)
 """The candidates of MRDC (Wang et al., ICLR 2022)."""

@@ -1,4 +1,4 @@
-"""This file is the application: `create_app(settings)` builds everything, nothing is built at import."""
+"""The application: `create_app(settings)` builds everything, nothing is built at import."""
 
 from __future__ import annotations
 

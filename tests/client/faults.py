@@ -1,4 +1,4 @@
-"""This file is a network that misbehaves on command: a proxy in front of a real service."""
+"""A network that misbehaves on command: a proxy in front of a real service."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class FaultyProxy:
                     self.close_connection = True
                     return
                 self.send_response(answer.status_code)
-                for name in ("Content-Type", "ETag"):
+                for name in ("Content-Type", "ETag", "Engram-API"):
                     if name in answer.headers:
                         self.send_header(name, answer.headers[name])
                 self.send_header("Content-Length", str(len(answer.content)))
