@@ -2,8 +2,8 @@
 
     from engram import Client, Mirror, ReplayLoader
 
-Formats have modules of their own: `engram.strip`, `engram.pack`, `engram.tar`, `engram.draw`, `engram.batch`. Data sets for
-PyTorch are in `engram.torch`, which is the one module that imports torch.
+Formats have modules of their own: `engram.strip`, `engram.pack`, `engram.tar`, `engram.draw`, `engram.batch`. A data
+set for PyTorch is in `engram.torch`, the one module that imports torch.
 """
 
 from engram.batch import Batch
