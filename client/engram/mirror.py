@@ -22,7 +22,7 @@ from pathlib import Path
 
 import pydantic
 
-from engram import batch, pack
+from engram import batch, forks, pack
 from engram.client import Client
 from engram.draw import Layout, Request, plan
 from engram.errors import NotFound, StripCorrupt
@@ -88,6 +88,7 @@ class Mirror:
         self._packs = self.folder / "packs"
         self._packs.mkdir(parents=True, exist_ok=True)
         self._refreshing = threading.Lock()
+        forks.register(self)
         self._created_at: datetime | None = None
         self._parsed: dict[str, Exemplars] = {}
         saved = self._read_saved()
@@ -96,6 +97,13 @@ class Mirror:
         else:
             self._snapshot = Snapshot(_nothing(buffer), Layout([]), ())
         self.refresh()
+
+    def __reduce__(self) -> tuple[type[Mirror], tuple[Client, str, Path]]:
+        return type(self), (self._client, self.buffer, self.folder)
+
+    def after_fork(self) -> None:
+        """In a forked process: no thread of the parent's is refreshing here."""
+        self._refreshing = threading.Lock()
 
     @property
     def generation(self) -> int:

@@ -8,9 +8,17 @@ All sizes are bytes, all times are UTC or seconds as the name says.
 from __future__ import annotations
 
 from datetime import datetime
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+    field_validator,
+)
 
 Per = Literal["buffer", "class"]
 ShareBy = Literal["class", "task"]
@@ -21,7 +29,6 @@ Rule = Literal["all_higher", "any"]
 State = Literal["received", "selecting", "encoding", "committed", "failed", "cancelled"]
 QualityState = Literal["fixed", "provisional", "decided"]
 Strategy = Literal["uniform", "class_balanced", "task_balanced", "per_task", "epoch"]
-Liveness = Literal["ok", "degraded"]
 
 API_NUMBER = 2
 """Of the HTTP API, which the service states on every answer. It is raised when a client of the old number would
@@ -87,6 +94,20 @@ class BufferChange(Model):
     budget_bytes: Annotated[int, Field(ge=1, le=MAX_BUDGET_BYTES)]
 
 
+def _or_text(value: Any, read: ValidatorFunctionWrapHandler) -> Any:
+    try:
+        return read(value)
+    except ValidationError:
+        if isinstance(value, str):
+            return value
+        raise
+
+
+_Word = TypeVar("_Word", bound=str)
+Word = Annotated[_Word, WrapValidator(_or_text)]
+"""One of the words that this version knows, or another one from a newer service."""
+
+
 class Buffer(Answer):
     """A buffer as it stands. `budget_bytes` is as given; `limit_bytes` is the total that `used_bytes` obeys.
 
@@ -98,11 +119,11 @@ class Buffer(Answer):
     name: str
     budget_bytes: int
     limit_bytes: int
-    per: Per
-    share_by: ShareBy
-    subsampling: Subsampling
+    per: Word[Per]
+    share_by: Word[ShareBy]
+    subsampling: Word[Subsampling]
     quality: int | None
-    quality_is: QualityState
+    quality_is: Word[QualityState]
     generation: int
     used_bytes: int
     exemplars: int
@@ -128,8 +149,8 @@ class Candidate(Answer):
     exemplars: int
     classes: int
     bytes: int
-    ratio: dict[Definition, float | None]
-    pixel_ratio: dict[Definition, float | None] | None = None
+    ratio: dict[Word[Definition], float | None]
+    pixel_ratio: dict[Word[Definition], float | None] | None = None
     passes: bool
     gaps: dict[int, float]
     singular_classes: list[int]
@@ -146,15 +167,15 @@ class Decision(Answer):
 
     quality: int
     reason: str
-    definition: Definition
-    rule: Rule
+    definition: Word[Definition]
+    rule: Word[Rule]
     epsilon: float
     block: int
     pixel_block: int | None = None
     blocks: dict[int, int]
     delta: float
-    ranking: Ranking
-    mean: Literal["seen", "kept"] | None = None
+    ranking: Word[Ranking]
+    mean: Word[Literal["seen", "kept"]] | None = None
     embedder: str
     images: int
     seconds: float = 0.0
@@ -192,7 +213,7 @@ class Ingest(Answer):
     id: str
     buffer: str
     task: int
-    state: State
+    state: Word[State]
     images_total: int
     images_done: int
     attempts: int
@@ -203,6 +224,14 @@ class Ingest(Answer):
     generation: int | None
     created_at: datetime
     updated_at: datetime
+
+    @field_validator("options", mode="before")
+    @classmethod
+    def _known(cls, options: Any) -> Any:
+        """Options are strict where they are given; where they are reported, a newer service may have more."""
+        if isinstance(options, dict):
+            return {name: value for name, value in options.items() if name in IngestOptions.model_fields}
+        return options
 
 
 class ClassSummary(Answer):
@@ -283,7 +312,7 @@ class Extractor(Answer):
 class Health(Answer):
     """Whether the service can work. `damaged_packs` lists packs whose bytes do not match their name."""
 
-    status: Literal["ok", "degraded"]
+    status: Word[Literal["ok", "degraded"]]
     version: str
     damaged_packs: list[str]
     problems: list[str]

@@ -10,7 +10,7 @@ from typing import Literal
 
 import httpx
 
-Fault = Literal["busy", "limited", "hang up", "lose the answer", "cut the answer", "gateway"]
+Fault = Literal["busy", "limited", "hang up", "lose the answer", "cut the answer", "gateway", "hold"]
 
 
 class FaultyProxy:
@@ -18,16 +18,23 @@ class FaultyProxy:
 
     `busy` answers 503 with a problem, `limited` 429 with `retry_after`, `gateway` 502 without a problem; `hang up`
     closes the connection before the service hears of it, `lose the answer` after; `cut the answer` breaks off half-way.
+    `hold` sets `holds` and forwards the request once `release` is set.
     """
 
     def __init__(self, target: str, *faults: Fault | None, retry_after: str = "0") -> None:
         self.faults = list(faults)
         self.retry_after = retry_after
         self.requests = 0
+        self.connections = 0
+        self.holds, self.release = threading.Event(), threading.Event()
         proxy = self
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
+
+            def setup(self) -> None:
+                proxy.connections += 1
+                super().setup()
 
             def handle_any(self) -> None:
                 proxy.requests += 1
@@ -38,6 +45,9 @@ class FaultyProxy:
                 elif fault in ("busy", "limited", "gateway"):
                     self.refuse(fault)
                 else:
+                    if fault == "hold":
+                        proxy.holds.set()
+                        proxy.release.wait()
                     self.forward(body, fault)
 
             def body(self) -> bytes:
@@ -92,6 +102,7 @@ class FaultyProxy:
         self._thread.start()
 
     def stop(self) -> None:
+        self.release.set()
         self._server.shutdown()
         self._thread.join()
         self._server.server_close()
