@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Literal
@@ -18,12 +18,15 @@ class FaultyProxy:
 
     `busy` answers 503 with a problem, `limited` 429 with `retry_after`, `gateway` 502 without a problem; `hang up`
     closes the connection before the service hears of it, `lose the answer` after; `cut the answer` breaks off half-way.
-    `hold` sets `holds` and forwards the request once `release` is set.
+    `hold` sets `holds` and forwards the request once `release` is set. To pass for another version's service, it states
+    `api_number` if that is given (empty: none), and sends `change` of what the service answered.
     """
 
     def __init__(self, target: str, *faults: Fault | None, retry_after: str = "0") -> None:
         self.faults = list(faults)
         self.retry_after = retry_after
+        self.api_number: str | None = None
+        self.change: Callable[[bytes], bytes] = lambda content: content
         self.requests = 0
         self.connections = 0
         self.holds, self.release = threading.Event(), threading.Event()
@@ -81,13 +84,17 @@ class FaultyProxy:
                     self.close_connection = True
                     return
                 self.send_response(answer.status_code)
-                for name in ("Content-Type", "ETag", "Engram-API"):
+                for name in ("Content-Type", "ETag"):
                     if name in answer.headers:
                         self.send_header(name, answer.headers[name])
-                self.send_header("Content-Length", str(len(answer.content)))
+                number = answer.headers["Engram-API"] if proxy.api_number is None else proxy.api_number
+                if number:
+                    self.send_header("Engram-API", number)
+                content = proxy.change(answer.content)
+                self.send_header("Content-Length", str(len(content)))
                 self.end_headers()
-                half = len(answer.content) // 2
-                self.wfile.write(answer.content[:half] if fault == "cut the answer" else answer.content)
+                half = len(content) // 2
+                self.wfile.write(content[:half] if fault == "cut the answer" else content)
                 self.close_connection = fault == "cut the answer"
 
             do_GET = do_PUT = do_POST = do_PATCH = do_DELETE = handle_any
