@@ -41,7 +41,20 @@ IMPORT_NAMES = {
 }
 """Where a distribution's modules are not called as it is. FastAPI stands on starlette and anyio, typer on click."""
 
-CLIENT = ("transport", "http", "uploads", "draws", "client", "folder", "mirror", "sources", "loader", "torch", "cli")
+CLIENT = (
+    "transport",
+    "http",
+    "uploads",
+    "draws",
+    "reading",
+    "client",
+    "folder",
+    "mirror",
+    "sources",
+    "loader",
+    "torch",
+    "cli",
+)
 NOT_FOR_THE_SERVICE = {f"engram.{name}" for name in CLIENT}
 
 WITH_TORCH = "engram.torch"
@@ -49,14 +62,14 @@ WITH_TORCH = "engram.torch"
 
 ORDER = {
     "engram": [
-        "errors schemas forks",
+        "errors schemas forks paths",
         "form shares draw tar transport",
         "strip folder http",
         "pack batch",
         "selection",
         "content",
         "memory",
-        "uploads draws",
+        "uploads draws reading",
         "client",
         "mirror sources",
         "loader torch",

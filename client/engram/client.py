@@ -16,29 +16,26 @@ from __future__ import annotations
 
 import hashlib
 import os
-import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO, Self
-from urllib.parse import quote, urlencode
+from typing import Any, Self
 
 import httpx
 import pydantic
 
+from engram import paths
 from engram.draws import Draws
-from engram.errors import Conflict, InvalidRequest, StripCorrupt
+from engram.errors import Conflict, InvalidRequest
 from engram.http import DEFAULT_URL, Body, Http, json_body
+from engram.reading import Reading
 from engram.schemas import (
     Buffer,
     BufferChange,
     BufferCreate,
     BufferList,
-    Exemplar,
-    ExemplarPage,
     Extractor,
     Health,
-    Manifest,
     Per,
     ShareBy,
     Subsampling,
@@ -47,7 +44,7 @@ from engram.schemas import (
 from engram.uploads import Uploads
 
 
-class Client(Uploads, Draws):
+class Client(Uploads, Draws, Reading):
     """A connection to one Engram service.
 
     A pickled client holds its token, so it is as secret as that.
@@ -162,7 +159,7 @@ class Client(Uploads, Draws):
         Raises:
             NotFound: no such buffer.
         """
-        return self._http.fetch(Buffer, "GET", _buffer_path(name))
+        return self._http.fetch(Buffer, "GET", paths.of_buffer(name))
 
     def change_budget(self, name: str, budget_bytes: int, *, generation: int | None = None) -> Buffer:
         """The buffer with another budget; a smaller one drops the tails of every class.
@@ -177,7 +174,7 @@ class Client(Uploads, Draws):
         """
         headers = [] if generation is None else [("If-Match", f'"{generation}"')]
         body = json_body(BufferChange(budget_bytes=budget_bytes))
-        return self._http.fetch(Buffer, "PATCH", _buffer_path(name), headers=headers, body=body)
+        return self._http.fetch(Buffer, "PATCH", paths.of_buffer(name), headers=headers, body=body)
 
     def delete_buffer(self, name: str) -> None:
         """The buffer and all its exemplars are gone.
@@ -185,7 +182,7 @@ class Client(Uploads, Draws):
         Raises:
             NotFound: no such buffer.
         """
-        self._http.send("DELETE", _buffer_path(name))
+        self._http.send("DELETE", paths.of_buffer(name))
 
     def task(self, buffer: str, task: int) -> Task:
         """A task as it is stored: classes, counts, bytes and the decision on its quality.
@@ -193,7 +190,7 @@ class Client(Uploads, Draws):
         Raises:
             NotFound: no such buffer or task.
         """
-        return self._http.fetch(Task, "GET", _task_path(buffer, task))
+        return self._http.fetch(Task, "GET", paths.of_task(buffer, task))
 
     def delete_task(self, buffer: str, task: int) -> None:
         """The task's exemplars are gone, in a new generation.
@@ -201,80 +198,9 @@ class Client(Uploads, Draws):
         Raises:
             NotFound: no such buffer or task.
         """
-        self._http.send("DELETE", _task_path(buffer, task))
+        self._http.send("DELETE", paths.of_task(buffer, task))
 
-    # Packs and exemplars; uploads and draws are inherited
-
-    def manifest(self, buffer: str, *, generation: int | None = None) -> Manifest:
-        """The packs of a generation (None: the newest).
-
-        Raises:
-            NotFound: no such buffer, or a generation that is no longer kept.
-        """
-        query = "" if generation is None else f"?generation={generation}"
-        return self._http.fetch(Manifest, "GET", f"{_buffer_path(buffer)}/manifest{query}")
-
-    def manifest_after(self, buffer: str, generation: int) -> Manifest | None:
-        """The newest manifest, or None if the buffer is still at this generation."""
-        path = f"{_buffer_path(buffer)}/manifest"
-        answer = self._http.send("GET", path, headers=[("If-None-Match", f'"{generation}"')])
-        return self._http.read(Manifest, answer, path) if answer else None
-
-    def pack(self, digest: str) -> bytes:
-        """A pack's bytes, which match its digest.
-
-        Raises:
-            NotFound: no such pack.
-            StripCorrupt: the bytes do not match the digest.
-        """
-        content = self._http.send("GET", f"/v1/packs/{quote(digest, safe='')}")
-        found = hashlib.sha256(content).hexdigest()
-        if found != digest:
-            raise StripCorrupt(f"pack {digest} came with SHA-256 {found}; it was damaged on the way or on the disk")
-        return content
-
-    def exemplars(
-        self, buffer: str, *, task: int | None = None, class_id: int | None = None, page_size: int = 500
-    ) -> Iterator[Exemplar]:
-        """All exemplars of a buffer, task or class, page after page."""
-        query: dict[str, Any] = {"task": task, "class_id": class_id, "limit": page_size}
-        query = {key: value for key, value in query.items() if value is not None}
-        while True:
-            page = self._http.fetch(ExemplarPage, "GET", f"{_buffer_path(buffer)}/exemplars?{urlencode(query)}")
-            yield from page.exemplars
-            if page.next is None:
-                return
-            query["cursor"] = page.next
-
-    def exemplar_jpeg(self, buffer: str, pack: str, row: int) -> bytes:
-        """One exemplar as a JPEG file.
-
-        Raises:
-            NotFound: no such pack or row in the buffer.
-        """
-        return self._http.send("GET", f"{_buffer_path(buffer)}/exemplars/{quote(pack, safe='')}/{row:d}")
-
-    def export(self, buffer: str, file: str | Path | BinaryIO, *, generation: int | None = None) -> int:
-        """Write all exemplars to `file` as a WebDataset tar of JPEGs; returns its bytes.
-
-        A file named by its path appears only when it is complete.
-        """
-        if not isinstance(file, (str, Path)):
-            return self._export(buffer, file, generation)
-        path = Path(file)
-        part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
-        try:
-            with part.open("wb") as stream:
-                size = self._export(buffer, stream, generation)
-            part.replace(path)
-        finally:
-            part.unlink(missing_ok=True)
-        return size
-
-    def _export(self, buffer: str, stream: BinaryIO, generation: int | None) -> int:
-        query = "" if generation is None else f"?generation={generation}"
-        with self._http.download(f"{_buffer_path(buffer)}/export{query}") as chunks:
-            return sum(stream.write(chunk) for chunk in chunks)
+    # Uploads, draws, packs and exemplars are in the classes that this one inherits from.
 
     # Extractors and health
 
@@ -285,7 +211,7 @@ class Client(Uploads, Draws):
             BadExtractor: the model cannot serve.
         """
         content = model if isinstance(model, bytes) else Path(model).read_bytes()
-        path = f"/v1/extractors/{hashlib.sha256(content).hexdigest()}"
+        path = paths.of_extractor(hashlib.sha256(content).hexdigest())
         body = Body(lambda: content, "application/octet-stream")
         return self._http.fetch(Extractor, "PUT", path, body=body, retry=True)
 
@@ -295,7 +221,7 @@ class Client(Uploads, Draws):
         Raises:
             NotFound: no such extractor.
         """
-        return self._http.fetch(Extractor, "GET", f"/v1/extractors/{quote(sha256, safe='')}")
+        return self._http.fetch(Extractor, "GET", paths.of_extractor(sha256))
 
     def health(self) -> Health:
         """Whether the service can work.
@@ -304,14 +230,6 @@ class Client(Uploads, Draws):
             Unavailable: no service answers.
         """
         return self._http.fetch(Health, "GET", "/healthz")
-
-
-def _buffer_path(name: str) -> str:
-    return f"/v1/buffers/{quote(name, safe='')}"
-
-
-def _task_path(buffer: str, task: int) -> str:
-    return f"{_buffer_path(buffer)}/tasks/{task:d}"
 
 
 def _differences(existing: Buffer, wanted: BufferCreate) -> str:

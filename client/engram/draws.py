@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from urllib.parse import quote
 
-from engram import batch
+from engram import batch, paths
 from engram.batch import Batch
 from engram.http import Http
 from engram.schemas import Strategy
@@ -101,4 +101,4 @@ class Draws:
             query += f"&exclude_tasks={','.join(f'{task:d}' for task in exclude_tasks)}"
         if generation is not None:
             query += f"&generation={generation:d}"
-        return PendingDraw(self._http, f"/v1/buffers/{quote(buffer, safe='')}/draw?{query}")
+        return PendingDraw(self._http, f"{paths.of_buffer(buffer)}/draw?{query}")

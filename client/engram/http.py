@@ -202,11 +202,7 @@ class Http:
         return self.read(kind, self.send(method, path, **options), path)
 
     def read(self, kind: type[M], content: bytes, path: str) -> M:
-        """An answer's body as a model; members that this version does not know are ignored.
-
-        Raises:
-            EngramError: it is not of this kind.
-        """
+        """An answer's body as a model, or EngramError; members that this version does not know are ignored."""
         try:
             return kind.model_validate_json(content)
         except pydantic.ValidationError as error:

@@ -13,13 +13,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Final
-from urllib.parse import quote, urlencode
+from urllib.parse import urlencode
 
 import numpy as np
 import numpy.typing as npt
 
 from engram import folder as folders
-from engram import tar
+from engram import paths, tar
 from engram.errors import BadUpload, Cancelled, from_problem
 from engram.http import Body, Http
 from engram.schemas import TAR_MEDIA_TYPE, Ingest, IngestOptions
@@ -151,7 +151,7 @@ class Uploads:
         ingest = self._http.fetch(
             Ingest,
             "POST",
-            f"/v1/buffers/{quote(buffer, safe='')}/tasks/{task:d}/ingests?{urlencode(query)}",
+            f"{paths.of_task(buffer, task)}/ingests?{urlencode(query)}",
             headers=headers,
             body=Body(hashed, TAR_MEDIA_TYPE),
             retry=stream.replayable,
@@ -170,7 +170,7 @@ class Uploads:
         Raises:
             NotFound: no such ingest.
         """
-        path = _ingest_path(ingest) + (f"?wait={wait_s:g}" if wait_s else "")
+        path = _path(ingest) + (f"?wait={wait_s:g}" if wait_s else "")
         return self._http.fetch(Ingest, "GET", path, wait_s=wait_s)
 
     def wait(
@@ -214,12 +214,11 @@ class Uploads:
         Raises:
             NotFound: no such ingest.
         """
-        return self._http.fetch(Ingest, "DELETE", _ingest_path(ingest))
+        return self._http.fetch(Ingest, "DELETE", _path(ingest))
 
 
-def _ingest_path(ingest: str | Ingest) -> str:
-    number = ingest if isinstance(ingest, str) else ingest.id
-    return f"/v1/ingests/{quote(number, safe='')}"
+def _path(ingest: str | Ingest) -> str:
+    return paths.of_ingest(ingest if isinstance(ingest, str) else ingest.id)
 
 
 def _chunks(stream: BinaryIO, progress: Callable[[int], None] | None) -> Iterator[bytes]:
