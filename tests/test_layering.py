@@ -41,23 +41,42 @@ IMPORT_NAMES = {
 }
 """Where a distribution's modules are not called as it is. FastAPI stands on starlette and anyio, typer on click."""
 
-NOT_FOR_THE_SERVICE = {
-    f"engram.{name}" for name in ("transport", "folder", "client", "mirror", "local", "loader", "cli")
-}
+CLIENT = (
+    "transport",
+    "http",
+    "uploads",
+    "draws",
+    "reading",
+    "client",
+    "folder",
+    "mirror",
+    "local",
+    "sources",
+    "loader",
+    "torch",
+    "cli",
+)
+NOT_FOR_THE_SERVICE = {f"engram.{name}" for name in CLIENT}
+
+WITH_TORCH = "engram.torch"
+"""The one module of the library that imports torch, which only those have who install it."""
 
 ORDER = {
     "engram": [
-        "errors names schemas files",
+        "errors names schemas files forks paths",
         "fields",
         "form shares draw tar transport",
-        "strip folder",
+        "strip folder http",
         "pack batch index",
         "packs",
         "selection",
         "content",
         "memory state",
+        "uploads draws reading",
         "client",
-        "mirror local loader",
+        "mirror sources",
+        "local",
+        "loader torch",
         "cli",
     ],
     "engram_service": [
@@ -144,6 +163,8 @@ def test_no_source_root_is_itself_a_package() -> None:
 def test_a_module_imports_only_what_the_table_allows(name: str) -> None:
     package = name.split(".")[0]
     allowed = set(sys.stdlib_module_names) | declared(EXTRAS[package]) | {"engram", package}
+    if name == WITH_TORCH:
+        allowed |= {"torch"}
     found = imports(name)
     foreign = sorted(module for module in found if module.split(".")[0] not in allowed)
     assert not foreign, f"{name} imports {foreign}; see the table in CONTRIBUTING.md and the extras in pyproject.toml"
@@ -206,6 +227,15 @@ def test_the_memory_and_its_selection_know_no_sql_no_http_and_no_files() -> None
     assert "engram.strip" in reached
     impure = {name: found for name in reached if (found := {module.split(".")[0] for module in imports(name)} & IMPURE)}
     assert not impure
+
+
+def test_the_one_module_with_torch_is_imported_by_none_of_the_library() -> None:
+    assert "torch" in imports(WITH_TORCH)
+    assert not [name for name in ALL if name.startswith("engram.") and WITH_TORCH in imports(name)]
+
+
+def test_the_packages_say_that_they_are_typed() -> None:
+    assert (PACKAGES["engram"] / "py.typed").read_bytes() == b""
 
 
 def test_routes_know_http_and_rules_know_sql() -> None:

@@ -1,8 +1,9 @@
-"""What `import engram` offers.
+"""The public names of the library: what `import engram` offers.
 
     from engram import Client, LocalBuffer, Mirror, ReplayLoader
 
-Formats have modules of their own: `engram.strip`, `engram.pack`, `engram.tar`, `engram.draw`, `engram.batch`.
+Formats have modules of their own: `engram.strip`, `engram.pack`, `engram.tar`, `engram.draw`, `engram.batch`. A data
+set for PyTorch is in `engram.torch`, the one module that imports torch.
 """
 
 from engram.batch import Batch

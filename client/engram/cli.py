@@ -1,4 +1,4 @@
-"""This file is the `engram` command: buffers, uploads, draws and decisions from a terminal.
+"""The `engram` command: buffers, uploads, draws and decisions from a terminal.
 
 The service is named by `--url` or `ENGRAM_URL`, the token by `ENGRAM_TOKEN` (an option would show it to every process).
 Results go to standard output, errors to standard error in one line, with exit code 1.
@@ -21,8 +21,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from rich.table import Table
 
 from engram.batch import Batch
-from engram.client import DEFAULT_URL, Client
+from engram.client import Client
 from engram.errors import EngramError
+from engram.http import DEFAULT_URL
 from engram.schemas import (
     Buffer,
     Decision,

@@ -1,4 +1,4 @@
-"""This file is the error tree, the same on both sides of the wire.
+"""The errors of Engram, one tree for both sides of the wire.
 
 The service raises one of these, one handler turns it into `application/problem+json` (RFC 9457) with the class's
 status, and the client raises the class that the problem's `type` names. So `except BudgetExceeded` reads the same in
@@ -37,7 +37,7 @@ class EngramError(Exception):
     slug: ClassVar[str] = "internal-error"
     title: ClassVar[str] = "Internal error"
 
-    def __init__(self, message: str, **details: Any) -> None:
+    def __init__(self, message: str, /, **details: Any) -> None:
         super().__init__(message)
         self.message = message
         self.details = details
@@ -150,12 +150,33 @@ def _walk(root: type[EngramError]) -> dict[str, type[EngramError]]:
 ERRORS: dict[str, type[EngramError]] = _walk(EngramError)
 """Every class by the last part of its problem `type`."""
 
+_BY_STATUS: dict[int, type[EngramError]] = {kind.status: kind for kind in EngramError.__subclasses__()} | {
+    422: InvalidRequest,
+    502: Unavailable,
+    504: Unavailable,
+}
+"""What a status says where no problem of ours does: gateways answer 502 and 504 when the service is down or slow."""
+
 _RESERVED = frozenset({"type", "title", "status", "detail", "instance"})
 
 
-def from_problem(problem: dict[str, Any]) -> EngramError:
-    """The error that a problem+json document describes; unknown types become `EngramError`."""
+def of_status(status: int) -> type[EngramError]:
+    """The class that an answer's status alone stands for."""
+    return _BY_STATUS.get(status, EngramError)
+
+
+def from_problem(problem: dict[str, Any], status: int = 500) -> EngramError:
+    """The error that a problem+json document describes.
+
+    A type that this version does not know, because the service is newer, becomes the class of its status.
+
+    Args:
+        problem: the document.
+        status: of the answer that it came with, if the document states none.
+    """
     slug = str(problem.get("type", "")).removeprefix(PROBLEM_BASE)
+    stated = problem.get("status")
+    kind = ERRORS.get(slug) or of_status(stated if isinstance(stated, int) else status)
     details = {key: value for key, value in problem.items() if key not in _RESERVED}
     message = str(problem.get("detail") or problem.get("title") or "the service reported an error without a message")
-    return ERRORS.get(slug, EngramError)(message, **details)
+    return kind(message, **details)

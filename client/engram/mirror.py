@@ -22,12 +22,13 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
 import pydantic
 
-from engram import batch, files, pack, packs
+from engram import batch, files, forks, pack, packs
 from engram.client import Client
 from engram.draw import Layout, Request, plan
 from engram.errors import Conflict, NotFound, StripCorrupt
@@ -125,12 +126,21 @@ class Mirror:
         self._store.folder.mkdir(parents=True, exist_ok=True)
         self._cache = PackCache(self._store, cache_bytes, eager=True)
         self._refreshing = threading.Lock()
+        forks.register(self)
         self._created_at: datetime | None = None
         self._snapshot = self._snapshot_of(_nothing(buffer), [])
         saved = self._read_saved()
         if saved is not None:
             self._use_local(saved)
         self.refresh()
+
+    def __reduce__(self) -> tuple[Callable[[Client, str, Path], Mirror], tuple[Client, str, Path]]:
+        make = partial(type(self), cache_bytes=self._cache.max_bytes)
+        return make, (self._client, self.buffer, self.folder)
+
+    def after_fork(self) -> None:
+        """In a forked process: no thread of the parent's is refreshing here."""
+        self._refreshing = threading.Lock()
 
     @property
     def generation(self) -> int:

@@ -35,7 +35,7 @@ from typing import TypeVar, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from engram import batch, files, index, pack
+from engram import batch, files, forks, index, pack
 from engram.draw import Plan
 from engram.errors import EngramError, NotFound, StorageFull, Unavailable
 from engram.strip import Bytes, Exemplars, Loose
@@ -278,6 +278,10 @@ class _Handles:
     def __len__(self) -> int:
         return len(self._open)
 
+    def after_fork(self) -> None:
+        """In a forked process: the lock may have been held by a thread of the parent's."""
+        self._lock = threading.Lock()
+
     def open(self, source: _OnDisk) -> _File:
         file = self.with_room(lambda: _File(self._folder.place(source.digest)))
         with self._lock:
@@ -384,6 +388,13 @@ class PackCache:
         self._settled = threading.Condition(self._lock)
         self._reader: threading.Thread | None = None
         self._is_closed = threading.Event()
+        forks.register(self)
+
+    def after_fork(self) -> None:
+        """In a forked process: no thread of the parent's is at work here, and descriptors may be shared."""
+        self._lock, self._loading, self._waiting = threading.Lock(), {}, {}
+        self._settled, self._reader = threading.Condition(self._lock), None
+        self._handles.after_fork()
 
     def hold(self, digests: Iterable[str]) -> None:
         """These packs may be remembered; each call is undone by one of `release`."""

@@ -8,9 +8,19 @@ All sizes are bytes, all times are UTC or seconds as the name says.
 from __future__ import annotations
 
 from datetime import datetime
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+    field_validator,
+    model_validator,
+)
 
 from engram.names import MAX_CLASS_ID as MAX_CLASS_ID
 from engram.names import class_name
@@ -24,6 +34,12 @@ Rule = Literal["all_higher", "any"]
 State = Literal["received", "selecting", "encoding", "committed", "failed", "cancelled"]
 QualityState = Literal["fixed", "provisional", "decided"]
 Strategy = Literal["uniform", "class_balanced", "task_balanced", "per_task", "epoch"]
+
+API_NUMBER = 2
+"""Of the HTTP API, which the service states on every answer. It is raised when a client of the old number would
+misunderstand a service of the new one or the other way round, not when something is added."""
+
+API_HEADER = "Engram-API"
 
 CANDIDATE_QUALITIES = (10, 25, 50, 75, 90)
 """The candidates of MRDC (Wang et al., ICLR 2022)."""
@@ -108,6 +124,20 @@ class ForkCreate(Model):
     frozen: bool = False
 
 
+def _or_text(value: Any, read: ValidatorFunctionWrapHandler) -> Any:
+    try:
+        return read(value)
+    except ValidationError:
+        if isinstance(value, str):
+            return value
+        raise
+
+
+_Word = TypeVar("_Word", bound=str)
+Word = Annotated[_Word, WrapValidator(_or_text)]
+"""One of the words that this version knows, or another one from a newer service."""
+
+
 class Buffer(Answer):
     """A buffer as it stands. `budget_bytes` is as given; `limit_bytes` is the total that `used_bytes` obeys.
 
@@ -119,11 +149,11 @@ class Buffer(Answer):
     name: str
     budget_bytes: int
     limit_bytes: int
-    per: Per
-    share_by: ShareBy
-    subsampling: Subsampling
+    per: Word[Per]
+    share_by: Word[ShareBy]
+    subsampling: Word[Subsampling]
     quality: int | None
-    quality_is: QualityState
+    quality_is: Word[QualityState]
     generation: int
     used_bytes: int
     exemplars: int
@@ -149,8 +179,8 @@ class Candidate(Answer):
     exemplars: int
     classes: int
     bytes: int
-    ratio: dict[Definition, float | None]
-    pixel_ratio: dict[Definition, float | None] | None = None
+    ratio: dict[Word[Definition], float | None]
+    pixel_ratio: dict[Word[Definition], float | None] | None = None
     passes: bool
     gaps: dict[int, float]
     singular_classes: list[int]
@@ -167,15 +197,15 @@ class Decision(Answer):
 
     quality: int
     reason: str
-    definition: Definition
-    rule: Rule
+    definition: Word[Definition]
+    rule: Word[Rule]
     epsilon: float
     block: int
     pixel_block: int | None = None
     blocks: dict[int, int]
     delta: float
-    ranking: Ranking
-    mean: Literal["seen", "kept"] | None = None
+    ranking: Word[Ranking]
+    mean: Word[Literal["seen", "kept"]] | None = None
     embedder: str
     images: int
     seconds: float = 0.0
@@ -213,7 +243,7 @@ class Ingest(Answer):
     id: str
     buffer: str
     task: int
-    state: State
+    state: Word[State]
     images_total: int
     images_done: int
     attempts: int
@@ -224,6 +254,14 @@ class Ingest(Answer):
     generation: int | None
     created_at: datetime
     updated_at: datetime
+
+    @field_validator("options", mode="before")
+    @classmethod
+    def _known(cls, options: Any) -> Any:
+        """Options are strict where they are given; where they are reported, a newer service may have more."""
+        if isinstance(options, dict):
+            return {name: value for name, value in options.items() if name in IngestOptions.model_fields}
+        return options
 
 
 class ClassSummary(Answer):
@@ -315,7 +353,7 @@ class Extractor(Answer):
 class Health(Answer):
     """Whether the service can work. `damaged_packs` lists packs whose bytes do not match their name."""
 
-    status: Literal["ok", "degraded"]
+    status: Word[Literal["ok", "degraded"]]
     version: str
     damaged_packs: list[str]
     problems: list[str]

@@ -1,14 +1,14 @@
-"""This file is the short way for draws: GET over kept-alive sockets; everything else goes through httpx.
+"""Draws are fetched by GET over kept-alive sockets, without httpx, which everything else goes through.
 
-A draw is decoded in 0.8 ms, and httpx takes a quarter of that for one request, all of it under Python's lock. This file
-takes a tenth. It knows only what a draw needs: no body in the request, `Content-Length` in the answer, no TLS. An
-answer of another kind (a proxy that answers in chunks, say) is `Unsupported`, and the client asks again through httpx,
-which is harmless because draws change nothing.
+A draw is decoded in 0.8 ms, and httpx takes a quarter of that for one request, all of it under Python's lock. This
+module takes a tenth. It knows only what a draw needs: no body in the request, `Content-Length` in the answer, no TLS.
+An answer of another kind (a proxy that answers in chunks, say) is `Unsupported`, and the client asks again through
+httpx, which is harmless because draws change nothing.
 
 A request can be started before its answer is wanted. So one thread keeps service and decoder at work at the same time,
 which several threads do worse: they lose a third to handing Python's lock to each other.
 
-It raises httpx's exceptions, so the client treats both ways alike.
+It raises httpx's exceptions, so that `engram.http` treats both ways alike.
 """
 
 from __future__ import annotations
@@ -16,9 +16,8 @@ from __future__ import annotations
 import re
 import socket
 import time
+import weakref
 from collections import deque
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Final, NamedTuple
 
 import httpx
@@ -31,7 +30,7 @@ _STATUS = re.compile(rb"HTTP/1\.1 ([2-5]\d\d)[ \r]")
 
 
 class Unsupported(Exception):
-    """The answer may be correct HTTP, but not of the kind that this file reads."""
+    """The answer may be correct HTTP, but not of the kind that this module reads."""
 
 
 class Answer(NamedTuple):
@@ -43,18 +42,30 @@ class Answer(NamedTuple):
 
 
 class Connections:
-    """Kept-alive connections to one address. Safe to share by threads."""
+    """Kept-alive connections to one address. Threads may share them; a forked process is told by `after_fork`."""
 
     def __init__(self, host: str, port: int, *, connect_timeout_s: float, read_timeout_s: float) -> None:
         self._address = host, port
         self._connect_timeout_s = connect_timeout_s
         self._read_timeout_s = read_timeout_s
         self._idle: deque[_Connection] = deque()
+        self._is_closed = False
+        self._all: weakref.WeakSet[_Connection] = weakref.WeakSet()
 
     def close(self) -> None:
         """All idle connections are closed; those in use are when they come back."""
+        self._is_closed = True
         while self._idle:
             self._idle.pop().close()
+
+    def after_fork(self) -> None:
+        """In a forked process: no connection of the parent's is left here; there, nothing is closed by this.
+
+        A request that the parent had started is sent again, on a new connection, when its answer is fetched here.
+        """
+        self._idle = deque()
+        for connection in list(self._all):
+            connection.close()
 
     def start(self, head: bytes) -> Started:
         """Send a request, to fetch its answer later; what goes wrong is raised then.
@@ -72,13 +83,14 @@ class Connections:
 
     def finish(self, head: bytes, connection: _Connection | None) -> Answer:
         """The answer to a request that was sent on this connection, or was not sent yet."""
-        if connection is not None:
+        if connection is not None and connection.is_open:
             try:
                 return self._receive(connection)
             except httpx.RemoteProtocolError:
                 # It was closed while it was idle: nothing is wrong with the service yet.
                 pass
         connection = _Connection(self._address, self._connect_timeout_s, self._read_timeout_s)
+        self._all.add(connection)
         try:
             connection.send(head)
         except BaseException:
@@ -104,7 +116,7 @@ class Connections:
         except BaseException:
             connection.close()
             raise
-        if may_live:
+        if may_live and not self._is_closed:
             connection.used_at = time.monotonic()
             self._idle.append(connection)
         else:
@@ -149,16 +161,22 @@ class _Connection:
         self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._socket.settimeout(read_timeout_s)
 
+    @property
+    def is_open(self) -> bool:
+        return self._socket.fileno() >= 0
+
     def close(self) -> None:
         self._socket.close()
 
     def send(self, head: bytes) -> None:
-        with _translated():
+        try:
             self._socket.sendall(head)
+        except OSError as error:
+            raise _of_httpx(error) from error
 
     def receive(self) -> tuple[Answer, bool]:
         """The answer, and whether the connection can be used again."""
-        with _translated():
+        try:
             received = self._socket.recv(_MOST_HEAD_BYTES)
             while (end := received.find(b"\r\n\r\n")) < 0:
                 more = self._socket.recv(_MOST_HEAD_BYTES)
@@ -174,6 +192,8 @@ class _Connection:
             if status is None or not length.isdigit() or b"transfer-encoding" in fields:
                 raise Unsupported
             body = self._body(received[end + 4 :], int(length))
+        except OSError as error:
+            raise _of_httpx(error) from error
         return Answer(int(status[1]), headers, body), fields.get(b"connection", b"").lower() != b"close"
 
     def _body(self, body: bytes, length: int) -> bytes:
@@ -192,17 +212,13 @@ class _Connection:
         return b"".join(parts)
 
 
-@contextmanager
-def _translated() -> Iterator[None]:
-    """A socket's exceptions become httpx's."""
-    try:
-        yield
-    except TimeoutError as error:
-        raise httpx.ReadTimeout(str(error)) from error
-    except ConnectionError as error:
-        raise httpx.RemoteProtocolError(f"the connection was closed: {error}") from error
-    except OSError as error:
-        raise httpx.ReadError(str(error)) from error
+def _of_httpx(error: OSError) -> httpx.TransportError:
+    """What httpx raises where a socket raises this."""
+    if isinstance(error, TimeoutError):
+        return httpx.ReadTimeout(str(error))
+    if isinstance(error, ConnectionError):
+        return httpx.RemoteProtocolError(f"the connection was closed: {error}")
+    return httpx.ReadError(str(error))
 
 
 def _field(line: bytes) -> tuple[bytes, bytes]:

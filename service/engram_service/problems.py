@@ -1,4 +1,4 @@
-"""This file is how errors leave the service: each as `application/problem+json` (RFC 9457), never a stack trace."""
+"""Errors leave the service as `application/problem+json` (RFC 9457), never as a stack trace."""
 
 from __future__ import annotations
 
@@ -18,10 +18,13 @@ from starlette.routing import Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from engram.errors import BadUpload, EngramError, InvalidRequest, NotFound, RateLimited, Unauthorized, Unavailable
+from engram.schemas import API_HEADER, API_NUMBER
 
 logger = logging.getLogger(__name__)
 
 MEDIA_TYPE = "application/problem+json"
+
+_API = (API_HEADER.lower().encode(), str(API_NUMBER).encode())
 
 RETRY_AFTER_S = 1
 """What `Retry-After` says when the error does not know better."""
@@ -82,7 +85,8 @@ def install(app: FastAPI) -> None:
 
 
 class LastResort:
-    """Around everything: what nobody foresaw is logged with its stack and answered without it."""
+    """Around everything: every answer states the API's number, and what nobody foresaw is logged with its stack and
+    answered without it."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -93,7 +97,9 @@ class LastResort:
 
         async def watched(message: Message) -> None:
             nonlocal has_begun
-            has_begun = True
+            if not has_begun and message["type"] == "http.response.start":
+                has_begun = True
+                message["headers"] = [*message["headers"], _API]
             await send(message)
 
         try:
@@ -103,7 +109,7 @@ class LastResort:
                 raise
             logger.exception("%s %s failed", scope["method"], scope["path"])
             defect = EngramError(f"{type(error).__name__} inside the service: a defect; its log has the details")
-            await problem_response(defect, scope["path"])(scope, receive, send)
+            await problem_response(defect, scope["path"])(scope, receive, watched)
 
 
 def _methods(app: FastAPI, request: Request) -> list[str]:

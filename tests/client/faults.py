@@ -1,16 +1,16 @@
-"""This file is a network that misbehaves on command: a proxy in front of a real service."""
+"""A network that misbehaves on command: a proxy in front of a real service."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Literal
 
 import httpx
 
-Fault = Literal["busy", "limited", "hang up", "lose the answer", "cut the answer", "gateway"]
+Fault = Literal["busy", "limited", "hang up", "lose the answer", "cut the answer", "gateway", "hold"]
 
 
 class FaultyProxy:
@@ -18,16 +18,26 @@ class FaultyProxy:
 
     `busy` answers 503 with a problem, `limited` 429 with `retry_after`, `gateway` 502 without a problem; `hang up`
     closes the connection before the service hears of it, `lose the answer` after; `cut the answer` breaks off half-way.
+    `hold` sets `holds` and forwards the request once `release` is set. To pass for another version's service, it states
+    `api_number` if that is given (empty: none), and sends `change` of what the service answered.
     """
 
     def __init__(self, target: str, *faults: Fault | None, retry_after: str = "0") -> None:
         self.faults = list(faults)
         self.retry_after = retry_after
+        self.api_number: str | None = None
+        self.change: Callable[[bytes], bytes] = lambda content: content
         self.requests = 0
+        self.connections = 0
+        self.holds, self.release = threading.Event(), threading.Event()
         proxy = self
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
+
+            def setup(self) -> None:
+                proxy.connections += 1
+                super().setup()
 
             def handle_any(self) -> None:
                 proxy.requests += 1
@@ -38,6 +48,9 @@ class FaultyProxy:
                 elif fault in ("busy", "limited", "gateway"):
                     self.refuse(fault)
                 else:
+                    if fault == "hold":
+                        proxy.holds.set()
+                        proxy.release.wait()
                     self.forward(body, fault)
 
             def body(self) -> bytes:
@@ -74,10 +87,14 @@ class FaultyProxy:
                 for name in ("Content-Type", "ETag"):
                     if name in answer.headers:
                         self.send_header(name, answer.headers[name])
-                self.send_header("Content-Length", str(len(answer.content)))
+                number = answer.headers["Engram-API"] if proxy.api_number is None else proxy.api_number
+                if number:
+                    self.send_header("Engram-API", number)
+                content = proxy.change(answer.content)
+                self.send_header("Content-Length", str(len(content)))
                 self.end_headers()
-                half = len(answer.content) // 2
-                self.wfile.write(answer.content[:half] if fault == "cut the answer" else answer.content)
+                half = len(content) // 2
+                self.wfile.write(content[:half] if fault == "cut the answer" else content)
                 self.close_connection = fault == "cut the answer"
 
             do_GET = do_PUT = do_POST = do_PATCH = do_DELETE = handle_any
@@ -92,6 +109,7 @@ class FaultyProxy:
         self._thread.start()
 
     def stop(self) -> None:
+        self.release.set()
         self._server.shutdown()
         self._thread.join()
         self._server.server_close()

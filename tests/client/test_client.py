@@ -1,10 +1,12 @@
 import hashlib
 import io
+import json
 import random
 import socket
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -540,3 +542,129 @@ def test_one_client_serves_many_threads(filled: Filled) -> None:
     for thread in threads:
         thread.join()
     assert all(np.array_equal(found[step], expected[step]) for step in range(40))
+
+
+def test_a_header_that_cannot_be_sent_is_the_callers_mistake_and_not_tried_again(filled: Filled, connect: Make) -> None:
+    with faulty(filled.client.url) as proxy:
+        with pytest.raises(engram.InvalidRequest, match="cannot be asked for"):
+            connect(proxy.url).upload(filled.name, 9, pictures(0, 1), [0], idempotency_key="two\nlines")
+        assert proxy.requests == 0
+
+
+# Other versions
+
+CALLS = {"draw": lambda client, buffer: client.draw(buffer, 4), "read": lambda client, buffer: client.buffer(buffer)}
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize(
+    ("number", "says"),
+    [
+        ("", r"no Engram service, or one older than this client.*pip install --upgrade 'engram\[service\]'"),
+        ("1", r"older than this client: it speaks API 1, the client 2.*'engram\[service\]'` there"),
+        ("3", r"newer than this client: it speaks API 3, the client 2.*pip install --upgrade engram` here"),
+    ],
+)
+def test_a_service_of_another_api_says_in_one_sentence_what_to_install(
+    filled: Filled, connect: Make, call: str, number: str, says: str
+) -> None:
+    with faulty(filled.client.url) as proxy:
+        proxy.api_number = number
+        with pytest.raises(engram.EngramError, match=says) as caught:
+            CALLS[call](connect(proxy.url), filled.name)
+        assert type(caught.value) is engram.EngramError
+        assert proxy.requests == 1
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_the_api_is_looked_at_once(filled: Filled, connect: Make, call: str) -> None:
+    with faulty(filled.client.url) as proxy:
+        client = connect(proxy.url)
+        CALLS[call](client, filled.name)
+        proxy.api_number = ""
+        CALLS[call](client, filled.name)
+
+
+def test_a_refusal_of_a_newer_service_says_that_it_is_newer(filled: Filled, connect: Make, name: str) -> None:
+    with faulty(filled.client.url) as proxy:
+        proxy.api_number = "3"
+        with pytest.raises(engram.EngramError, match="newer"):
+            connect(proxy.url).draw(name, 4)
+        proxy.api_number = ""
+        with pytest.raises(engram.NotFound):
+            connect(proxy.url).draw(name, 4)
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_a_gateway_in_front_of_a_service_that_is_down_is_unavailable(filled: Filled, connect: Make, call: str) -> None:
+    with faulty(filled.client.url, "gateway") as proxy, pytest.raises(engram.Unavailable, match="502: bad gateway"):
+        CALLS[call](connect(proxy.url, retries=0), filled.name)
+
+
+MAPS = {"fields", "class_names", "ratio", "pixel_ratio", "gaps", "blocks", "problem"}
+"""Members whose keys are not names of members."""
+
+WORDS = {"quality_is": "guessed", "state": "resting", "ranking": "wreath", "definition": "cooked", "status": "dreaming"}
+
+
+def newer(content: bytes) -> bytes:
+    """The same JSON as a service might put it that knows more: a new member in every object, new words."""
+
+    def more(value: Any, name: str) -> Any:
+        if isinstance(value, list):
+            return [more(item, name) for item in value]
+        if not isinstance(value, dict) or name in MAPS:
+            return value
+        # Options are given back as they were given, so their words are the client's own.
+        words = {} if name == "options" else WORDS
+        known = {key: words.get(key, more(item, key)) for key, item in value.items()}
+        return known | {"colour": {"is": "new"}}
+
+    return json.dumps(more(json.loads(content), "")).encode()
+
+
+def test_answers_of_a_newer_service_are_read(engram_client: Client, connect: Make, name: str) -> None:
+    engram_client.create_buffer(name, budget_bytes=10**6, quality=60)
+    ingest = engram_client.upload(name, 0, pictures(0, 8), np.arange(8) % 2, options=IngestOptions(ranking="ring"))
+    done = engram_client.wait(ingest)
+    with faulty(engram_client.url) as proxy:
+        proxy.change = newer
+        client = connect(proxy.url)
+        assert str(client.buffer(name).quality_is) == "guessed"
+        assert [one.name for one in client.buffers()] == [one.name for one in engram_client.buffers()]
+        assert client.manifest(name) == engram_client.manifest(name)
+        assert str(client.health().status) == "dreaming"
+        decision = client.task(name, 0).decision
+        assert decision is not None
+        assert [str(word) for word in (decision.ranking, decision.definition)] == ["wreath", "cooked"]
+        assert client.ingest(ingest).options == done.options
+        with pytest.raises(TimeoutError, match="still resting"):
+            client.wait(ingest, timeout_s=0.0)
+
+
+def test_an_answer_that_is_not_what_was_asked_for_says_so(filled: Filled, connect: Make) -> None:
+    with faulty(filled.client.url) as proxy:
+        proxy.change = lambda content: b'{"buffers": 7}'
+        with pytest.raises(engram.EngramError, match=r"/v1/buffers answered what .* as BufferList \(buffers: "):
+            connect(proxy.url).buffers()
+
+
+@pytest.mark.parametrize(
+    ("status", "kind"),
+    [
+        (401, engram.Unauthorized),
+        (404, engram.NotFound),
+        (409, engram.Conflict),
+        (422, engram.InvalidRequest),
+        (429, engram.RateLimited),
+        (503, engram.Unavailable),
+        (504, engram.Unavailable),
+        (507, engram.StorageFull),
+        (418, engram.EngramError),
+    ],
+)
+def test_a_problem_of_an_unknown_type_is_the_class_of_its_status(status: int, kind: type[Exception]) -> None:
+    unknown = {"type": "https://engram.dev/problems/of-tomorrow", "detail": "no", "message": "too", "budget": 3}
+    for found in (errors.from_problem(unknown, status), errors.from_problem(unknown | {"status": status})):
+        assert type(found) is kind
+        assert (str(found), found.details) == ("no", {"message": "too", "budget": 3})

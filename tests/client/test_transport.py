@@ -1,4 +1,4 @@
-"""The short way of draws against servers that answer in every lawful and unlawful manner."""
+"""Draws' sockets against servers that answer in every lawful and unlawful manner."""
 
 import socket
 import threading
@@ -110,3 +110,19 @@ def test_an_answer_that_is_wrong_raises_what_httpx_raises(wrong: bytes, error: t
 def test_no_server_is_a_connection_error() -> None:
     with connected(1) as to, pytest.raises(httpx.ConnectError):
         to.start(HEAD).finish()
+
+
+def test_nothing_is_kept_once_the_connections_are_closed() -> None:
+    with server(answer(b"one"), answer(b"two")) as (port, made), connected(port) as to:
+        to.close()
+        assert [to.start(HEAD).finish().body for _ in range(2)] == [b"one", b"two"]
+        assert len(made) == 2
+
+
+def test_a_request_under_way_is_sent_again_where_the_connection_is_not_ours_any_more() -> None:
+    with server(answer(b"one"), answer(b"two"), answer(b"three")) as (port, made), connected(port) as to:
+        to.start(HEAD).finish()
+        started = to.start(HEAD)
+        to.after_fork()
+        assert started.finish().body in (b"two", b"three")
+        assert len(made) == 2

@@ -1,0 +1,102 @@
+"""What a buffer holds, over HTTP: its manifest, its packs, its exemplars one by one, and all of them as a tar."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+from urllib.parse import urlencode
+
+from engram import paths
+from engram.errors import StripCorrupt
+from engram.http import Http
+from engram.schemas import Exemplar, ExemplarPage, Manifest
+
+
+class Reading:
+    """The methods of `Client` that read what is stored."""
+
+    _http: Http
+
+    def manifest(self, buffer: str, *, generation: int | None = None) -> Manifest:
+        """The packs of a generation (None: the newest).
+
+        Raises:
+            NotFound: no such buffer, or a generation that is no longer kept.
+        """
+        query = "" if generation is None else f"?generation={generation}"
+        return self._http.fetch(Manifest, "GET", f"{paths.of_buffer(buffer)}/manifest{query}")
+
+    def manifest_after(self, buffer: str, generation: int) -> Manifest | None:
+        """The newest manifest, or None if the buffer is still at this generation."""
+        path = f"{paths.of_buffer(buffer)}/manifest"
+        answer = self._http.send("GET", path, headers=[("If-None-Match", f'"{generation}"')])
+        return self._http.read(Manifest, answer, path) if answer else None
+
+    def pack(self, digest: str) -> bytes:
+        """A pack's bytes, which match its digest.
+
+        Raises:
+            NotFound: no such pack.
+            StripCorrupt: the bytes do not match the digest.
+        """
+        content = self._http.send("GET", paths.of_pack(digest))
+        found = hashlib.sha256(content).hexdigest()
+        if found != digest:
+            raise StripCorrupt(f"pack {digest} came with SHA-256 {found}; it was damaged on the way or on the disk")
+        return content
+
+    def exemplars(
+        self, buffer: str, *, task: int | None = None, class_id: int | None = None, page_size: int = 500
+    ) -> Iterator[Exemplar]:
+        """All exemplars of a buffer, task or class, page after page."""
+        query: dict[str, Any] = {"task": task, "class_id": class_id, "limit": page_size}
+        query = {key: value for key, value in query.items() if value is not None}
+        while True:
+            page = self._http.fetch(ExemplarPage, "GET", f"{paths.of_buffer(buffer)}/exemplars?{urlencode(query)}")
+            yield from page.exemplars
+            if page.next is None:
+                return
+            query["cursor"] = page.next
+
+    def exemplar_jpeg(self, buffer: str, pack: str, row: int) -> bytes:
+        """One exemplar as a JPEG file.
+
+        Raises:
+            NotFound: no such pack or row in the buffer.
+        """
+        return self._http.send("GET", paths.of_exemplar(buffer, pack, row))
+
+    def exemplar_fields(self, buffer: str, pack: str, row: int) -> dict[str, Any]:
+        """The fields of one exemplar as numbers, lists and texts; None stands for NaN and infinities.
+
+        Raises:
+            NotFound: no such pack or row in the buffer.
+        """
+        fields: dict[str, Any] = json.loads(self._http.send("GET", f"{paths.of_exemplar(buffer, pack, row)}/fields"))
+        return fields
+
+    def export(self, buffer: str, file: str | Path | BinaryIO, *, generation: int | None = None) -> int:
+        """Write all exemplars to `file` as a WebDataset tar of JPEGs; returns its bytes.
+
+        A file named by its path appears only when it is complete.
+        """
+        if not isinstance(file, (str, Path)):
+            return self._export(buffer, file, generation)
+        path = Path(file)
+        part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
+        try:
+            with part.open("wb") as stream:
+                size = self._export(buffer, stream, generation)
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
+        return size
+
+    def _export(self, buffer: str, stream: BinaryIO, generation: int | None) -> int:
+        query = "" if generation is None else f"?generation={generation}"
+        with self._http.download(f"{paths.of_buffer(buffer)}/export{query}") as chunks:
+            return sum(stream.write(chunk) for chunk in chunks)

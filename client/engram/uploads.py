@@ -1,0 +1,241 @@
+"""Uploads over HTTP: a task's images as a tar stream, and the ingest that the service makes of it.
+
+The service states the SHA-256 of what it received, and the client compares it with what it sent.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, Final
+from urllib.parse import urlencode
+
+import numpy as np
+import numpy.typing as npt
+
+from engram import folder as folders
+from engram import paths, tar
+from engram.errors import BadUpload, Cancelled, from_problem
+from engram.http import Body, Http
+from engram.schemas import TAR_MEDIA_TYPE, Ingest, IngestOptions
+
+_POLL_S: Final = 30.0
+
+
+@dataclass(frozen=True)
+class _TarStream:
+    """A tar in pieces. `chunks` gives it from its beginning, each time it is called if it is `replayable`."""
+
+    chunks: Callable[[], Iterator[bytes]]
+    replayable: bool = True
+
+
+class Uploads:
+    """The methods of `Client` that hand over images, and follow what becomes of them."""
+
+    _http: Http
+
+    def upload(
+        self,
+        buffer: str,
+        task: int,
+        images_NHWC: npt.NDArray[np.uint8],
+        class_ids_N: npt.ArrayLike,
+        *,
+        fields: Mapping[str, Sequence[Any] | npt.NDArray[Any]] | None = None,
+        options: IngestOptions | None = None,
+        idempotency_key: str | None = None,
+    ) -> Ingest:
+        """Hand over the images of a task, uint8 `[N, H, W, C]`; they are safe with the service when this returns.
+
+        Selection and encoding follow in the background: `wait` for them.
+
+        Args:
+            buffer: a buffer's name.
+            task: the task's number.
+            images_NHWC: uint8 RGB or grey; `[N, H, W]` is grey.
+            class_ids_N: N integers, which are class ids, or N strings, which are names: those that the buffer knows
+                stand for the ids that they have there, new ones get new ids (see `class_names`).
+            fields: the columns that the buffer declares, by name: arrays `[N, ...]`, lists of N arrays where they are
+                ragged, lists of N texts.
+            options: how images are ranked and measured.
+            idempotency_key: the same key makes a repeated upload the same ingest; None makes a new one.
+
+        Raises:
+            ValueError: arrays of another type or shape, or of no images; a string that is no name.
+            NotFound: no such buffer.
+            Conflict: the buffer is frozen or has images of another shape, the key another body.
+
+        Fields that are not what the buffer declares end the ingest: `wait` raises `BadUpload`.
+        """
+        if not len(images_NHWC):
+            raise ValueError("there are no images to upload")
+        # Arrays become the same bytes twice at some 200,000 images/s, so the service can check before it accepts.
+        digest = hashlib.sha256()
+        for chunk in tar.write(images_NHWC, class_ids_N, fields=fields):
+            digest.update(chunk)
+        stream = _TarStream(lambda: tar.write(images_NHWC, class_ids_N, fields=fields))
+        return self._upload(buffer, task, stream, options, idempotency_key, digest.digest())
+
+    def upload_folder(
+        self,
+        buffer: str,
+        task: int,
+        folder: str | Path,
+        *,
+        resize: tuple[int, int] | None = None,
+        options: IngestOptions | None = None,
+        idempotency_key: str | None = None,
+    ) -> Ingest:
+        """Hand over a folder of class folders: `cat/x.png` is of the class named cat, `7/x.png` of class 7.
+
+        Args:
+            buffer: a buffer's name.
+            task: the task's number.
+            folder: holds one folder per class.
+            resize: (height, width) to bring all images to; None sends the files as they are, which must be of one size.
+            options: as in `upload`.
+            idempotency_key: as in `upload`.
+
+        Raises:
+            BadUpload: no class folders, names and integers side by side, no images, or an image to resize is damaged.
+        """
+        files = folders.images(Path(folder))
+        stream = _TarStream(lambda: folders.chunks(files, resize=resize))
+        return self._upload(buffer, task, stream, options, idempotency_key, None)
+
+    def upload_tar(
+        self,
+        buffer: str,
+        task: int,
+        source: str | Path | BinaryIO,
+        *,
+        options: IngestOptions | None = None,
+        idempotency_key: str | None = None,
+        progress: Callable[[int], None] | None = None,
+    ) -> Ingest:
+        """Hand over a WebDataset tar (`KEY.png` + `KEY.cls`): a file's path, or a stream, which is sent once.
+
+        `progress` is told the bytes sent so far.
+        """
+        if isinstance(source, (str, Path)):
+            path = Path(source)
+            stream = _TarStream(lambda: _file_chunks(path, progress))
+        else:
+            file = source
+            stream = _TarStream(lambda: _chunks(file, progress), replayable=False)
+        return self._upload(buffer, task, stream, options, idempotency_key, None)
+
+    def _upload(
+        self,
+        buffer: str,
+        task: int,
+        stream: _TarStream,
+        options: IngestOptions | None,
+        idempotency_key: str | None,
+        digest: bytes | None,
+    ) -> Ingest:
+        query = (options or IngestOptions()).model_dump(mode="json", exclude_none=True)
+        query["candidates"] = ",".join(map(str, query["candidates"]))
+        headers = [("Idempotency-Key", idempotency_key or str(uuid.uuid4()))]
+        if digest is not None:
+            headers.append(("Content-Digest", f"sha-256=:{base64.b64encode(digest).decode()}:"))
+        sent = hashlib.sha256()
+
+        def hashed() -> Iterator[bytes]:
+            nonlocal sent
+            sent = hashlib.sha256()
+            for chunk in stream.chunks():
+                sent.update(chunk)
+                yield chunk
+
+        ingest = self._http.fetch(
+            Ingest,
+            "POST",
+            f"{paths.of_task(buffer, task)}/ingests?{urlencode(query)}",
+            headers=headers,
+            body=Body(hashed, TAR_MEDIA_TYPE),
+            retry=stream.replayable,
+        )
+        if ingest.body_sha256 != sent.hexdigest():
+            self.cancel(ingest.id)
+            raise BadUpload(
+                f"the service received other bytes (SHA-256 {ingest.body_sha256}) than were sent ({sent.hexdigest()}); "
+                "the ingest was cancelled, upload again"
+            )
+        return ingest
+
+    def ingest(self, ingest: str | Ingest, *, wait_s: float = 0.0) -> Ingest:
+        """An ingest as it stands, after at most `wait_s` seconds of waiting for its end.
+
+        Raises:
+            NotFound: no such ingest.
+        """
+        path = _path(ingest) + (f"?wait={wait_s:g}" if wait_s else "")
+        return self._http.fetch(Ingest, "GET", path, wait_s=wait_s)
+
+    def wait(
+        self,
+        ingest: str | Ingest,
+        *,
+        progress: Callable[[Ingest], None] | None = None,
+        timeout_s: float | None = None,
+    ) -> Ingest:
+        """The ingest once it is committed.
+
+        Args:
+            ingest: what `upload` returned, or its id.
+            progress: called with the ingest about once a second, and at its end.
+            timeout_s: None waits for ever.
+
+        Raises:
+            EngramError: the ingest failed, as the class that its problem names (BudgetExceeded, BadUpload, ...).
+            Cancelled: it was cancelled.
+            TimeoutError: it is still at work after `timeout_s`; it goes on.
+        """
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        pause_s = _POLL_S if progress is None else 1.0
+        while True:
+            left_s = pause_s if deadline is None else min(pause_s, max(0.0, deadline - time.monotonic()))
+            current = self.ingest(ingest, wait_s=left_s)
+            if progress is not None:
+                progress(current)
+            if current.state == "committed":
+                return current
+            if current.state == "failed":
+                raise from_problem(current.problem or {})
+            if current.state == "cancelled":
+                raise Cancelled(f"ingest {current.id} was cancelled", ingest=current.id)
+            if deadline is not None and time.monotonic() >= deadline:
+                raise TimeoutError(f"ingest {current.id} is still {current.state} after {timeout_s:g} s")
+
+    def cancel(self, ingest: str | Ingest) -> Ingest:
+        """The ingest, cancelled unless it had already committed or failed.
+
+        Raises:
+            NotFound: no such ingest.
+        """
+        return self._http.fetch(Ingest, "DELETE", _path(ingest))
+
+
+def _path(ingest: str | Ingest) -> str:
+    return paths.of_ingest(ingest if isinstance(ingest, str) else ingest.id)
+
+
+def _chunks(stream: BinaryIO, progress: Callable[[int], None] | None) -> Iterator[bytes]:
+    sent = 0
+    while chunk := stream.read(1 << 20):
+        yield chunk
+        sent += len(chunk)
+        if progress is not None:
+            progress(sent)
+
+
+def _file_chunks(path: Path, progress: Callable[[int], None] | None) -> Iterator[bytes]:
+    with path.open("rb") as stream:
+        yield from _chunks(stream, progress)
