@@ -1,4 +1,4 @@
-"""This file is the benchmark of the product's claim: which memory of equal bytes forgets least?
+"""Measure which memory of equal bytes forgets least: raw pixels, single JPEG files, or Engram's strips.
 
 Fashion-MNIST in 5 tasks of 2 classes, class-incremental, learned by LUCIR. The arms differ in the memory:
 

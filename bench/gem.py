@@ -1,4 +1,4 @@
-"""This file is: how much does GEM forget with a compressed memory, beside plain training and A-GEM?
+"""Measure how much GEM forgets with a compressed memory, compared with plain training and with A-GEM.
 
 The paper's setup, scaled down: 20 permuted or rotated Fashion-MNIST tasks of 1,000 images, one pass in minibatches of
 10, an MLP of two hidden layers of 100, 256 random exemplars of each task. Every class is in every task and the task is

@@ -1,4 +1,4 @@
-"""This file asks how fast the service takes uploads in, and how its memory grows with their size.
+"""Measure how fast the service takes uploads, and how its memory grows with their size.
 
 For each size a fresh service process, with its worker, is started as a user starts it, and the client uploads 32x32
 patches of scikit-learn's two photographs as arrays: ten classes, the built-in embedding, herding, quality selected

@@ -1,4 +1,4 @@
-"""This file is the public face of the library: what `import engram` offers.
+"""The public names of the library.
 
     from engram import Client, Mirror, ReplayLoader
 

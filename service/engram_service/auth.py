@@ -1,4 +1,4 @@
-"""This file is who may come in: one bearer token, checked before anything else looks at a request.
+"""Reject requests without the bearer token, or from elsewhere than this machine when there is no token.
 
 It is middleware around the whole application and denies by default: a route that is added tomorrow is closed until it
 is named in `OPEN_PATHS`. Without a token the service listens on loopback only, and then checks that the request names a

@@ -1,4 +1,4 @@
-"""This file is the process that runs one extractor: an ONNX model from the network, kept away from the service.
+"""Run one uploaded ONNX model in a restricted process, apart from the service.
 
 `python -m engram_service.extractor_child ORDERS` limits its own memory, lets the kernel kill it when its parent
 dies, can write no file beyond a few words to standard error, checks the model, and answers batches until its input

@@ -1,4 +1,4 @@
-"""This file is the way of an upload from the socket to a worker: the spool on disk and the queue in the database.
+"""Receive uploads into the spool folder and queue them for a worker in the database.
 
     spool/ID.part     being received; its receiver holds an exclusive flock on it
     spool/ID.tar      complete and durable; waits for a worker, removed once its ingest is final

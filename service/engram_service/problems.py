@@ -1,4 +1,4 @@
-"""This file is how errors leave the service: each as `application/problem+json` (RFC 9457), never a stack trace."""
+"""Answer every error as `application/problem+json` (RFC 9457), never with a stack trace."""
 
 from __future__ import annotations
 

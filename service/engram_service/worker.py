@@ -1,4 +1,4 @@
-"""This file is the worker: it claims ingests, selects and encodes their exemplars, commits them, and collects garbage.
+"""The worker: claim ingests, select and encode their exemplars, commit them, collect garbage.
 
 One worker does one ingest at a time. `engram-service serve` runs one as a child process (`Supervisor`), so that a
 large upload never slows a draw and a crash in a codec never takes the service along; `engram-service worker` runs

@@ -1,4 +1,4 @@
-"""This file is GEM by its theorem: after the projection no constraint is broken, and nothing else has moved."""
+"""GEM by its theorem: after the projection no constraint is violated, and an unviolated gradient is unchanged."""
 
 from __future__ import annotations
 

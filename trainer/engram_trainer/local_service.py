@@ -1,4 +1,4 @@
-"""This file is an Engram service of one's own, for as long as a `with` block lasts: for the demo and for benchmarks.
+"""Start an Engram service of your own for the length of a `with` block, for the demo, benchmarks and tests.
 
 It runs as a process of its own, with its worker, on a free port of the loopback address; it sees the packages of this
 process, and no `ENGRAM_` setting of its environment.

@@ -1,4 +1,4 @@
-"""This file is the run of a learner through a stream, task by task, and what makes it survive being killed.
+"""Run a learner through a stream of tasks, with checkpoints from which a killed run resumes.
 
     RUN/run.json         the run's id and configuration, written first
     RUN/checkpoint.pt    tensors and plain values only (loads with `weights_only=True`), replaced by rename

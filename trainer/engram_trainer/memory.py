@@ -1,4 +1,4 @@
-"""This file is the replay memory as a method sees it, and the one that an Engram service keeps.
+"""The replay memory as a method sees it, and its implementations by an Engram service and by nothing at all.
 
 `ServiceMemory` is a buffer of a service through `engram.Client`; `NoMemory` keeps nothing; those of `local_memory` live
 in this process. Images are uint8 `[N, H, W, C]`, features float32 `[N, D]`.

@@ -1,4 +1,4 @@
-"""What Engram is compared with under the same byte budget: raw pixels, and one JPEG file for each exemplar.
+"""The memories that Engram is compared with in the same bytes: raw pixels, and one JPEG file per exemplar.
 
 Shares are split by the same `engram.shares`. What one exemplar costs, its class id counted as 2 bytes:
 

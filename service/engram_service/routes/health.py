@@ -1,4 +1,4 @@
-"""This file is the routes for whoever watches the service: does it live, can it work."""
+"""Routes for monitoring: whether the service is alive, and whether it can do its work."""
 
 from __future__ import annotations
 

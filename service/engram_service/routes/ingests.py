@@ -1,4 +1,4 @@
-"""This file is the routes of ingests: upload, read or wait for, cancel."""
+"""Routes of ingests: upload a task, read an ingest or wait for it, cancel it."""
 
 from __future__ import annotations
 

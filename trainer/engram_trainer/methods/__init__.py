@@ -1,4 +1,4 @@
-"""This file is what every continual-learning method is to the loop: the `Learner` protocol, and `build`.
+"""The `Learner` protocol that every method implements for the loop, and `build`, which makes a method by name.
 
 A method is one file that reads like its paper. It sees tasks (`stream.Task`) and a memory (`memory.Memory`), never a
 URL, a session or a file. Inside, images are float32 `[N, C, H, W]` in 0..1; outside, uint8 `[N, H, W, C]`.

@@ -1,4 +1,4 @@
-"""This file is plain training on one task after the other, without any memory: the floor that replay must beat."""
+"""Train on one task after the other without any memory: the lower bound for every replay method."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""This file is GEM: no step may raise the loss on any earlier task's exemplars; and A-GEM, which asks it of their mean.
+"""GEM, whose steps never raise the loss on any earlier task's exemplars, and A-GEM, which bounds their mean loss.
 
 g is the gradient of the current minibatch, g_k the gradient of the mean loss on the exemplars of earlier task k, A the
 matrix with *rows +g_k*. The step follows z, the vector nearest to g that turns no g_k uphill:

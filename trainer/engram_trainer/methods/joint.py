@@ -1,4 +1,4 @@
-"""This file is training from scratch on all data so far, after every task: the ceiling, which no budget allows."""
+"""Train from scratch on all data so far after every task: the upper bound, without any memory budget."""
 
 from __future__ import annotations
 

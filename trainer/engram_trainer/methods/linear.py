@@ -1,4 +1,4 @@
-"""This file is a feature extractor under one linear classifier: what finetune, joint and gem have in common.
+"""A feature extractor with one linear classifier, shared by finetune, joint and gem.
 
 The classifier has a column for every label of the stream from the start. In a loss all labels seen by now compete, for
 an old image as for a new one; where an image comes with its task, only the labels of that task do.

@@ -1,4 +1,4 @@
-"""This file is LUCIR: learning a unified classifier incrementally via rebalancing.
+"""LUCIR: learning a unified classifier incrementally via rebalancing.
 
 The notation of the paper, and of the names here. f(x) are features without a last ReLU, w_c class embeddings, and a bar
 is division by the L2 norm. C_o and C_n are the old and the new classes, f* is the network before this task, frozen.
