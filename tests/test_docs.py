@@ -157,7 +157,9 @@ client = Client()
 def test_the_example_of_a_field_runs_against_a_real_service(service: ServiceProcess, tmp_path: Path) -> None:
     (example,) = code_blocks(FIELDS, "python")
     assert len(example.splitlines()) == 5
-    output = run_python(f"{NETWORK}{example}\nclient.close()\nprint(batch.fields['logits'].shape)", tmp_path, service.url)
+    output = run_python(
+        f"{NETWORK}{example}\nclient.close()\nprint(batch.fields['logits'].shape)", tmp_path, service.url
+    )
     assert output.strip() == "(64, 10)"
 
 

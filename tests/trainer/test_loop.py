@@ -176,7 +176,7 @@ def test_a_run_that_is_stopped_anywhere_ends_as_if_it_had_not_been(
     with pytest.raises(Stopped):
         loop.run(with_kind(kind), folder, watch=StopAt(task, phase))
     resumed = loop.run(with_kind(kind), folder, resume=True)
-    assert results(resumed) == results(loop.read_report(whole(kind)))
+    assert results(resumed) == results(json.loads((whole(kind) / "report.json").read_text()))
     states = [torch.load(path / "checkpoint.pt", weights_only=True) for path in (whole(kind), folder)]
     assert identical(states[0]["learner"], states[1]["learner"])
     assert identical(states[0]["memory"], states[1]["memory"])

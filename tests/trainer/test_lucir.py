@@ -16,7 +16,7 @@ from engram import strip
 from engram_trainer import datasets, evaluation, stream
 from engram_trainer.datasets import Dataset
 from engram_trainer.local_memory import Kind, LocalConfig, LocalMemory
-from engram_trainer.memory import Memory, NoMemory
+from engram_trainer.memory import Learned, Memory, NoMemory
 from engram_trainer.methods import lucir
 from engram_trainer.methods.lucir import Config, Lucir, adaptive_weight, imprint, less_forget_loss, margin_ranking_loss
 from engram_trainer.plain_memory import local_memory
@@ -48,9 +48,7 @@ def learner_of(tasks: Stream, seed: int = 0, **options: Any) -> Lucir:
 def run(learner: Lucir, memory: Memory, tasks: Stream, count: int) -> None:
     for task in tasks.tasks[:count]:
         learner.learn(task, memory, ignore)
-        memory.add(
-            task.index, task.train_images, task.train_class_ids, extractor=None, embed=learner.embed, seed=learner.seed
-        )
+        memory.add(Learned(task.index, task.train_images, task.train_class_ids, embed=learner.embed, seed=learner.seed))
         learner.balance(task, memory, ignore)
 
 
@@ -125,7 +123,7 @@ def test_old_embeddings_stand_still_while_a_task_is_learned_and_move_in_the_bala
     assert torch.equal(learner.classifier.embeddings_CD[:2], old_CD)
     assert learner.classifier.embeddings_CD.shape == (4, 128)
     task = tasks.tasks[1]
-    memory.add(1, task.train_images, task.train_class_ids, extractor=None, embed=learner.embed, seed=0)
+    memory.add(Learned(1, task.train_images, task.train_class_ids, embed=learner.embed))
     network, eta = copy.deepcopy(learner.network.state_dict()), learner.classifier.eta.item()
     learner.balance(task, memory, ignore)
     assert not torch.equal(learner.classifier.embeddings_CD[:2], old_CD)

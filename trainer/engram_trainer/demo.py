@@ -45,12 +45,14 @@ def demo(
         f"LUCIR learns 10 classes of clothing, 2 at a time, with {budget:,} bytes of memory per class.", highlight=False
     )
     try:
-        with local_service(out / "server") as url:
-            console.print(f"An Engram service runs at {url}, its data and log in {out / 'server'}.", highlight=False)
+        with local_service(out / "server") as service:
+            console.print(
+                f"An Engram service runs at {service.url}, its data and log in {out / 'server'}.", highlight=False
+            )
             reports = {}
             for kind, name in NAMES.items():
                 console.rule(name, align="left")
-                memory = MemoryConfig(kind=kind, budget_bytes=budget, per="class", url=url)  # type: ignore[arg-type]
+                memory = MemoryConfig(kind=kind, budget_bytes=budget, per="class", url=service.url)  # type: ignore[arg-type]
                 config = RunConfig(
                     stream=StreamConfig(tasks=5, seed=seed, train_per_class=train_per_class),
                     options={"epochs": epochs},
