@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
+from importlib import import_module
 from inspect import signature
 from pathlib import Path
 
@@ -208,14 +209,12 @@ def write_pictures(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("command", sorted(SCRIPTS))
-def test_every_command_explains_itself(command: str) -> None:
+def test_every_command_explains_itself(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     module, _, function = SCRIPTS[command].partition(":")
-    result = subprocess.run(
-        [sys.executable, "-c", f"from {module} import {function}; {function}()", "--help"],
-        env=environment(),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr
-    assert len(result.stdout.splitlines()) > 8
+    monkeypatch.setattr(sys, "argv", [command, "--help"])
+    with pytest.raises(SystemExit) as ended:
+        getattr(import_module(module), function)()
+    assert ended.value.code == 0
+    assert len(capsys.readouterr().out.splitlines()) > 8

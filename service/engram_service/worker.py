@@ -148,7 +148,7 @@ class Heartbeat:
 
 
 def run(settings: Settings, stop: threading.Event | None = None) -> None:
-    """Works off ingests until `stop` is set."""
+    """Process ingests until `stop` is set."""
     stop = stop or threading.Event()
     settings.make_folders()
     database, store = Database(settings), PackStore(settings.packs_dir)

@@ -66,7 +66,14 @@ class Silent:
         """Nothing."""
 
 
-def run(config: RunConfig, folder: str | Path, *, resume: bool = False, watch: Watch | None = None) -> Report:
+def run(
+    config: RunConfig,
+    folder: str | Path,
+    *,
+    resume: bool = False,
+    watch: Watch | None = None,
+    pictures: bool = True,
+) -> Report:
     """Learn all tasks of a stream and leave checkpoint, report and pictures in a folder.
 
     Args:
@@ -74,6 +81,7 @@ def run(config: RunConfig, folder: str | Path, *, resume: bool = False, watch: W
         folder: a new or empty folder, or with `resume` one of a run with the same configuration (or a new one).
         resume: go on after the last checkpoint.
         watch: told of the progress.
+        pictures: whether to draw the results; that takes about as long as a minimal run.
 
     Raises:
         Conflict: the folder holds a run and `resume` is false, or the run there has another configuration.
@@ -101,7 +109,8 @@ def run(config: RunConfig, folder: str | Path, *, resume: bool = False, watch: W
             running.remember(task, watch)
             running.evaluate(task, watch)
             watch.finished(running.report)
-    plot(running.report, folder)
+    if pictures:
+        plot(running.report, folder)
     return running.report
 
 
