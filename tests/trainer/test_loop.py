@@ -148,7 +148,7 @@ def with_kind(kind: Any) -> RunConfig:
     return replace(SMALL, memory=memory)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """The folder of an uninterrupted run with each kind of memory, made when first asked for."""
     folder = tmp_path_factory.mktemp("whole")

@@ -207,7 +207,8 @@ def test_own_images_are_shown_as_jpeg_only_where_exemplars_are_jpeg(digits: Data
 
 def test_replay_beats_chance_and_no_replay(digits: Dataset) -> None:
     tasks = stream_of(digits, train_per_class=100)
-    with_replay, without = (learner_of(tasks, epochs=10, balance_epochs=10, replay_ratio=0.5) for _ in range(2))
+    config = quick(epochs=10, balance_epochs=10, replay_ratio=0.5)
+    with_replay, without = (Lucir(tasks, config, network="mlp", seed=0) for _ in range(2))
     run(with_replay, raw_memory(), tasks, 5)
     run(without, NoMemory(), tasks, 5)
 

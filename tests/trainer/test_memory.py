@@ -228,7 +228,7 @@ def test_herding_keeps_more_typical_images_than_chance() -> None:
     assert distance("herding") < distance("random")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def service_memory(service: ServiceProcess, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServiceMemory]:
     """Two tasks in a real service."""
     with Client(service.url) as client:
