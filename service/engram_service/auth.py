@@ -65,7 +65,7 @@ class Gate:
 
 
 def require_token_beyond_loopback(settings: Settings) -> None:
-    """Returns if the service may listen where the settings say.
+    """Refuse settings with which other machines could use the service without a token.
 
     Raises:
         Forbidden: the address can be reached from other machines and there is no token.

@@ -7,8 +7,8 @@
 
 `202` is a promise, so it is sent after the file is synced, renamed, its folder synced and the row of table
 `ingests` committed. That row is the queue entry: a worker claims it by writing its name and an expiry time (a
-lease) into it, and every later write of that worker asks whether the lease is still its own. A worker that dies
-says nothing: its lease runs out and another one claims the row. Ingests of one buffer are worked on in order
+lease) into it, and every later write of that worker asks whether the lease is still its own. The lease of a
+worker that dies runs out, and another one claims the row. Ingests of one buffer are worked on in order
 of arrival, one at a time.
 
 The flock lasts from the first byte to the commit of the row and dies with its process, so whoever finds a file

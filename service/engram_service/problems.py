@@ -82,7 +82,7 @@ def install(app: FastAPI) -> None:
 
 
 class LastResort:
-    """Around everything: what nobody foresaw is logged with its stack and answered without it."""
+    """Middleware around everything: logs an unexpected exception with its stack and answers without it."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app

@@ -4,8 +4,8 @@ One worker does one ingest at a time. `engram-service serve` runs one as a child
 large upload never slows a draw and a crash in a codec never takes the service along; `engram-service worker` runs
 another one anywhere that reaches the same database and data folder.
 
-Dying is part of the plan. The lease is renewed by a thread while the work goes on; a worker that is killed stops
-renewing and its ingest is claimed again. One that is asked to stop gives its ingest back at once. A child whose
+A worker may be killed at any moment. A thread renews its lease while the work goes on; once it is killed the lease
+runs out and its ingest is claimed again. One that is asked to stop gives its ingest back at once. A child whose
 parent died reads the end of its standard input and does the same.
 
 What an upload did wrong (`EngramError`) ends its ingest with a problem for the user. A full disk or a silent
@@ -81,8 +81,8 @@ class Heartbeat:
         self._ended.set()
         self._thread.join()
 
-    def found(self, images: int) -> None:
-        """So many images have been found in the upload.
+    def set_total(self, images: int) -> None:
+        """The upload has so many images.
 
         Raises:
             LeaseLost: the ingest is no longer ours.
@@ -231,7 +231,7 @@ def perform(database: Database, store: PackStore, settings: Settings, held: Clai
     """
     with (
         Heartbeat(database, settings, held, stop) as beat,
-        SpooledImages(held.spool, settings, beat.found) as images,
+        SpooledImages(held.spool, settings, beat.set_total) as images,
         embedder(settings, held, images.shape) as chosen,
     ):
         upload = memory.Upload(held.task, images, held.options)

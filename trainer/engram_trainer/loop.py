@@ -54,7 +54,7 @@ class Watch(Protocol):
 
 
 class Silent:
-    """Shows nothing."""
+    """A `Watch` that shows nothing."""
 
     def task(self, task: Task, stream: Stream) -> None:
         """Nothing."""
@@ -203,7 +203,7 @@ class _Run:
         self.seconds[name] = round(time.perf_counter() - start, 3)
 
 
-def _steps(watch: Watch, name: str) -> methods.Progress:
+def _steps(watch: Watch, name: str) -> methods.OnStep:
     def step(done: int, total: int, *, loss: float) -> None:
         watch.phase(name, done, total, note=f"loss {loss:.3f}")
 

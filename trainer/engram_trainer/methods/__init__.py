@@ -32,20 +32,20 @@ METHODS = {
 SCORE_BATCH = 512
 
 
-class Progress(Protocol):
-    """Called by `learn` and `balance` as they go: so many of so many steps are done, with the latest loss."""
+class OnStep(Protocol):
+    """Called by `learn` and `balance` after each step: `done` of `total` steps are done, with the latest loss."""
 
     def __call__(self, done: int, total: int, *, loss: float) -> None:
-        """Show it."""
+        """Show the progress."""
 
 
 class Learner(Protocol):
     """One method with its network. `learn`, then the loop feeds the memory, then `balance`; task by task."""
 
-    def learn(self, task: Task, memory: Memory, progress: Progress) -> None:
+    def learn(self, task: Task, memory: Memory, progress: OnStep) -> None:
         """Train on a task; `memory` holds exemplars of earlier tasks only."""
 
-    def balance(self, task: Task, memory: Memory, progress: Progress) -> None:
+    def balance(self, task: Task, memory: Memory, progress: OnStep) -> None:
         """What a method does once the memory holds the task as well, e.g. a class-balanced fine-tune."""
 
     def scores(self, images_NHWC: Images) -> npt.NDArray[np.float32]:

@@ -33,7 +33,7 @@ from torch import nn
 
 from engram.batch import Batch
 from engram_trainer.memory import Memory, by_task
-from engram_trainer.methods import Progress, pixels
+from engram_trainer.methods import OnStep, pixels
 from engram_trainer.methods.linear import LinearLearner, batches
 from engram_trainer.stream import Stream, Task
 
@@ -75,7 +75,7 @@ class Gem(LinearLearner):
         self.corrected_steps = 0
         """Steps so far whose gradient broke a constraint."""
 
-    def learn(self, task: Task, memory: Memory, progress: Progress) -> None:
+    def learn(self, task: Task, memory: Memory, progress: OnStep) -> None:
         """One pass (or more) over the task under the constraints of the exemplars of the others."""
         config = self.config
         order = np.random.default_rng([self.seed, task.index])
