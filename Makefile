@@ -7,6 +7,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
+# Tests run in one process per core, at most 8: each holds a service and, in some tests, PyTorch (half a gigabyte).
+PARALLEL ?= -n auto --maxprocesses 8 --dist worksteal
 PYTEST_ARGS ?=
 
 BIN := $(VENV)/bin
@@ -26,11 +28,11 @@ help: ## list the targets
 
 install: $(DEV) ## everything a developer needs, in .venv
 
-test: $(DEV) ## the default tests (a few minutes, no network)
-	$(BIN)/python -m pytest -q $(PYTEST_ARGS)
+test: $(DEV) ## the default tests (under 3 minutes on two cores, no network)
+	$(BIN)/python -m pytest -q $(PARALLEL) $(PYTEST_ARGS)
 
-slow: $(DEV) ## the tests that take minutes: long fuzzing
-	$(BIN)/python -m pytest -q -m slow $(PYTEST_ARGS)
+slow: $(DEV) ## the long tests: kills and restarts, the demo, much fuzzing
+	$(BIN)/python -m pytest -q -m slow $(PARALLEL) $(PYTEST_ARGS)
 
 lint: $(DEV) ## ruff: rules and format
 	$(BIN)/ruff check .

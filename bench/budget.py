@@ -1,4 +1,4 @@
-"""This file is the benchmark of the product's claim: which memory of equal bytes forgets least?
+"""Measure which memory of equal bytes forgets least: raw pixels, single JPEG files, or Engram's strips.
 
 Fashion-MNIST in 5 tasks of 2 classes, class-incremental, learned by LUCIR. The arms differ in the memory:
 
@@ -55,11 +55,10 @@ from engram.selection.images import ArrayImages
 from engram.selection.quality import choose
 from engram_service.embedder import OnnxEmbedder
 from engram_trainer import datasets, evaluation, stream
-from engram_trainer.datasets import ClassIds, Images
 from engram_trainer.extractor import to_onnx
 from engram_trainer.local_memory import LocalConfig, StripMemory
 from engram_trainer.local_service import local_service
-from engram_trainer.memory import Embed, Memory, NoMemory, ServiceMemory
+from engram_trainer.memory import Learned, Memory, NoMemory, ServiceMemory
 from engram_trainer.methods import Learner, joint, lucir
 from engram_trainer.plain_memory import PlainMemory
 
@@ -152,23 +151,16 @@ class Run:
 class SelectedStrips(StripMemory):
     """Strips as a service makes them, extractor process and all, in this process."""
 
-    def add(
-        self,
-        task: int,
-        images_NHWC: Images,
-        class_ids: ClassIds,
-        *,
-        extractor: bytes | None,
-        embed: Embed | None,
-        seed: int,
-    ) -> None:
+    def add(self, learned: Learned) -> None:
         """Keep what a service would keep."""
-        assert extractor is not None
+        model = learned.extractor
+        assert model is not None
         with tempfile.NamedTemporaryFile(suffix=".onnx") as file:
-            file.write(extractor)
+            file.write(model)
             file.flush()
-            with OnnxEmbedder(Path(file.name), hashlib.sha256(extractor).hexdigest()) as embedder:
-                self.put(task, ArrayImages(images_NHWC, class_ids), embedder, seed=seed)
+            with OnnxEmbedder(Path(file.name), hashlib.sha256(model).hexdigest()) as embedder:
+                images = ArrayImages(learned.images_NHWC, learned.class_ids)
+                self.put(learned.task, images, embedder, seed=learned.seed)
 
 
 class SelectedFiles(PlainMemory):
@@ -178,20 +170,11 @@ class SelectedFiles(PlainMemory):
         super().__init__(config)
         self.strips = strips
 
-    def add(
-        self,
-        task: int,
-        images_NHWC: Images,
-        class_ids: ClassIds,
-        *,
-        extractor: bytes | None,
-        embed: Embed | None,
-        seed: int,
-    ) -> None:
+    def add(self, learned: Learned) -> None:
         """Choose the quality, then keep as many files as fit."""
-        self.strips.add(task, images_NHWC, class_ids, extractor=extractor, embed=embed, seed=seed)
+        self.strips.add(learned)
         self.config = replace(self.config, quality=self.strips.quality)
-        super().add(task, images_NHWC, class_ids, extractor=extractor, embed=embed, seed=seed)
+        super().add(learned)
 
 
 def memory_of(run: Run, plan: Plan) -> Memory:
@@ -219,7 +202,7 @@ def learner_of(run: Run, plan: Plan, tasks: stream.Stream) -> Learner:
 
 
 def ignore(done: int, total: int, *, loss: float) -> None:
-    """Progress nobody watches."""
+    """Show no progress."""
 
 
 def learn_base(run: Run, plan: Plan, path: Path) -> None:
@@ -246,13 +229,9 @@ def execute(run: Run, plan: Plan, base: Path, path: Path) -> dict[str, Any]:
         else:
             learner.learn(task, memory, ignore)
         if run.arm.has_memory:
+            model = to_onnx(learner.extractor(), tasks.shape)
             memory.add(
-                task.index,
-                task.train_images,
-                task.train_class_ids,
-                extractor=to_onnx(learner.extractor(), tasks.shape),
-                embed=learner.embed,
-                seed=run.seed,
+                Learned(task.index, task.train_images, task.train_class_ids, model, learner.embed, seed=run.seed)
             )
             learner.balance(task, memory, ignore)
         earlier = tasks.tasks[: task.index + 1]
@@ -422,13 +401,13 @@ def service_path_is_identical(plan: Plan, folder: Path) -> bool:
     task, extractor = tasks.tasks[0], to_onnx(learner.extractor(), tasks.shape)
     with (
         tempfile.TemporaryDirectory() as scratch,
-        local_service(Path(scratch) / "service") as url,
-        Client(url) as client,
+        local_service(Path(scratch) / "service") as service,
+        Client(service.url) as client,
     ):
         client.create_buffer("bench", budget_bytes=budget, per="class")
         there = ServiceMemory(client, "bench", options=plan.options, run="bench", folder=Path(scratch) / "mirror")
         for memory in (here, there):
-            memory.add(0, task.train_images, task.train_class_ids, extractor=extractor, embed=learner.embed, seed=seed)
+            memory.add(Learned(0, task.train_images, task.train_class_ids, extractor, learner.embed, seed=seed))
         ours, theirs = here.everything(), there.everything()
         return here.used_bytes == there.used_bytes and all(
             np.array_equal(getattr(ours, name), getattr(theirs, name)) for name in ("images", "class_ids", "rows")

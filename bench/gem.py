@@ -1,4 +1,4 @@
-"""This file is: how much does GEM forget with a compressed memory, beside plain training and A-GEM?
+"""Measure how much GEM forgets with a compressed memory, compared with plain training and with A-GEM.
 
 The paper's setup, scaled down: 20 permuted or rotated Fashion-MNIST tasks of 1,000 images, one pass in minibatches of
 10, an MLP of two hidden layers of 100, 256 random exemplars of each task. Every class is in every task and the task is
@@ -29,7 +29,7 @@ from engram_trainer import datasets, methods, stream
 from engram_trainer.evaluation import Metrics, accuracy, metrics
 from engram_trainer.local_memory import LocalConfig
 from engram_trainer.local_service import local_service
-from engram_trainer.memory import Memory, NoMemory, ServiceMemory
+from engram_trainer.memory import Learned, Memory, NoMemory, ServiceMemory
 from engram_trainer.plain_memory import local_memory
 from engram_trainer.stream import Scenario, Stream, StreamConfig
 
@@ -81,9 +81,7 @@ def learn(tasks: Stream, method: str, memory: Memory, *, learning_rate: float, s
     for task in tasks.tasks:
         learner.learn(task, memory, _silent)
         rows = np.sort(np.random.default_rng([seed, task.index]).permutation(len(task.train_images))[:EXEMPLARS])
-        memory.add(
-            task.index, task.train_images[rows], task.train_class_ids[rows], extractor=None, embed=None, seed=seed
-        )
+        memory.add(Learned(task.index, task.train_images[rows], task.train_class_ids[rows], seed=seed))
         matrix.append(
             [accuracy(learner.scores, tasks, each, learned=task.index) for each in tasks.tasks[: task.index + 2]]
         )
@@ -166,10 +164,10 @@ def main() -> None:
         tune(data, size)
         return
     flat: dict[str, Cell] = {"tasks": size.tasks, "train_per_task": size.train_per_task, "seeds": seeds}
-    with tempfile.TemporaryDirectory() as folder, local_service(Path(folder) / "service") as url:
+    with tempfile.TemporaryDirectory() as folder, local_service(Path(folder) / "service") as service:
         for scenario in scenarios:
             rows = [
-                _row(kind, data, scenario, size, seeds=seeds, url=url, folder=Path(folder), flat=flat)
+                _row(kind, data, scenario, size, seeds=seeds, url=service.url, folder=Path(folder), flat=flat)
                 for kind in ("plain none", "agem strips", "gem_gamma_0 strips", "gem strips", "gem raw", "gem service")
             ]
             print_table(

@@ -1,4 +1,4 @@
-"""This file asks how fast the service takes uploads in, and how its memory grows with their size.
+"""Measure how fast the service takes uploads, and how its memory grows with their size.
 
 For each size a fresh service process, with its worker, is started as a user starts it, and the client uploads 32x32
 patches of scikit-learn's two photographs as arrays: ten classes, the built-in embedding, herding, quality selected
@@ -10,17 +10,11 @@ upload until after the commit; what grows is the difference of the two peaks.
 
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
-import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -29,6 +23,7 @@ from report import finish, parse_args, print_table
 from sklearn.datasets import load_sample_images
 
 from engram.client import Client
+from engram_trainer.local_service import local_service
 
 UInt8Array = npt.NDArray[np.uint8]
 
@@ -91,8 +86,12 @@ def main() -> None:
 
 def measure(images: UInt8Array) -> Line:
     class_ids = np.arange(len(images)) * CLASSES // len(images)
-    with tempfile.TemporaryDirectory(prefix="engram-bench-") as folder, running(Path(folder)) as (url, process):
-        with Client(url) as client, Memory(process) as memory:
+    with (
+        tempfile.TemporaryDirectory(prefix="engram-bench-") as folder,
+        local_service(folder, log_level="warning") as service,
+    ):
+        process = psutil.Process(service.process.pid)
+        with Client(service.url) as client, Memory(process) as memory:
             client.create_buffer("bench", budget_bytes=BUDGET_BYTES, per="class")
             wait_for_worker(process)
             before_mb = memory.now_mb()
@@ -114,24 +113,6 @@ def measure(images: UInt8Array) -> Line:
             quality=task.quality,
             selection_s=task.decision.seconds,
         )
-
-
-@contextmanager
-def running(folder: Path) -> Iterator[tuple[str, psutil.Process]]:
-    """A service on a free loopback port with its data in `folder`: its address and its process."""
-    port_file = folder / "port"
-    command = [sys.executable, "-m", "engram_service.cli", "serve", "--port", "0", "--port-file", str(port_file)]
-    environment = {**os.environ, "ENGRAM_DATA_DIR": str(folder / "data"), "ENGRAM_LOG_LEVEL": "warning"}
-    service = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
-    try:
-        while not port_file.exists():
-            if service.poll() is not None:
-                raise RuntimeError(f"the service ended with {service.returncode} before it served")
-            time.sleep(0.02)
-        yield f"http://127.0.0.1:{port_file.read_text().strip()}", psutil.Process(service.pid)
-    finally:
-        service.send_signal(signal.SIGTERM)
-        service.wait(30)
 
 
 def wait_for_worker(process: psutil.Process) -> None:

@@ -1,4 +1,4 @@
-"""This file is what every bench script shares: its two switches, its tables and its one JSON object.
+"""Parse the switches of the bench scripts and print their results, as Markdown tables or as one JSON object.
 
 Tables are Markdown, so that a full run can be pasted into `bench/RESULTS.md` as it is. With `--json` nothing but one
 flat object with stable keys is printed; the machine and the versions are among its members.

@@ -1,4 +1,4 @@
-"""This file is: what does quality selection cost, against training and a grid search, and does it agree with one?
+"""Measure what quality selection costs compared with training and a grid search, and whether it agrees with the grid.
 
 **Cost.** The whole selection (ranking, encoding at five candidates, embedding, choosing, encoding the winner) of one
 task of two classes, with shares of 16,000 bytes per class, by images per class and ranking; with the built-in

@@ -38,9 +38,9 @@ from engram.schemas import IngestOptions
 from engram.selection.embedding import BuiltinEmbedder
 from engram.selection.images import ArrayImages
 from engram_trainer import datasets, evaluation, stream
-from engram_trainer.datasets import ClassIds, Dataset, Images
+from engram_trainer.datasets import Dataset
 from engram_trainer.local_memory import NetworkEmbedder, StripMemory
-from engram_trainer.memory import Embed
+from engram_trainer.memory import Learned
 from engram_trainer.methods import lucir
 
 UPLOAD_IMAGES = 20
@@ -87,21 +87,13 @@ class Bits(StripMemory):
         super().__init__(policy, IngestOptions())
         self.upload_images = arm.upload_images
 
-    def add(
-        self,
-        task: int,
-        images_NHWC: Images,
-        class_ids: ClassIds,
-        *,
-        extractor: bytes | None,
-        embed: Embed | None,
-        seed: int,
-    ) -> None:
-        """Upload after upload, in an order of the seed's."""
-        assert embed is not None
+    def add(self, learned: Learned) -> None:
+        """Add one upload after another, in an order that the seed draws."""
+        assert learned.embed is not None
+        task, seed, images_NHWC, class_ids = learned.task, learned.seed, learned.images_NHWC, learned.class_ids
         rows = np.random.default_rng([seed, task]).permutation(len(images_NHWC))
         size = self.upload_images or len(rows)
-        embedder = NetworkEmbedder(embed, f"{seed} {task}".encode())
+        embedder = NetworkEmbedder(learned.embed, f"{seed} {task}".encode())
         for at in range(0, len(rows), size):
             some = rows[at : at + size]
             self.put(task, ArrayImages(images_NHWC[some], class_ids[some]), embedder, seed=seed)
@@ -225,8 +217,7 @@ def execute(
     qualities: list[int | None] = []
     for task in tasks.tasks:
         learner.learn(task, memory, budget.ignore)
-        images = task.train_images, task.train_class_ids
-        memory.add(task.index, *images, extractor=None, embed=learner.embed, seed=config.seed)
+        memory.add(Learned(task.index, task.train_images, task.train_class_ids, embed=learner.embed, seed=config.seed))
         learner.balance(task, memory, budget.ignore)
         earlier = [evaluation.accuracy(learner.scores, tasks, each, learned=task.index) for each in tasks.tasks]
         matrix.append([accuracy for accuracy in earlier[: task.index + 1] if accuracy is not None])

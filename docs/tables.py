@@ -1,4 +1,4 @@
-"""This file writes the tables of docs/settings.md and docs/api.md from the code: `make docs`.
+"""Write the tables of docs/settings.md and docs/api.md from the code: `make docs`.
 
 What stands between `<!-- table: NAME -->` and `<!-- end -->` is replaced; the prose around it is written by hand.
 tests/test_docs.py fails while the files differ from what this script would write.

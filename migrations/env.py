@@ -1,4 +1,4 @@
-"""This file runs the migrations on the connection that `Database.migrate` passes in: one transaction for all steps."""
+"""Run the migrations on the connection that `Database.migrate` passes in, all steps in one transaction."""
 
 from __future__ import annotations
 

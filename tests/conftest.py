@@ -22,6 +22,18 @@ for name in [name for name in os.environ if name.startswith("ENGRAM_")]:
     # What the developer's shell sets must not decide what the tests see.
     del os.environ[name]
 
+# httpx reads all certificate authorities for every client, 40 ms of CPU each, and no test speaks TLS: one will do.
+os.environ["SSL_CERT_FILE"] = str(Path(__file__).parent / "authority.pem")
+
+SLOW_TIMEOUT_S = 600
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Slow tests may take longer than the others (`timeout` in pyproject.toml)."""
+    for item in items:
+        if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(SLOW_TIMEOUT_S))
+
 
 @pytest.fixture(scope="session")
 def migrated(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -18,6 +18,7 @@ from engram_service.commit import commit, read_content
 from engram_service.database import Database
 from engram_service.settings import Settings
 from engram_service.storage import PackStore
+from tests.uploads import queue
 
 UInt8Array = npt.NDArray[np.uint8]
 
@@ -40,10 +41,7 @@ def create(database: Database, name: str = "b", *, budget_bytes: int = 10**6, qu
 
 def claim(database: Database, settings: Settings, task: int, *, name: str = "b") -> ingest.Claim:
     """An ingest that a worker holds; its body is of no interest."""
-    spooled = ingest.Upload(settings.spool_dir)
-    spooled.write(b"a tar")
-    spooled.seal(None)
-    ingest.enqueue(database, spooled, buffer=name, task=task, options=IngestOptions(), key=None)
+    queue(database, settings, b"a tar", buffer=name, task=task)
     held = ingest.claim(database, settings, owner="test")
     assert held is not None
     return held

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -19,65 +15,22 @@ from fastapi import FastAPI
 from engram_service.app import create_app
 from engram_service.cli import Server, listen, uvicorn_config
 from engram_service.settings import Settings
+from engram_trainer.local_service import START_S, LocalService, environment
 
-ROOT = Path(__file__).parents[1]
-START_S = 180.0
-"""How long a process may take to start on a machine that does many other things."""
-
-
-def environment(**settings: object) -> dict[str, str]:
-    """The environment in which a process of this checkout runs with exactly these settings."""
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith("ENGRAM_")}
-    given = {f"ENGRAM_{name.upper()}": str(value) for name, value in settings.items()}
-    paths = os.pathsep.join(str(ROOT / part) for part in ("client", "service", "trainer"))
-    return inherited | given | {"PYTHONPATH": paths, "PYTHONUNBUFFERED": "1"}
+__all__ = ["ServiceProcess", "ServiceThread", "environment", "http"]
 
 
-class ServiceProcess:
-    """`engram-service serve` on a free loopback port, its worker included."""
+class ServiceProcess(LocalService):
+    """A service in a process of its own, started when it is made, with the settings that it has."""
 
     def __init__(self, folder: Path, *arguments: str, **settings: object) -> None:
-        self.data_dir = folder / "data"
-        self.log = folder / "service.log"
-        self.given = {"data_dir": self.data_dir, **settings}
-        self._arguments = arguments
-        self._port_file = folder / "port"
-        self.process: subprocess.Popen[bytes]
+        super().__init__(folder, *arguments, **settings)
         self.start()
-
-    def start(self) -> None:
-        """It accepts connections."""
-        self._port_file.unlink(missing_ok=True)
-        command = [sys.executable, "-m", "engram_service.cli", "serve", "--port", "0"]
-        with self.log.open("ab") as log:
-            self.process = subprocess.Popen(
-                [*command, "--port-file", str(self._port_file), *self._arguments],
-                env=environment(**self.given),
-                stdout=log,
-                stderr=log,
-            )
-        deadline = time.monotonic() + START_S
-        while not self._port_file.exists():
-            if self.process.poll() is not None or time.monotonic() > deadline:
-                self.kill()
-                raise RuntimeError(f"the service did not start:\n{self.log.read_text()}")
-            time.sleep(0.02)
-        self.url = f"http://127.0.0.1:{self._port_file.read_text().strip()}"
 
     @property
     def settings(self) -> Settings:
         """What it was started with, to reach its database and packs directly."""
         return Settings(**self.given)  # type: ignore[arg-type]
-
-    def stop(self) -> int:
-        """It was asked to end and has ended; returns its exit status."""
-        self.process.send_signal(signal.SIGTERM)
-        return self.process.wait(START_S)
-
-    def kill(self) -> None:
-        """It is dead without having had a chance to tidy up."""
-        self.process.kill()
-        self.process.wait(START_S)
 
 
 class ServiceThread:

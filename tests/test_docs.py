@@ -7,11 +7,14 @@ import shutil
 import subprocess
 import sys
 import tomllib
+from importlib import import_module
+from inspect import signature
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
+import engram
 from docs import tables
 from engram_service.settings import Settings
 from tests.contents import pictures
@@ -19,6 +22,9 @@ from tests.servers import ServiceProcess, environment
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
+PROMISES = ROOT / "docs" / "promises.md"
+SERVICE = ROOT / "docs" / "service.md"
+FIELDS = ROOT / "docs" / "fields.md"
 PAGES = [
     README,
     *(ROOT / name for name in ("CHANGELOG.md", "CONTRIBUTING.md", "bench/README.md", "bench/RESULTS.md")),
@@ -90,11 +96,13 @@ def test_tests_and_scripts_that_are_named_exist(page: Path) -> None:
     assert not missing
 
 
-def test_every_promise_of_the_readme_names_a_test_that_exists() -> None:
-    promises = re.findall(r"\[`(test_\w+)`\]\(([^)]+)\)", README.read_text(encoding="utf-8"))
+def test_every_promise_names_a_test_that_exists() -> None:
+    promises = re.findall(r"\[`(test_\w+)`\]\(([^)]+)\)", PROMISES.read_text(encoding="utf-8"))
     assert len(promises) > 10
-    missing = [name for name, path in promises if f"def {name}(" not in (ROOT / path).read_text(encoding="utf-8")]
-    assert not missing
+    lines = [line for line in PROMISES.read_text(encoding="utf-8").splitlines() if line.startswith("| ")]
+    assert len(promises) == len(lines) - 1, "every line of the table but its head names one test"
+    sources = {path: (PROMISES.parent / path).read_text(encoding="utf-8") for _, path in promises}
+    assert not [name for name, path in promises if f"def {name}(" not in sources[path]]
 
 
 def test_decisions_are_numbered_without_gaps_and_have_all_parts() -> None:
@@ -121,24 +129,58 @@ def test_nothing_large_is_committed() -> None:
     assert sum(path.stat().st_size for path in committed_files()) < 12 * 2**20
 
 
-def test_the_python_session_of_the_readme_runs_against_a_real_service(service: ServiceProcess, tmp_path: Path) -> None:
-    (session,) = [block for block in code_blocks(README, "python") if "Client(" in block]
+def test_the_python_session_of_the_service_runs_against_a_real_one(service: ServiceProcess, tmp_path: Path) -> None:
+    (session,) = code_blocks(SERVICE, "python")
     assert len(session.splitlines()) <= 24
+    assert "exemplars in" in run_python(session, tmp_path, url=service.url)
+
+
+@pytest.mark.skipif(not hasattr(engram, "LocalBuffer"), reason="needs engram.LocalBuffer")
+def test_the_first_ten_lines_of_the_readme_run_without_a_service(tmp_path: Path) -> None:
+    (session,) = code_blocks(README, "python")
+    assert session.index("LocalBuffer(") < 200
+    assert "(256, 28, 28, 1) uint8" in run_python(session, tmp_path)
+
+
+NETWORK = """
+import numpy as np
+from engram import Client
+images, class_ids = np.random.default_rng(0).integers(0, 256, (80, 16, 16, 3), np.uint8), np.arange(80) % 4
+network = lambda images: images.reshape(len(images), -1)[:, :10] / 255
+client = Client()
+"""
+"""What the reader of the page on fields has: images, a network, a client."""
+
+
+@pytest.mark.skipif(
+    "fields" not in signature(engram.Client.create_buffer).parameters, reason="needs fields in create_buffer"
+)
+def test_the_example_of_a_field_runs_against_a_real_service(service: ServiceProcess, tmp_path: Path) -> None:
+    (example,) = code_blocks(FIELDS, "python")
+    assert len(example.splitlines()) == 5
+    output = run_python(
+        f"{NETWORK}{example}\nclient.close()\nprint(batch.fields['logits'].shape)", tmp_path, service.url
+    )
+    assert output.strip() == "(64, 10)"
+
+
+def run_python(program: str, folder: Path, url: str = "http://127.0.0.1:9") -> str:
+    """The output of a program, run in a folder by a process of its own in which warnings are errors."""
     result = subprocess.run(
-        [sys.executable, "-W", "error", "-c", session],
-        env=environment() | {"ENGRAM_URL": service.url},
-        cwd=tmp_path,
+        [sys.executable, "-W", "error", "-c", program],
+        env=environment(url=url),
+        cwd=folder,
         capture_output=True,
         text=True,
         check=False,
     )
     assert result.returncode == 0, result.stderr
-    assert "exemplars in" in result.stdout
+    return result.stdout
 
 
 @pytest.mark.skipif(not all(map(shutil.which, ("bash", "curl", "tar"))), reason="needs bash, curl and tar")
-def test_the_curl_session_of_the_readme_runs_against_a_real_service(service: ServiceProcess, tmp_path: Path) -> None:
-    (session,) = [block for block in code_blocks(README, "console") if "curl" in block]
+def test_the_curl_session_runs_against_a_real_service(service: ServiceProcess, tmp_path: Path) -> None:
+    (session,) = [block for block in code_blocks(SERVICE, "console") if "curl" in block]
     commands = re.sub(r"^(?!\$ |> ).*\n", "", session, flags=re.MULTILINE)
     commands = re.sub(r"^[$>] ", "", commands, flags=re.MULTILINE)
     assert "http://127.0.0.1:8077" in commands
@@ -167,14 +209,12 @@ def write_pictures(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("command", sorted(SCRIPTS))
-def test_every_command_explains_itself(command: str) -> None:
+def test_every_command_explains_itself(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     module, _, function = SCRIPTS[command].partition(":")
-    result = subprocess.run(
-        [sys.executable, "-c", f"from {module} import {function}; {function}()", "--help"],
-        env=environment(),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr
-    assert len(result.stdout.splitlines()) > 8
+    monkeypatch.setattr(sys, "argv", [command, "--help"])
+    with pytest.raises(SystemExit) as ended:
+        getattr(import_module(module), function)()
+    assert ended.value.code == 0
+    assert len(capsys.readouterr().out.splitlines()) > 8

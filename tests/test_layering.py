@@ -1,4 +1,4 @@
-"""The table of CONTRIBUTING.md: who may import whom.
+"""Imports obey the table of CONTRIBUTING.md.
 
 Imports are read from the syntax tree, those inside functions and under TYPE_CHECKING included. Modules of the standard
 library are free to all; every other import must be one of ours that the table allows, or belong to a distribution

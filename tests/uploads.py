@@ -1,4 +1,4 @@
-"""Uploads for tests: encoded images, tars made member by member, and queues worked off on the spot."""
+"""Uploads for tests: encoded images, tars made member by member, and queues that are emptied on the spot."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def queue(
     key: str | None = None,
 ) -> Ingest:
     """The body is queued as if it had been received."""
-    spooled = ingest.Upload(settings.spool_dir)
+    spooled = ingest.SpoolFile(settings.spool_dir)
     spooled.write(body)
     spooled.seal(None)
     answer, _ = ingest.enqueue(database, spooled, buffer=buffer, task=task, options=options or IngestOptions(), key=key)

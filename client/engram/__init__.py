@@ -1,4 +1,4 @@
-"""The public names of the library: what `import engram` offers.
+"""The public names of the library.
 
     from engram import Client, LocalBuffer, Mirror, ReplayLoader
 

@@ -1,4 +1,4 @@
-"""The `engram` command: buffers, uploads, draws and decisions from a terminal.
+"""The `engram` command: manage buffers, upload images, draw exemplars and read decisions from a terminal.
 
 The service is named by `--url` or `ENGRAM_URL`, the token by `ENGRAM_TOKEN` (an option would show it to every process).
 Results go to standard output, errors to standard error in one line, with exit code 1.

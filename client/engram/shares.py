@@ -1,4 +1,4 @@
-"""This file is how a byte budget is divided: exactly, by class or by task.
+"""Divide a byte budget exactly over classes or tasks.
 
 A *leaf* is one class within one task: what shrinks and grows as a unit. Shares sum to the budget and equal parts
 differ by at most one byte.

@@ -1,4 +1,4 @@
-"""This file makes the first schema: buffers, tasks, packs, ingests, extractors."""
+"""Create the first schema: buffers, tasks, packs, ingests, extractors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""This file is the package of the Engram service: `create_app(settings)` is the whole application."""
+"""The Engram service: `create_app(settings)` returns the whole application."""
 
 from __future__ import annotations
 

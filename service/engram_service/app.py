@@ -1,4 +1,4 @@
-"""The application: `create_app(settings)` builds everything, nothing is built at import."""
+"""Build the FastAPI application: `create_app(settings)` makes everything, importing this module makes nothing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""This file is who may come in: one bearer token, checked before anything else looks at a request.
+"""Reject requests without the bearer token, or from elsewhere than this machine when there is no token.
 
 It is middleware around the whole application and denies by default: a route that is added tomorrow is closed until it
 is named in `OPEN_PATHS`. Without a token the service listens on loopback only, and then checks that the request names a
@@ -42,12 +42,12 @@ class Gate:
         expected = self._expected
         if expected is None:
             origin = _header(scope, b"origin")
-            if origin and not _is_loopback(origin.partition(b"://")[2] or origin):
+            if origin and not _is_from_here(origin.partition(b"://")[2] or origin):
                 return Forbidden(f"this service has no token, so it answers no web page of another machine: {origin!r}")
             host = _header(scope, b"host")
             return (
                 None
-                if _is_loopback(host)
+                if _is_from_here(host)
                 else Forbidden(
                     f"this service has no token, so it answers requests for this machine only, not for {host!r}; "
                     "set ENGRAM_ADMIN_TOKEN to use other names",
@@ -65,12 +65,12 @@ class Gate:
 
 
 def require_token_beyond_loopback(settings: Settings) -> None:
-    """Returns if the service may listen where the settings say.
+    """Refuse settings with which other machines could use the service without a token.
 
     Raises:
         Forbidden: the address can be reached from other machines and there is no token.
     """
-    if settings.admin_token is None and not settings.is_loopback:
+    if settings.admin_token is None and not is_loopback(settings.host):
         raise Forbidden(
             f"{settings.host} can be reached from other machines: set ENGRAM_ADMIN_TOKEN to a secret "
             "(`openssl rand -hex 32` makes one), or listen on 127.0.0.1"
@@ -84,10 +84,16 @@ def _header(scope: Scope, name: bytes) -> bytes:
     return b""
 
 
-def _is_loopback(host: bytes) -> bool:
-    name = host.decode("latin-1").lower()
+def _is_from_here(authority: bytes) -> bool:
+    """Whether `host`, `host:port` or `[address]:port` is this machine; an empty one is that of HTTP/1.0."""
+    name = authority.decode("latin-1").lower()
     name = name[1 : name.find("]")] if name.startswith("[") else name.partition(":")[0]
-    if name in ("localhost", ""):
+    return not name or is_loopback(name)
+
+
+def is_loopback(name: str) -> bool:
+    """Whether only this machine can reach a host name or address."""
+    if name == "localhost":
         return True
     try:
         return ipaddress.ip_address(name).is_loopback

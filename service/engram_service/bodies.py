@@ -1,4 +1,4 @@
-"""This file is how much of a request is read before anybody looks at it: JSON bodies are bounded, uploads stream.
+"""Refuse JSON bodies above the size limit before they are parsed, and stream the bodies of uploads.
 
 The framework reads a JSON body whole before it calls a route. This middleware reads it first, up to the limit, and
 hands it on; a longer one is refused without being kept. Routes that take uploads read their bodies themselves, in

@@ -1,4 +1,4 @@
-"""This file is the `engram-service` command: serve, worker, migrate.
+"""The `engram-service` command: serve, worker, migrate.
 
 `serve` runs the service and its worker without any configuration, on loopback. Options win over `ENGRAM_*` variables.
 """

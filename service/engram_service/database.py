@@ -1,4 +1,4 @@
-"""This file is the connection to the metadata database: SQLite by default, PostgreSQL by URL, one schema.
+"""Connect to the metadata database: SQLite by default, PostgreSQL by URL, with the same schema.
 
 Two kinds of transaction, each one `with` block:
 

@@ -1,4 +1,4 @@
-"""This file is the process that runs one extractor: an ONNX model from the network, kept away from the service.
+"""Run one uploaded ONNX model in a restricted process, apart from the service.
 
 `python -m engram_service.extractor_child ORDERS` limits its own memory, lets the kernel kill it when its parent
 dies, can write no file beyond a few words to standard error, checks the model, and answers batches until its input
@@ -45,8 +45,6 @@ from typing import IO, Any
 import numpy as np
 import numpy.typing as npt
 
-from engram.errors import BadExtractor
-
 UInt8Array = npt.NDArray[np.uint8]
 FloatArray = npt.NDArray[np.float32]
 
@@ -65,6 +63,18 @@ _OPEN_FILES = 64
 _PR_SET_PDEATHSIG = 1
 _FREE_SIDES = (32, 224)
 _MAX_DEPTH = 100
+
+
+class Refused(Exception):
+    """The model cannot serve; the parent raises it as `BadExtractor`.
+
+    Not that class itself: importing `engram` for it would take longer than all else that the child does before it
+    reads the model.
+    """
+
+    def __init__(self, message: str, **details: Any) -> None:
+        super().__init__(message)
+        self.message, self.details = message, details
 
 
 @dataclass(frozen=True)
@@ -99,7 +109,7 @@ def main(argument: str) -> int:
             images_NHWC = np.frombuffer(read_exactly(from_parent, n * h * w * c), np.uint8).reshape(n, h, w, c)
             features_ND = model.run(images_NHWC)
             _send(to_parent, {"shape": features_ND.shape}, features_ND.astype("<f4").tobytes())
-    except BadExtractor as refusal:
+    except Refused as refusal:
         _send(to_parent, {"error": refusal.message, "details": refusal.details})
         return 1
     except Exception as error:  # the outermost frame: whatever onnxruntime raises is the model's doing
@@ -136,13 +146,13 @@ def _confine(orders: Orders) -> None:
 def _load(orders: Orders) -> bytes:
     size = Path(orders.path).stat().st_size
     if size > orders.max_bytes:
-        raise BadExtractor(
+        raise Refused(
             f"it has {size:,} bytes, the limit is {orders.max_bytes:,}", bytes=size, max_bytes=orders.max_bytes
         )
     data = Path(orders.path).read_bytes()
     digest = hashlib.sha256(data).hexdigest()
     if orders.sha256 is not None and digest != orders.sha256:
-        raise BadExtractor(f"its file has SHA-256 {digest}, not {orders.sha256}; upload it again", sha256=digest)
+        raise Refused(f"its file has SHA-256 {digest}, not {orders.sha256}; upload it again", sha256=digest)
     return data
 
 
@@ -184,12 +194,12 @@ class Model:
         """The output for any number of images, [N, D].
 
         Raises:
-            BadExtractor: the images do not suit the model, or its output is not what it must be.
+            Refused: the images do not suit the model, or its output is not what it must be.
         """
         _, channels, height, width = self.input_shape
         n, h, w, c = images_NHWC.shape
         if channels is not None and channels != c and (c, channels) != (1, 3):
-            raise BadExtractor(
+            raise Refused(
                 f"it takes {channels} channel(s), the images have {c}; export one that takes {c}",
                 channels=channels,
                 images=c,
@@ -209,32 +219,30 @@ class Model:
         n = len(pixels_NCHW)
         if not isinstance(features_ND, np.ndarray) or features_ND.ndim != 2 or len(features_ND) != n:
             got = list(np.shape(features_ND))
-            raise BadExtractor(f"for input {list(pixels_NCHW.shape)} it gives {got}; it must give [{n}, D]")
+            raise Refused(f"for input {list(pixels_NCHW.shape)} it gives {got}; it must give [{n}, D]")
         bad = n - int(np.isfinite(features_ND).all(axis=1).sum())
         if bad:
-            raise BadExtractor(f"its output has NaN or infinity for {bad} of {n} images", images=n, bad=bad)
+            raise Refused(f"its output has NaN or infinity for {bad} of {n} images", images=n, bad=bad)
         return features_ND
 
     def _checked_input(self) -> tuple[str, tuple[int | None, int | None, int | None, int | None]]:
         inputs, outputs = self._session.get_inputs(), self._session.get_outputs()
         if len(inputs) != 1 or len(outputs) != 1:
             counts = f"{len(inputs)} inputs and {len(outputs)} outputs"
-            raise BadExtractor(f"it has {counts}; it must have one input [N, C, H, W] and one output [N, D]")
+            raise Refused(f"it has {counts}; it must have one input [N, C, H, W] and one output [N, D]")
         for what, value in (("input", inputs[0]), ("output", outputs[0])):
             if value.type != "tensor(float)":
-                raise BadExtractor(f"its {what} is {value.type}; it must be tensor(float), which is float32")
+                raise Refused(f"its {what} is {value.type}; it must be tensor(float), which is float32")
         shape = [side if isinstance(side, int) else None for side in inputs[0].shape]
         if len(shape) != 4:
-            raise BadExtractor(
-                f"its input has {len(shape)} dimensions, {inputs[0].shape}; it must have 4, [N, C, H, W]"
-            )
+            raise Refused(f"its input has {len(shape)} dimensions, {inputs[0].shape}; it must have 4, [N, C, H, W]")
         n, c, h, w = shape
         if n is not None:
-            raise BadExtractor(f"its input takes exactly {n} image(s); export it with a dynamic first axis")
+            raise Refused(f"its input takes exactly {n} image(s); export it with a dynamic first axis")
         if c not in (None, 1, 3):
-            raise BadExtractor(f"its input has {c} channels, {inputs[0].shape}; it must have 1 or 3, as [N, C, H, W]")
+            raise Refused(f"its input has {c} channels, {inputs[0].shape}; it must have 1 or 3, as [N, C, H, W]")
         if any(side is not None and side < 1 for side in (h, w)) or (c or 3) * (h or 1) * (w or 1) > MAX_INPUT_VALUES:
-            raise BadExtractor(f"its input is {inputs[0].shape}; one image must have 1 to {MAX_INPUT_VALUES:,} values")
+            raise Refused(f"its input is {inputs[0].shape}; one image must have 1 to {MAX_INPUT_VALUES:,} values")
         return inputs[0].name, (n, c, h, w)
 
     def _try_out(self) -> int:
@@ -247,13 +255,13 @@ class Model:
                 pixels = noise.random((2, c or 3, h or side, w or side), dtype=np.float32)
                 dimensions = int(self._features(pixels).shape[1])
                 break
-            except BadExtractor:
+            except Refused:
                 raise
             except Exception:  # too small for its pooling, it may be; the last size's error is the one to report
                 if side == sides[-1]:
                     raise
         if not MIN_DIMENSIONS <= dimensions <= MAX_DIMENSIONS:
-            raise BadExtractor(
+            raise Refused(
                 f"it embeds in {dimensions} dimensions; selection needs {MIN_DIMENSIONS} to {MAX_DIMENSIONS:,}",
                 dimensions=dimensions,
             )
@@ -298,30 +306,30 @@ def check_is_plain(data: bytes) -> None:
     """The bytes are a protobuf message whose nodes are standard operators and whose tensors are all inside it.
 
     Raises:
-        BadExtractor: they are not.
+        Refused: they are not.
     """
     own_domains: set[str] = set()
     used: dict[str, str] = {}
     try:
         _walk(memoryview(data), "model", own_domains, used, 0)
     except (IndexError, UnicodeDecodeError) as error:
-        raise BadExtractor(f"its {len(data):,} bytes are not an ONNX model") from error
+        raise Refused(f"its {len(data):,} bytes are not an ONNX model") from error
     foreign = sorted(set(used) - own_domains - _STANDARD_DOMAINS)
     if foreign:
-        raise BadExtractor(
+        raise Refused(
             f"it uses operator {used[foreign[0]]} of domain {foreign[0]!r}; only standard ONNX operators run here"
         )
 
 
 def _walk(data: memoryview, kind: str, own_domains: set[str], used: dict[str, str], depth: int) -> None:
     if depth > _MAX_DEPTH:
-        raise BadExtractor(f"it nests deeper than {_MAX_DEPTH} levels")
+        raise Refused(f"it nests deeper than {_MAX_DEPTH} levels")
     operator, domain = "", ""
     for field, value in _fields(data):
         if isinstance(value, memoryview) and field in _PARTS[kind]:
             _walk(value, _PARTS[kind][field], own_domains, used, depth + 1)
         elif kind == "tensor" and (field == _TENSOR_EXTERNAL or (field == _TENSOR_LOCATION and value != 0)):
-            raise BadExtractor("it keeps tensors in other files (external data); save it as one file")
+            raise Refused("it keeps tensors in other files (external data); save it as one file")
         elif kind == "node" and field == _NODE_OPERATOR and isinstance(value, memoryview):
             operator = bytes(value).decode()
         elif kind == "node" and field == _NODE_DOMAIN and isinstance(value, memoryview):

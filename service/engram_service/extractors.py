@@ -1,4 +1,4 @@
-"""This file is the extractors: ONNX models that trainers bring, checked once, kept under their SHA-256.
+"""Check the ONNX models that trainers upload and keep them under their SHA-256.
 
 A model is stored only after a bounded child process has run it (`embedder.inspect`), so whatever an ingest
 names later is known to work. Its file is durable before its row is committed, and the row before the response.

@@ -1,4 +1,4 @@
-"""The way of an upload from the socket to a worker: the spool on disk and the queue in the database.
+"""Receive uploads into the spool folder and queue them for a worker in the database.
 
     spool/ID.part     being received; its receiver holds an exclusive flock on it
     spool/ID.tar      complete and durable; waits for a worker, removed once its ingest is final
@@ -7,9 +7,9 @@
 
 `202` is a promise, so it is sent after the file is synced, renamed, its folder synced and the row of table
 `ingests` committed. That row is the queue entry: a worker claims it by writing its name and an expiry time (a
-lease) into it, and every later write of that worker asks whether the lease is still its own. A worker that dies
-says nothing: its lease runs out and another one claims the row. Ingests of one buffer are worked off in order of
-arrival, one at a time.
+lease) into it, and every later write of that worker asks whether the lease is still its own. The lease of a
+worker that dies runs out, and another one claims the row. Ingests of one buffer are worked on in order
+of arrival, one at a time.
 
 The flock lasts from the first byte to the commit of the row and dies with its process, so whoever finds a file
 unlocked and without a row knows that nobody will ever ask for it (see `collect`).
@@ -39,10 +39,10 @@ from engram.errors import BadUpload, Conflict, EngramError, NotFound, TooLarge
 from engram.files import disk_errors, fsync_path
 from engram.schemas import Ingest, IngestOptions, State
 
-from .buffers import check_thawed
+from . import buffers
 from .database import Database
 from .settings import Settings
-from .tables import BufferRow, IngestRow
+from .tables import IngestRow
 
 ACTIVE: tuple[State, ...] = ("received", "selecting", "encoding")
 FINAL: tuple[State, ...] = tuple(state for state in get_args(State) if state not in ACTIVE)
@@ -69,7 +69,7 @@ class Claim:
     spool: Path
 
 
-class Upload:
+class SpoolFile:
     """One body on its way to disk. Methods block; `receive` calls them in the thread pool."""
 
     def __init__(self, folder: Path) -> None:
@@ -136,7 +136,9 @@ def spool_path(folder: Path, ingest_id: str) -> Path:
     return folder / f"{ingest_id}.tar"
 
 
-async def receive(chunks: AsyncIterator[bytes], *, settings: Settings, content_digest: bytes | None = None) -> Upload:
+async def receive(
+    chunks: AsyncIterator[bytes], *, settings: Settings, content_digest: bytes | None = None
+) -> SpoolFile:
     """The body is on disk, durable, locked. Memory is bounded; a failure or a cut connection leaves nothing.
 
     Raises:
@@ -144,22 +146,22 @@ async def receive(chunks: AsyncIterator[bytes], *, settings: Settings, content_d
         BadUpload: it is empty or does not match `content_digest`.
         StorageFull: the disk is full.
     """
-    upload = await run_sync(Upload, settings.spool_dir)
+    spooled = await run_sync(SpoolFile, settings.spool_dir)
     try:
         block = bytearray()
         async for chunk in chunks:
             block += chunk
-            if upload.bytes + len(block) > settings.max_body_bytes:
-                raise body_too_large(upload.bytes + len(block), settings)
+            if spooled.bytes + len(block) > settings.max_body_bytes:
+                raise body_too_large(spooled.bytes + len(block), settings)
             if len(block) >= BLOCK_BYTES:
-                await run_sync(upload.write, block)
+                await run_sync(spooled.write, block)
                 block = bytearray()
-        await run_sync(upload.write, block)
-        await run_sync(upload.seal, content_digest)
+        await run_sync(spooled.write, block)
+        await run_sync(spooled.seal, content_digest)
     except BaseException:
-        upload.discard()
+        spooled.discard()
         raise
-    return upload
+    return spooled
 
 
 def body_too_large(size: int, settings: Settings) -> TooLarge:
@@ -171,7 +173,7 @@ def body_too_large(size: int, settings: Settings) -> TooLarge:
 
 
 def enqueue(
-    database: Database, upload: Upload, *, buffer: str, task: int, options: IngestOptions, key: str | None
+    database: Database, spooled: SpoolFile, *, buffer: str, task: int, options: IngestOptions, key: str | None
 ) -> tuple[Ingest, bool]:
     """The upload is queued, or removed because its idempotency key already names an ingest; True if it is new.
 
@@ -181,42 +183,42 @@ def enqueue(
     """
     try:
         try:
-            answer, is_new = _insert(database, upload, buffer=buffer, task=task, options=options, key=key)
+            answer, is_new = _insert(database, spooled, buffer=buffer, task=task, options=options, key=key)
         except IntegrityError:
             # An identical upload won the race for the key, or the buffer was deleted: looking again tells which.
-            answer, is_new = _insert(database, upload, buffer=buffer, task=task, options=options, key=key)
+            answer, is_new = _insert(database, spooled, buffer=buffer, task=task, options=options, key=key)
     except (NotFound, Conflict):
-        upload.discard()
+        spooled.discard()
         raise
     except BaseException:
         # Whether the row was committed is unknown (the answer of the database was lost): the collector will see.
-        upload.release()
+        spooled.release()
         raise
     if is_new:
-        upload.release()
+        spooled.release()
     else:
-        upload.discard()
+        spooled.discard()
     return answer, is_new
 
 
 def _insert(
-    database: Database, upload: Upload, *, buffer: str, task: int, options: IngestOptions, key: str | None
+    database: Database, spooled: SpoolFile, *, buffer: str, task: int, options: IngestOptions, key: str | None
 ) -> tuple[Ingest, bool]:
     wanted = IngestRow(
-        id=upload.id,
+        id=spooled.id,
         buffer=buffer,
         task=task,
         idempotency_key=key,
         state="received",
-        body_sha256=upload.sha256,
-        body_bytes=upload.bytes,
+        body_sha256=spooled.sha256,
+        body_bytes=spooled.bytes,
         options=options.model_dump(mode="json"),
         images_total=0,
         images_done=0,
         attempts=0,
     )
     with database.session() as session:
-        check_buffer(session, buffer)
+        buffers.check_thawed(buffers.find(session, buffer))
         earlier = None if key is None else _earlier(session, wanted)
         if earlier is not None:
             return to_model(earlier), False
@@ -246,19 +248,6 @@ def _earlier(session: Session, wanted: IngestRow) -> IngestRow | None:
             ingest=found.id,
         )
     return found
-
-
-def check_buffer(session: Session, buffer: str) -> None:
-    """Returns if the buffer exists and takes uploads.
-
-    Raises:
-        NotFound: no such buffer.
-        Conflict: it is frozen.
-    """
-    row = session.get(BufferRow, buffer)
-    if row is None:
-        raise NotFound(f"no buffer {buffer!r}; create it with POST /v1/buffers", buffer=buffer)
-    check_thawed(row)
 
 
 def read(session: Session, ingest_id: str) -> Ingest:

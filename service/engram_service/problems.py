@@ -1,4 +1,4 @@
-"""Errors leave the service as `application/problem+json` (RFC 9457), never as a stack trace."""
+"""Answer every error as `application/problem+json` (RFC 9457), never with a stack trace."""
 
 from __future__ import annotations
 

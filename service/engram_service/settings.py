@@ -7,7 +7,6 @@ says what it stops.
 
 from __future__ import annotations
 
-import ipaddress
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -137,16 +136,6 @@ class Settings(BaseSettings):
     def is_embedded(self) -> bool:
         """True if the database is SQLite: nobody else administers it, so an empty one is migrated without asking."""
         return make_url(self.sqlalchemy_url).get_backend_name() == "sqlite"
-
-    @property
-    def is_loopback(self) -> bool:
-        """True if only this machine can reach `host`."""
-        if self.host == "localhost":
-            return True
-        try:
-            return ipaddress.ip_address(self.host).is_loopback
-        except ValueError:
-            return False
 
     def make_folders(self) -> None:
         """The data folder and its parts exist afterwards, readable by this user only where they are new."""

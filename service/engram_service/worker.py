@@ -1,11 +1,11 @@
-"""The worker: it claims ingests, selects and encodes their exemplars, commits them, and collects garbage.
+"""The worker: claim ingests, select and encode their exemplars, commit them, collect garbage.
 
 One worker does one ingest at a time. `engram-service serve` runs one as a child process (`Supervisor`), so that a
 large upload never slows a draw and a crash in a codec never takes the service along; `engram-service worker` runs
 another one anywhere that reaches the same database and data folder.
 
-Dying is part of the plan. The lease is renewed by a thread while the work goes on; a worker that is killed stops
-renewing and its ingest is claimed again. One that is asked to stop gives its ingest back at once. A child whose
+A worker may be killed at any moment. A thread renews its lease while the work goes on; once it is killed the lease
+runs out and its ingest is claimed again. One that is asked to stop gives its ingest back at once. A child whose
 parent died reads the end of its standard input and does the same.
 
 What an upload did wrong (`EngramError`) ends its ingest with a problem for the user. A full disk or a silent
@@ -81,8 +81,8 @@ class Heartbeat:
         self._ended.set()
         self._thread.join()
 
-    def found(self, images: int) -> None:
-        """So many images have been found in the upload.
+    def set_total(self, images: int) -> None:
+        """The upload has so many images.
 
         Raises:
             LeaseLost: the ingest is no longer ours.
@@ -148,7 +148,7 @@ class Heartbeat:
 
 
 def run(settings: Settings, stop: threading.Event | None = None) -> None:
-    """Works off ingests until `stop` is set."""
+    """Process ingests until `stop` is set."""
     stop = stop or threading.Event()
     settings.make_folders()
     database, store = Database(settings), PackStore(settings.packs_dir)
@@ -233,7 +233,7 @@ def perform(database: Database, store: PackStore, settings: Settings, held: Clai
         schema = buffers.schema(session, held.buffer)
     with (
         Heartbeat(database, settings, held, stop) as beat,
-        SpooledImages(held.spool, settings, beat.found, schema) as images,
+        SpooledImages(held.spool, settings, beat.set_total, schema) as images,
         embedder(settings, held, images.shape) as chosen,
     ):
         upload = memory.Upload(held.task, images, held.options, images.names)

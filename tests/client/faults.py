@@ -1,4 +1,4 @@
-"""A network that misbehaves on command: a proxy in front of a real service."""
+"""A proxy in front of a real service that breaks requests and answers on command."""
 
 from __future__ import annotations
 

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import httpx
 import pytest
+from typer.testing import CliRunner
 
 from engram.errors import Forbidden
+from engram_service import cli
 from engram_service.app import create_app
 from engram_service.settings import Settings
-from tests.servers import ServiceThread, environment
+from tests.servers import ServiceThread
 
 TOKEN = "engram_0123456789abcdef"
 
@@ -102,10 +102,8 @@ def test_loopback_is_known_by_all_its_names(settings: Settings, host: str) -> No
 
 
 def test_the_command_refuses_to_serve_others_without_a_token(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "engram_service.cli", "serve", "--host", "0.0.0.0", "--port", "0"]
-    ended = subprocess.run(
-        command, env=environment(data_dir=tmp_path / "data"), capture_output=True, text=True, timeout=60, check=False
-    )
-    assert ended.returncode == 2
+    arguments = ["serve", "--host", "0.0.0.0", "--port", "0", "--data-dir", str(tmp_path / "data")]
+    ended = CliRunner().invoke(cli.app, arguments)
+    assert ended.exit_code == 2
     assert "ENGRAM_ADMIN_TOKEN" in ended.stderr
     assert not (tmp_path / "data").exists()

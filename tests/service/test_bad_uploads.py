@@ -1,6 +1,6 @@
 """Every bad upload fails with an error that says what is wrong, and changes nothing.
 
-Each upload is worked off against a buffer that holds a task already; afterwards its generation, its packs and its
+Each upload is processed against a buffer that holds a task already; afterwards its generation, its packs and its
 tasks are what they were, and the spool is empty.
 """
 

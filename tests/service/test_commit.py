@@ -247,11 +247,14 @@ class AnySequenceOfChanges(RuleBasedStateMachine):
             assert after.get(number, {}).keys() <= classes.keys()
 
 
-def test_any_sequence_of_changes_keeps_the_budget_and_a_prefix_of_every_ranking(migrated: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("count", [12, pytest.param(100, marks=pytest.mark.slow)])
+def test_any_sequence_of_changes_keeps_the_budget_and_a_prefix_of_every_ranking(
+    migrated: Path, tmp_path: Path, count: int
+) -> None:
     AnySequenceOfChanges.template, AnySequenceOfChanges.scratch = migrated, tmp_path
     machine = AnySequenceOfChanges.TestCase
     machine.settings = run_settings(
-        max_examples=25,
+        max_examples=count,
         stateful_step_count=10,
         deadline=None,
         suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much],

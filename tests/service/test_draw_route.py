@@ -276,7 +276,7 @@ NAMES = ["size", "seed", "step", "strategy", "tasks", "exclude_tasks", "rank", "
 QUERIES = st.lists(st.tuples(st.one_of(st.sampled_from(NAMES), st.text(max_size=4)), TEXT), max_size=12)
 
 
-@hypothesis_settings(max_examples=200, deadline=None)
+@hypothesis_settings(max_examples=100, deadline=None)
 @given(pairs=QUERIES, path=st.sampled_from(["draw", "manifest", "exemplars", "exemplars/x/0", "export", "tasks/0"]))
 def test_no_query_is_answered_with_a_defect(asked: httpx.Client, pairs: list[tuple[str, str]], path: str) -> None:
     query = "&".join(f"{quote(name, errors='replace')}={quote(text, errors='replace')}" for name, text in pairs)

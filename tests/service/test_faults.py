@@ -65,7 +65,7 @@ class Uploads:
                     while not self.ended.is_set():
                         self.acknowledged.append(self.send(client, number))
                         number += 1
-                        # Enough waits to keep the worker busy; what is left over has to be worked off at the end.
+                        # Enough waits to keep the worker busy; what is left over has to be processed at the end.
                         while not self.ended.is_set() and self.waiting(client) > 2:
                             time.sleep(0.05)
             except EngramError:

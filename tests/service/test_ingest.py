@@ -443,9 +443,9 @@ def test_what_is_being_received_or_waits_is_kept_and_what_nobody_will_ask_for_is
     database: Database, store: PackStore, settings: Settings
 ) -> None:
     create(database)
-    receiving = ingest.Upload(settings.spool_dir)
+    receiving = ingest.SpoolFile(settings.spool_dir)
     receiving.write(BODY)
-    unqueued = ingest.Upload(settings.spool_dir)
+    unqueued = ingest.SpoolFile(settings.spool_dir)
     unqueued.write(BODY)
     unqueued.seal(None)
     waiting, cancelled = queue(database, settings, BODY), queue(database, settings, OTHER)

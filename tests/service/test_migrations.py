@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,16 +13,16 @@ from alembic.autogenerate import compare_metadata
 from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 from sqlalchemy import inspect, text
+from typer.testing import CliRunner, Result
 
 from engram.errors import Conflict, StorageFull, Unavailable
 from engram.schemas import BufferCreate, IngestOptions
-from engram_service import buffers, ingest
+from engram_service import buffers, cli, ingest
 from engram_service.app import create_app, open_database
 from engram_service.database import Database, migrations_folder
 from engram_service.settings import Settings
 from engram_service.tables import Base, BufferRow, TaskRow
 from tests.contents import create, fill
-from tests.servers import environment
 
 
 @pytest.fixture
@@ -69,10 +67,9 @@ def test_a_database_of_another_program_is_not_touched(bare: Settings) -> None:
         create_app(bare)
 
 
-def command(name: str, data_dir: Path) -> subprocess.CompletedProcess[str]:
-    """`engram-service NAME` on this folder has ended."""
-    program = [sys.executable, "-m", "engram_service.cli", name, "--data-dir", str(data_dir)]
-    return subprocess.run(program, env=environment(), capture_output=True, text=True, timeout=60, check=False)
+def command(name: str, data_dir: Path) -> Result:
+    """What `engram-service NAME` says of this folder."""
+    return CliRunner().invoke(cli.app, [name, "--data-dir", str(data_dir)])
 
 
 def test_the_migrate_command_says_what_it_did(tmp_path: Path) -> None:
@@ -156,7 +153,7 @@ def test_the_commands_refuse_a_folder_of_version_1_in_one_sentence(first_schema:
         ("migrate", "packs of format version 1, which Engram 0.1 wrote and this version does not read: export"),
     ):
         ended = command(name, bare.data_dir)
-        assert (ended.returncode, ended.stdout) == (2, "")
+        assert (ended.exit_code, ended.stdout) == (2, "")
         assert ended.stderr.startswith("engram-service: ")
         assert says in ended.stderr
         assert ended.stderr.count("\n") == 1, ended.stderr

@@ -1,4 +1,4 @@
-"""This file tests augmentation: crops and flips of batches, drawn from one generator."""
+"""Augmentation crops and flips batches, drawing all randomness from one generator."""
 
 from __future__ import annotations
 

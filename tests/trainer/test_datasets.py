@@ -1,4 +1,4 @@
-"""This file is the sources of images: each is read into the same arrays, and what is broken says what is wrong."""
+"""Every source of images is read into the same arrays, and a broken one is refused with a clear message."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""This file is the scores of a run: the formulas by hand, and every test image counted."""
+"""The scores of a run follow their formulas, done by hand, and every test image is counted."""
 
 from __future__ import annotations
 

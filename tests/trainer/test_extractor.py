@@ -1,4 +1,4 @@
-"""This file tests the ONNX export: onnxruntime computes what PyTorch does, for any number of images."""
+"""The exported ONNX model computes the same as PyTorch, for any number of images."""
 
 from __future__ import annotations
 

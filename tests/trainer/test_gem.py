@@ -1,4 +1,4 @@
-"""This file is GEM by its theorem: after the projection no constraint is broken, and nothing else has moved."""
+"""GEM by its theorem: after the projection no constraint is violated, and an unviolated gradient is unchanged."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch import nn
 from engram_trainer import datasets, methods, stream
 from engram_trainer.evaluation import accuracy
 from engram_trainer.local_memory import LocalConfig
-from engram_trainer.memory import by_task
+from engram_trainer.memory import Learned, by_task
 from engram_trainer.methods import Learner
 from engram_trainer.methods.gem import RIDGE, Config, Gem, assign, frozen_statistics, project, project_on_one
 from engram_trainer.plain_memory import local_memory
@@ -207,7 +207,7 @@ def learned(tasks: Stream, **options: Any) -> Gem:
     memory = local_memory(LocalConfig(kind="strips", budget_bytes=10**6, ranking="random", quality=90))
     for task in tasks.tasks:
         learner.learn(task, memory, lambda done, total, *, loss: None)
-        memory.add(task.index, task.train_images, task.train_class_ids, extractor=None, embed=None, seed=task.index)
+        memory.add(Learned(task.index, task.train_images, task.train_class_ids, seed=task.index))
     return learner
 
 
@@ -233,7 +233,7 @@ def test_exemplars_of_the_current_task_are_not_a_constraint(tasks: Stream) -> No
     """A task that is learned again after a crash, or visited twice, must not constrain itself."""
     memory = local_memory(LocalConfig(kind="raw", budget_bytes=10**6))
     task = tasks.tasks[0]
-    memory.add(0, task.train_images, task.train_class_ids, extractor=None, embed=None, seed=0)
+    memory.add(Learned(0, task.train_images, task.train_class_ids))
     alone = Gem(tasks, Config(), network="mlp", seed=5)
     alone.learn(task, memory, lambda done, total, *, loss: None)
     assert alone.corrected_steps == 0

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,10 @@ SMALL = RunConfig(
     network="mlp",
     memory=MemoryConfig(kind="raw", budget_bytes=6_000),
 )
+
+
+run = partial(loop.run, pictures=False)
+"""A run without its pictures, which would take half of the time of these."""
 
 
 def results(report: Report | dict[str, Any]) -> dict[str, Any]:
@@ -65,8 +70,8 @@ def test_a_run_leaves_its_configuration_its_results_and_two_pictures(tmp_path: P
 
 def test_replay_beats_chance_and_no_replay(tmp_path: Path) -> None:
     longer = replace(SMALL, options={**SMALL.options, "epochs": 25, "eta": 8.0, "batch_size": 16})
-    with_replay = loop.run(longer, tmp_path / "replay")
-    without = loop.run(replace(longer, memory=MemoryConfig(kind="none")), tmp_path / "none")
+    with_replay = run(longer, tmp_path / "replay")
+    without = run(replace(longer, memory=MemoryConfig(kind="none")), tmp_path / "none")
     assert with_replay.metrics is not None
     assert without.metrics is not None
     assert with_replay.metrics.last > max(0.3, without.metrics.last)
@@ -82,18 +87,18 @@ def test_every_method_runs_and_two_runs_with_one_seed_are_equal(tmp_path: Path, 
         stream=replace(SMALL.stream, scenario=scenario, tasks=2),
         network="conv" if method in ("lucir", "finetune") else "mlp",
     )
-    first, second = (loop.run(config, tmp_path / name) for name in ("first", "second"))
+    first, second = (run(config, tmp_path / name) for name in ("first", "second"))
     assert results(first) == results(second)
     weights = [
         torch.load(tmp_path / name / "checkpoint.pt", weights_only=True)["learner"] for name in ("first", "second")
     ]
     assert identical(*weights)
-    assert results(loop.run(replace(config, seed=1), tmp_path / "third")) != results(first)
+    assert results(run(replace(config, seed=1), tmp_path / "third")) != results(first)
 
 
 def test_joint_training_tells_the_classes_of_every_task_apart_where_the_task_is_given(tmp_path: Path) -> None:
     stream = replace(SMALL.stream, scenario="task-incremental")
-    report = loop.run(replace(SMALL, method="joint", options={}, stream=stream), tmp_path / "run")
+    report = run(replace(SMALL, method="joint", options={}, stream=stream), tmp_path / "run")
     assert report.metrics is not None
     assert report.metrics.acc > 0.8  # 0.53 where all images compete over the columns of the last task
 
@@ -110,7 +115,7 @@ def identical(first: Any, second: Any) -> bool:
 @pytest.mark.parametrize("scenario", ["permuted", "rotated", "task-incremental"])
 def test_forward_transfer_is_measured_where_the_next_task_can_be_scored(tmp_path: Path, scenario: Any) -> None:
     stream = replace(SMALL.stream, scenario=scenario, tasks=2)
-    report = loop.run(replace(SMALL, method="gem", options={}, stream=stream), tmp_path / "run")
+    report = run(replace(SMALL, method="gem", options={}, stream=stream), tmp_path / "run")
     assert report.metrics is not None
     assert report.metrics.fwt is not None
     assert len(report.at_random) == 2
@@ -143,14 +148,14 @@ def with_kind(kind: Any) -> RunConfig:
     return replace(SMALL, memory=memory)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """The folder of an uninterrupted run with each kind of memory, made when first asked for."""
     folder = tmp_path_factory.mktemp("whole")
 
     def of(kind: str) -> Path:
         if not (folder / kind).exists():
-            loop.run(with_kind(kind), folder / kind)
+            run(with_kind(kind), folder / kind)
         return folder / kind
 
     return of
@@ -174,9 +179,9 @@ def test_a_run_that_is_stopped_anywhere_ends_as_if_it_had_not_been(
 ) -> None:
     folder = tmp_path / "stopped"
     with pytest.raises(Stopped):
-        loop.run(with_kind(kind), folder, watch=StopAt(task, phase))
-    resumed = loop.run(with_kind(kind), folder, resume=True)
-    assert results(resumed) == results(loop.read_report(whole(kind)))
+        run(with_kind(kind), folder, watch=StopAt(task, phase))
+    resumed = run(with_kind(kind), folder, resume=True)
+    assert results(resumed) == results(json.loads((whole(kind) / "report.json").read_text()))
     states = [torch.load(path / "checkpoint.pt", weights_only=True) for path in (whole(kind), folder)]
     assert identical(states[0]["learner"], states[1]["learner"])
     assert identical(states[0]["memory"], states[1]["memory"])
@@ -219,7 +224,7 @@ def test_a_process_killed_with_the_service_as_its_memory_goes_on_as_if_it_had_no
         output, _ = process.communicate()
         assert process.returncode == -signal.SIGKILL, output.decode()
     assert not (killed / "matrix.png").exists()
-    resumed, whole = (results(loop.run(config, folder, resume=True)) for folder in (killed, tmp_path / "whole"))
+    resumed, whole = (results(run(config, folder, resume=True)) for folder in (killed, tmp_path / "whole"))
     assert resumed == whole
     assert all(memory["used_bytes"] <= 5000 for memory in resumed["memory"])
     # One generation for each task, however often it was uploaded.
@@ -236,7 +241,7 @@ def test_the_service_chooses_by_the_trainers_own_extractor(service: ServiceProce
         memory=MemoryConfig(kind="service", budget_bytes=30_000, url=service.url, block=8),
     )
     tasks = replace(config.stream, tasks=2)
-    report = loop.run(replace(config, stream=tasks), tmp_path / "run")
+    report = run(replace(config, stream=tasks), tmp_path / "run")
     decisions = report.memory[-1]["decisions"]
     assert set(decisions) == {"0", "1"}
     with Client(service.url) as client:
@@ -248,30 +253,30 @@ def test_the_service_chooses_by_the_trainers_own_extractor(service: ServiceProce
 
 def test_a_new_run_refuses_the_folder_of_another_and_a_resumed_one_another_configuration(tmp_path: Path) -> None:
     short = replace(SMALL, stream=replace(SMALL.stream, tasks=2), options={"epochs": 1})
-    loop.run(short, tmp_path / "run")
+    run(short, tmp_path / "run")
     with pytest.raises(Conflict, match="already holds run"):
-        loop.run(short, tmp_path / "run")
+        run(short, tmp_path / "run")
     with pytest.raises(Conflict, match=r"options\.epochs: 1 before, 2 now"):
-        loop.run(replace(short, options={"epochs": 2}), tmp_path / "run", resume=True)
+        run(replace(short, options={"epochs": 2}), tmp_path / "run", resume=True)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("precious")
     with pytest.raises(Conflict, match="other files"):
-        loop.run(short, tmp_path / "mine")
+        run(short, tmp_path / "mine")
 
 
 def test_a_finished_run_can_be_resumed_and_stays_as_it_is(tmp_path: Path) -> None:
     short = replace(SMALL, stream=replace(SMALL.stream, tasks=2), options={"epochs": 1})
-    first = loop.run(short, tmp_path / "run")
-    again = loop.run(short, tmp_path / "run", resume=True)
+    first = run(short, tmp_path / "run")
+    again = run(short, tmp_path / "run", resume=True)
     assert again.to_json() == first.to_json()
 
 
 def test_a_new_run_refuses_a_buffer_that_holds_another_ones_exemplars(service: ServiceProcess, tmp_path: Path) -> None:
     memory = MemoryConfig(kind="service", url=service.url, buffer="taken", quality=50, budget_bytes=20_000)
     short = replace(SMALL, stream=replace(SMALL.stream, tasks=1), options={"epochs": 1}, memory=memory)
-    loop.run(short, tmp_path / "first")
+    run(short, tmp_path / "first")
     with pytest.raises(Conflict, match="already holds 1 tasks"):
-        loop.run(short, tmp_path / "second")
+        run(short, tmp_path / "second")
 
 
 def test_without_a_service_the_run_says_so_before_it_trains_and_can_be_started_again(
@@ -280,16 +285,16 @@ def test_without_a_service_the_run_says_so_before_it_trains_and_can_be_started_a
     config = replace(SMALL, stream=replace(SMALL.stream, tasks=1), options={"epochs": 1})
     memory = MemoryConfig(kind="service", url="http://127.0.0.1:9", quality=50, budget_bytes=20_000)
     with pytest.raises(Unavailable):
-        loop.run(replace(config, memory=memory), tmp_path / "run")
+        run(replace(config, memory=memory), tmp_path / "run")
     # The service is there now, under an address of its own: nothing was learned, so there is nothing to resume.
-    report = loop.run(replace(config, memory=replace(memory, url=service.url)), tmp_path / "run")
+    report = run(replace(config, memory=replace(memory, url=service.url)), tmp_path / "run")
     assert len(report.matrix) == 1
     with pytest.raises(Conflict, match="already holds run"):
-        loop.run(replace(config, memory=replace(memory, url=service.url)), tmp_path / "run")
+        run(replace(config, memory=replace(memory, url=service.url)), tmp_path / "run")
     moved = replace(memory, url=service.url.replace("127.0.0.1", "localhost"))
-    assert loop.run(replace(config, memory=moved), tmp_path / "run", resume=True).run == report.run
+    assert run(replace(config, memory=moved), tmp_path / "run", resume=True).run == report.run
 
 
 def test_a_device_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="device 'warp:0' cannot be used"):
-        loop.run(replace(SMALL, device="warp:0"), tmp_path / "run")
+        run(replace(SMALL, device="warp:0"), tmp_path / "run")

@@ -16,7 +16,7 @@ from engram import strip
 from engram_trainer import datasets, evaluation, stream
 from engram_trainer.datasets import Dataset
 from engram_trainer.local_memory import Kind, LocalConfig, LocalMemory
-from engram_trainer.memory import Memory, NoMemory
+from engram_trainer.memory import Learned, Memory, NoMemory
 from engram_trainer.methods import lucir
 from engram_trainer.methods.lucir import Config, Lucir, adaptive_weight, imprint, less_forget_loss, margin_ranking_loss
 from engram_trainer.plain_memory import local_memory
@@ -48,9 +48,7 @@ def learner_of(tasks: Stream, seed: int = 0, **options: Any) -> Lucir:
 def run(learner: Lucir, memory: Memory, tasks: Stream, count: int) -> None:
     for task in tasks.tasks[:count]:
         learner.learn(task, memory, ignore)
-        memory.add(
-            task.index, task.train_images, task.train_class_ids, extractor=None, embed=learner.embed, seed=learner.seed
-        )
+        memory.add(Learned(task.index, task.train_images, task.train_class_ids, embed=learner.embed, seed=learner.seed))
         learner.balance(task, memory, ignore)
 
 
@@ -125,7 +123,7 @@ def test_old_embeddings_stand_still_while_a_task_is_learned_and_move_in_the_bala
     assert torch.equal(learner.classifier.embeddings_CD[:2], old_CD)
     assert learner.classifier.embeddings_CD.shape == (4, 128)
     task = tasks.tasks[1]
-    memory.add(1, task.train_images, task.train_class_ids, extractor=None, embed=learner.embed, seed=0)
+    memory.add(Learned(1, task.train_images, task.train_class_ids, embed=learner.embed))
     network, eta = copy.deepcopy(learner.network.state_dict()), learner.classifier.eta.item()
     learner.balance(task, memory, ignore)
     assert not torch.equal(learner.classifier.embeddings_CD[:2], old_CD)
@@ -209,7 +207,8 @@ def test_own_images_are_shown_as_jpeg_only_where_exemplars_are_jpeg(digits: Data
 
 def test_replay_beats_chance_and_no_replay(digits: Dataset) -> None:
     tasks = stream_of(digits, train_per_class=100)
-    with_replay, without = (learner_of(tasks, epochs=10, balance_epochs=10, replay_ratio=0.5) for _ in range(2))
+    config = quick(epochs=10, balance_epochs=10, replay_ratio=0.5)
+    with_replay, without = (Lucir(tasks, config, network="mlp", seed=0) for _ in range(2))
     run(with_replay, raw_memory(), tasks, 5)
     run(without, NoMemory(), tasks, 5)
 

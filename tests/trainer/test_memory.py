@@ -28,7 +28,7 @@ from engram_service.storage import PackStore
 from engram_trainer import datasets
 from engram_trainer.datasets import ClassIds, Images
 from engram_trainer.local_memory import Kind, LocalConfig, LocalMemory, NetworkEmbedder, StripMemory
-from engram_trainer.memory import NoMemory, ServiceMemory, by_task
+from engram_trainer.memory import Learned, NoMemory, ServiceMemory, by_task
 from engram_trainer.plain_memory import CLASS_ID_BYTES, local_memory
 from tests.photos import photos
 from tests.servers import ServiceProcess
@@ -54,7 +54,7 @@ def filled(config: LocalConfig, tasks: list[list[int]], *, count: int = 40) -> L
     memory = local_memory(config)
     for number, classes in enumerate(tasks):
         images, class_ids = task_of(classes, count=count)
-        memory.add(number, images, class_ids, extractor=None, embed=flat, seed=number)
+        memory.add(Learned(number, images, class_ids, embed=flat, seed=number))
     return memory
 
 
@@ -71,7 +71,7 @@ def test_the_budget_holds_after_every_task(kind: Kind, per: Any, share_by: Any, 
     seen: set[int] = set()
     for number, classes in enumerate(tasks):
         images, class_ids = task_of(classes, count=30)
-        memory.add(number, images, class_ids, extractor=None, embed=flat, seed=number)
+        memory.add(Learned(number, images, class_ids, embed=flat, seed=number))
         seen |= set(classes)
         assert 0 < memory.used_bytes <= shares.limit(budget, per=per, classes=len(seen))
 
@@ -117,7 +117,7 @@ def test_files_are_ordinary_jpegs_at_the_asked_quality() -> None:
 def test_raw_pixels_come_back_as_they_were() -> None:
     images, class_ids = task_of([3, 4], count=20)
     memory = local_memory(LocalConfig(kind="raw", budget_bytes=10**6, ranking="random"))
-    memory.add(0, images, class_ids, extractor=None, embed=None, seed=0)
+    memory.add(Learned(0, images, class_ids))
     kept = memory.everything()
     assert {image.tobytes() for image in kept.images} == {image.tobytes() for image in images}
     assert kept.class_ids.tolist() == [3] * 20 + [4] * 20
@@ -128,7 +128,7 @@ def test_coloured_images_are_kept_as_rgb() -> None:
     images[..., 0] = 200
     for kind in KINDS:
         memory = local_memory(LocalConfig(kind=kind, budget_bytes=10**6, quality=90))
-        memory.add(0, images, np.zeros(6, np.int64), extractor=None, embed=None, seed=0)
+        memory.add(Learned(0, images, np.zeros(6, np.int64)))
         assert np.abs(memory.everything().images[0, 8, 8].astype(int) - [200, 0, 0]).max() <= 4
 
 
@@ -160,7 +160,7 @@ def test_a_task_that_is_added_again_changes_nothing() -> None:
     memory = filled(LocalConfig(kind="raw", budget_bytes=20_000), [[0, 1], [2, 3]])
     before = memory.everything()
     images, class_ids = task_of([0, 1], count=10, seed=9)
-    memory.add(1, images, class_ids, extractor=None, embed=flat, seed=9)
+    memory.add(Learned(1, images, class_ids, embed=flat, seed=9))
     np.testing.assert_array_equal(memory.everything().images, before.images)
 
 
@@ -170,20 +170,20 @@ def test_a_budget_below_one_exemplar_names_both_numbers_and_keeps_what_was_there
     before = memory.everything()
     images, class_ids = noise([1, 2, 3, 4, 5, 6, 7, 8, 9])
     with pytest.raises(BudgetExceeded, match="its 9 classes have 1350 bytes of a budget of 1500"):
-        memory.add(1, images, class_ids, extractor=None, embed=None, seed=0)
+        memory.add(Learned(1, images, class_ids))
     np.testing.assert_array_equal(memory.everything().images, before.images)
 
 
 def test_strips_that_do_not_fit_say_how_many_bytes_would_do_and_keep_what_was_there() -> None:
     memory = local_memory(LocalConfig(kind="strips", budget_bytes=1_500, quality=90))
-    memory.add(0, np.zeros((3, 60, 60, 1), np.uint8), np.zeros(3, np.int64), extractor=None, embed=None, seed=0)
+    memory.add(Learned(0, np.zeros((3, 60, 60, 1), np.uint8), np.zeros(3, np.int64)))
     before = memory.state_dict()
     images, class_ids = noise([1, 2, 3, 4, 5, 6, 7, 8, 9])
     with pytest.raises(BudgetExceeded, match=r"have 1,350 bytes together, .* needs [234],\d\d\d at quality 90"):
-        memory.add(1, images, class_ids, extractor=None, embed=None, seed=0)
+        memory.add(Learned(1, images, class_ids))
     assert same_states(memory.state_dict(), before)
     with pytest.raises(Conflict, match="8x8x1"):
-        memory.add(1, *task_of([1], count=3), extractor=None, embed=None, seed=0)
+        memory.add(Learned(1, *task_of([1], count=3)))
 
 
 def noise(classes: list[int]) -> tuple[Images, npt.NDArray[np.int64]]:
@@ -210,7 +210,7 @@ def test_a_checkpoint_of_another_kind_of_memory_is_refused() -> None:
 def test_no_memory_keeps_nothing_and_has_nothing_to_draw() -> None:
     memory = NoMemory()
     images, class_ids = task_of([0], count=3)
-    memory.add(0, images, class_ids, extractor=None, embed=flat, seed=0)
+    memory.add(Learned(0, images, class_ids, embed=flat))
     assert len(memory.everything()) == memory.used_bytes == 0
     with pytest.raises(Conflict, match="keeps none"):
         memory.draw(4, seed=0, step=0)
@@ -222,13 +222,13 @@ def test_herding_keeps_more_typical_images_than_chance() -> None:
 
     def distance(ranking: Any) -> float:
         memory = local_memory(LocalConfig(kind="raw", budget_bytes=66 * 10, ranking=ranking))
-        memory.add(0, images, class_ids, extractor=None, embed=flat, seed=0)
+        memory.add(Learned(0, images, class_ids, embed=flat))
         return float(np.linalg.norm(flat(memory.everything().images).mean(axis=0) - mean))
 
     assert distance("herding") < distance("random")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def service_memory(service: ServiceProcess, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServiceMemory]:
     """Two tasks in a real service."""
     with Client(service.url) as client:
@@ -246,7 +246,7 @@ def filled_service(client: Client, folder: Path) -> ServiceMemory:
     )
     for number, classes in enumerate([[0, 1], [2, 3]]):
         images, class_ids = task_of(classes, count=40)
-        memory.add(number, images, class_ids, extractor=None, embed=flat, seed=number)
+        memory.add(Learned(number, images, class_ids, embed=flat, seed=number))
     return memory
 
 
@@ -273,7 +273,7 @@ def test_the_services_memory_draws_what_the_service_draws(service_memory: Servic
 def test_a_task_uploaded_again_after_a_crash_is_the_same_ingest(service_memory: ServiceMemory) -> None:
     before = service_memory.client.manifest("trainer-memory")
     images, class_ids = task_of([2, 3], count=40)
-    service_memory.add(1, images, class_ids, extractor=None, embed=flat, seed=1)
+    service_memory.add(Learned(1, images, class_ids, embed=flat, seed=1))
     assert service_memory.client.manifest("trainer-memory") == before
 
 
@@ -335,9 +335,9 @@ def test_strips_in_the_trainer_are_byte_for_byte_those_of_a_service(
 
 def test_strips_choose_their_quality_without_a_service_and_record_what_the_learners_features_say() -> None:
     memory = strips(6_000, block=8)
-    memory.add(0, photos(20), np.resize([0, 1], 20), extractor=b"a model", embed=flat, seed=0)
+    memory.add(Learned(0, photos(20), np.resize([0, 1], 20), extractor=b"a model", embed=flat))
     assert memory.quality == memory.describe()["quality"] == 90
-    memory.add(1, photos(300, seed=1), np.resize([2, 3], 300), extractor=b"another", embed=flat, seed=1)
+    memory.add(Learned(1, photos(300, seed=1), np.resize([2, 3], 300), extractor=b"another", embed=flat, seed=1))
     assert memory.quality is not None
     assert memory.quality < 90
     names = [NetworkEmbedder(flat, extractor).name for extractor in (b"a model", b"another")]

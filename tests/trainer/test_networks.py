@@ -1,4 +1,4 @@
-"""This file tests the networks: shapes, initialisation by seed, signed features and the cosine classifier."""
+"""The networks have the right shapes, initialisation by seed, signed features and a cosine classifier."""
 
 from __future__ import annotations
 

@@ -9,9 +9,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from engram.errors import NotFound
 from engram_trainer import report as reports
-from engram_trainer.loop import read_report
 from engram_trainer.report import Report, curves, environment, git_commit, plot, write_durably
 
 
@@ -28,7 +26,6 @@ def test_a_report_is_plain_json_with_its_metrics(tmp_path: Path) -> None:
     assert found["matrix"] == [[0.9, 0.2], [0.5, 0.8, 0.1]]
     assert found["metrics"]["bwt"] == pytest.approx(-0.4)
     assert found["metrics"]["fwt"] == pytest.approx(0.1)
-    assert found == read_report(tmp_path)
 
 
 def test_a_report_without_a_finished_task_has_no_metrics_and_no_pictures(tmp_path: Path) -> None:
@@ -36,8 +33,6 @@ def test_a_report_without_a_finished_task_has_no_metrics_and_no_pictures(tmp_pat
     assert report.to_json()["metrics"] is None
     plot(report, tmp_path)
     assert list(tmp_path.iterdir()) == []
-    with pytest.raises(NotFound, match=r"report\.json"):
-        read_report(tmp_path)
 
 
 def test_the_pictures_of_an_unfinished_run_can_be_drawn(tmp_path: Path) -> None:

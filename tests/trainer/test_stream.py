@@ -1,4 +1,4 @@
-"""This file is the streams of tasks: every image is where it should be, and the seed decides everything random."""
+"""Streams put every image into the right task, and all their randomness comes from the seed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""This file is the command `engram-train`: one run of one method, or the report of a run that is there."""
+"""The `engram-train` command: run a method on a stream of tasks, or print the report of an earlier run."""
 
 from __future__ import annotations
 

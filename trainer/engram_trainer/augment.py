@@ -1,4 +1,4 @@
-"""This file is the augmentation of training images: a random crop after padding, and a random horizontal flip.
+"""Augment batches of training images with random crops (after padding) and random horizontal flips.
 
 Images are float32 `[N, C, H, W]`; the flip reverses W. Every image of a batch draws its own crop and flip, all from the
 generator that the caller hands in.

@@ -1,4 +1,4 @@
-"""This file is everything that defines a run; it is written beside the results and must be the same to resume.
+"""The configuration of a run, written beside its results; resuming requires the same one.
 
 `RunConfig` nests the stream (see `stream`), the memory and the method's options (see `methods`). Sizes are bytes.
 """

@@ -1,4 +1,4 @@
-"""Where images come from: every source becomes one `Dataset` of uint8 arrays.
+"""Load images from files, folders or the Hugging Face Hub into one `Dataset` of uint8 arrays.
 
 `load(source)` understands:
 

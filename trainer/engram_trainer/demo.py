@@ -1,4 +1,4 @@
-"""This file is the demo: one learner, three memories, the same bytes, on images that ship with Engram.
+"""The demo: train one learner with three memories of equal bytes, on images that ship with Engram.
 
 LUCIR learns the Fashion-MNIST sample two classes at a time: without replay, with uncompressed replay, and with an
 Engram service that is started for the purpose and stopped afterwards. It prints a table and leaves a picture.
@@ -45,12 +45,14 @@ def demo(
         f"LUCIR learns 10 classes of clothing, 2 at a time, with {budget:,} bytes of memory per class.", highlight=False
     )
     try:
-        with local_service(out / "server") as url:
-            console.print(f"An Engram service runs at {url}, its data and log in {out / 'server'}.", highlight=False)
+        with local_service(out / "server") as service:
+            console.print(
+                f"An Engram service runs at {service.url}, its data and log in {out / 'server'}.", highlight=False
+            )
             reports = {}
             for kind, name in NAMES.items():
                 console.rule(name, align="left")
-                memory = MemoryConfig(kind=kind, budget_bytes=budget, per="class", url=url)  # type: ignore[arg-type]
+                memory = MemoryConfig(kind=kind, budget_bytes=budget, per="class", url=service.url)  # type: ignore[arg-type]
                 config = RunConfig(
                     stream=StreamConfig(tasks=5, seed=seed, train_per_class=train_per_class),
                     options={"epochs": epochs},

@@ -1,4 +1,4 @@
-"""This file is how a run is scored: the accuracy matrix R and the numbers derived from it.
+"""Score a run: the accuracy matrix R and the metrics derived from it.
 
 `R[i][j]` is the accuracy on the test images of task j once task i is learned; None where it was not measured. b[j] is
 task j's accuracy at random initialisation. T tasks, counted from 1 in the formulas:

@@ -1,4 +1,4 @@
-"""This file is the export of a learner's feature extractor to ONNX, which the service embeds images with.
+"""Export a learner's feature extractor to ONNX, for the service to embed images with.
 
 The model takes float32 `[N, C, H, W]` in 0..1, C as in the data and N free, and returns float32 `[N, D]`. Weights are
 inside the bytes: the service refuses external data.

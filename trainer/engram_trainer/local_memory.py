@@ -18,7 +18,7 @@ import numpy.typing as npt
 import torch
 
 from engram import memory, pack
-from engram.batch import Batch, collect, from_parts
+from engram.batch import Batch, collect, empty, from_parts
 from engram.content import Content, Means, Policy, Task
 from engram.draw import Layout, Plan, Request, plan
 from engram.errors import Conflict
@@ -26,8 +26,8 @@ from engram.memory import Upload
 from engram.schemas import Decision, IngestOptions, PackEntry, Per, ShareBy, Strategy, Subsampling
 from engram.selection.embedding import EXTRACTOR_BLOCK, BuiltinEmbedder, Embedder, unit_rows
 from engram.selection.images import ArrayImages
-from engram_trainer.datasets import ClassIds, Images
-from engram_trainer.memory import Embed, all_rows, empty_batch
+from engram_trainer.datasets import Images
+from engram_trainer.memory import Embed, Learned, all_rows
 
 Kind = Literal["raw", "files", "strips"]
 LocalRanking = Literal["herding", "random"]
@@ -60,16 +60,7 @@ class LocalMemory(ABC):
     _layout: Layout
 
     @abstractmethod
-    def add(
-        self,
-        task: int,
-        images_NHWC: Images,
-        class_ids: ClassIds,
-        *,
-        extractor: bytes | None,
-        embed: Embed | None,
-        seed: int,
-    ) -> None:
+    def add(self, learned: Learned) -> None:
         """Keep as many exemplars of the task as its shares hold; drop the tails of earlier ones.
 
         Raises:
@@ -107,7 +98,7 @@ class LocalMemory(ABC):
     def everything(self, *, exclude_tasks: tuple[int, ...] = ()) -> Batch:
         """All exemplars, by task, class and rank."""
         chosen = all_rows(self._layout, exclude_tasks)
-        return empty_batch() if chosen is None else self.batch(chosen)
+        return empty() if chosen is None else self.batch(chosen)
 
     @property
     def is_lossy(self) -> bool:
@@ -173,22 +164,15 @@ class StripMemory(LocalMemory):
         self.options = options
         self._become(Content(policy))
 
-    def add(
-        self,
-        task: int,
-        images_NHWC: Images,
-        class_ids: ClassIds,
-        *,
-        extractor: bytes | None,
-        embed: Embed | None,
-        seed: int,
-    ) -> None:
+    def add(self, learned: Learned) -> None:
         """As `LocalMemory.add`; a task that is there already stays as it is."""
-        if task in self.content.tasks:
+        if learned.task in self.content.tasks:
             return
-        images = ArrayImages(images_NHWC, np.asarray(class_ids, np.int64))
-        embedder: Embedder = BuiltinEmbedder(images.shape) if embed is None else NetworkEmbedder(embed, extractor)
-        self.put(task, images, embedder, seed=seed)
+        images = ArrayImages(learned.images_NHWC, np.asarray(learned.class_ids, np.int64))
+        embedder: Embedder = BuiltinEmbedder(images.shape)
+        if learned.embed is not None:
+            embedder = NetworkEmbedder(learned.embed, learned.extractor)
+        self.put(learned.task, images, embedder, seed=learned.seed)
 
     def put(self, task: int, images: ArrayImages, embedder: Embedder, *, seed: int) -> None:
         """One more upload to a task.

@@ -1,4 +1,4 @@
-"""This file is the run of a learner through a stream, task by task, and what makes it survive being killed.
+"""Run a learner through a stream of tasks, with checkpoints from which a killed run resumes.
 
     RUN/run.json         the run's id and configuration, written first
     RUN/checkpoint.pt    tensors and plain values only (loads with `weights_only=True`), replaced by rename
@@ -21,19 +21,19 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
 
 from engram.client import Client
-from engram.errors import Conflict, NotFound
+from engram.errors import Conflict
 from engram.schemas import Ingest, IngestOptions
 from engram_trainer import datasets, extractor, methods, stream
 from engram_trainer.configuration import MemoryConfig, RunConfig, differences
 from engram_trainer.evaluation import accuracy
 from engram_trainer.local_memory import LocalConfig
-from engram_trainer.memory import Memory, NoMemory, ServiceMemory
+from engram_trainer.memory import Learned, Memory, NoMemory, ServiceMemory
 from engram_trainer.methods import Learner
 from engram_trainer.plain_memory import local_memory
 from engram_trainer.report import Report, describe_tasks, environment, plot, write_durably
@@ -54,7 +54,7 @@ class Watch(Protocol):
 
 
 class Silent:
-    """Watches without a word."""
+    """A `Watch` that shows nothing."""
 
     def task(self, task: Task, stream: Stream) -> None:
         """Nothing."""
@@ -66,7 +66,14 @@ class Silent:
         """Nothing."""
 
 
-def run(config: RunConfig, folder: str | Path, *, resume: bool = False, watch: Watch | None = None) -> Report:
+def run(
+    config: RunConfig,
+    folder: str | Path,
+    *,
+    resume: bool = False,
+    watch: Watch | None = None,
+    pictures: bool = True,
+) -> Report:
     """Learn all tasks of a stream and leave checkpoint, report and pictures in a folder.
 
     Args:
@@ -74,6 +81,7 @@ def run(config: RunConfig, folder: str | Path, *, resume: bool = False, watch: W
         folder: a new or empty folder, or with `resume` one of a run with the same configuration (or a new one).
         resume: go on after the last checkpoint.
         watch: told of the progress.
+        pictures: whether to draw the results; that takes about as long as a minimal run.
 
     Raises:
         Conflict: the folder holds a run and `resume` is false, or the run there has another configuration.
@@ -93,19 +101,20 @@ def run(config: RunConfig, folder: str | Path, *, resume: bool = False, watch: W
     )
     identity = _identify(config, folder, resume=resume)
     with _open_memory(config.memory, run=identity, folder=folder, is_new=not resume, watch=watch) as memory:
-        progress = _Progress(config, folder, identity, tasks, learner, memory)
-        progress.restore()
-        for task in tasks.tasks[len(progress.report.matrix) :]:
+        running = _Run(config, folder, identity, tasks, learner, memory)
+        running.restore()
+        for task in tasks.tasks[len(running.report.matrix) :]:
             watch.task(task, tasks)
-            progress.learn(task, watch)
-            progress.remember(task, watch)
-            progress.evaluate(task, watch)
-            watch.finished(progress.report)
-    plot(progress.report, folder)
-    return progress.report
+            running.learn(task, watch)
+            running.remember(task, watch)
+            running.evaluate(task, watch)
+            watch.finished(running.report)
+    if pictures:
+        plot(running.report, folder)
+    return running.report
 
 
-class _Progress:
+class _Run:
     """A run between two checkpoints."""
 
     def __init__(
@@ -162,15 +171,13 @@ class _Progress:
         self.checkpoint()
 
     def remember(self, task: Task, watch: Watch) -> None:
-        """The memory holds exemplars of the task, and the learner has made its peace with them."""
+        """The memory holds exemplars of the task, and the learner is balanced on all exemplars."""
         with self._timed("remember"):
+            seed = int(np.random.default_rng([self.config.seed, task.index]).integers(2**31))
             self.memory.add(
-                task.index,
-                task.train_images,
-                task.train_class_ids,
-                extractor=self.onnx,
-                embed=self.learner.embed,
-                seed=int(np.random.default_rng([self.config.seed, task.index]).integers(2**31)),
+                Learned(
+                    task.index, task.train_images, task.train_class_ids, self.onnx, embed=self.learner.embed, seed=seed
+                )
             )
         with self._timed("balance"):
             self.learner.balance(task, self.memory, _steps(watch, "balance"))
@@ -196,7 +203,7 @@ class _Progress:
         self.seconds[name] = round(time.perf_counter() - start, 3)
 
 
-def _steps(watch: Watch, name: str) -> methods.Progress:
+def _steps(watch: Watch, name: str) -> methods.OnStep:
     def step(done: int, total: int, *, loss: float) -> None:
         watch.phase(name, done, total, note=f"loss {loss:.3f}")
 
@@ -300,16 +307,3 @@ def _ingest_watch(watch: Watch) -> Callable[[Ingest], None]:
         watch.phase("remember", ingest.images_done, ingest.images_total, note=ingest.state)
 
     return see
-
-
-def read_report(folder: str | Path) -> dict[str, Any]:
-    """The report that a run left in its folder.
-
-    Raises:
-        NotFound: there is none.
-    """
-    path = Path(folder) / "report.json"
-    if not path.is_file():
-        raise NotFound(f"{folder} has no report.json; did the run finish its first task?")
-    found: dict[str, Any] = json.loads(path.read_text())
-    return found

@@ -1,4 +1,4 @@
-"""This file is the replay memory as a method sees it, and the one that an Engram service keeps.
+"""The replay memory as a method sees it, and its implementations by an Engram service and by nothing at all.
 
 `ServiceMemory` is a buffer of a service through `engram.Client`; `NoMemory` keeps nothing; those of `local_memory` live
 in this process. Images are uint8 `[N, H, W, C]`, features float32 `[N, D]`.
@@ -7,14 +7,14 @@ in this process. Images are uint8 `[N, H, W, C]`, features float32 `[N, D]`.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from engram.batch import Batch, collect, from_parts
+from engram.batch import Batch, collect, empty, from_parts
 from engram.client import Client
 from engram.draw import Layout, Plan, Request, plan
 from engram.errors import Conflict
@@ -25,29 +25,28 @@ from engram_trainer.datasets import ClassIds, Images
 Embed = Callable[[Images], npt.NDArray[np.float32]]
 
 
+@dataclass(frozen=True, eq=False)
+class Learned:
+    """A task that was just learned, as a memory gets it."""
+
+    task: int
+    """Its number."""
+    images_NHWC: Images
+    """All its training images."""
+    class_ids: ClassIds
+    extractor: bytes | None = None
+    """The learner's feature extractor as ONNX, for a memory in another process."""
+    embed: Embed | None = None
+    """The same extractor as a function, for a memory in this one."""
+    seed: int = 0
+    """Draws what the ranking leaves to chance."""
+
+
 class Memory(Protocol):
     """What a method replays from. A task is added once; adding it again after a crash changes nothing."""
 
-    def add(
-        self,
-        task: int,
-        images_NHWC: Images,
-        class_ids: ClassIds,
-        *,
-        extractor: bytes | None,
-        embed: Embed | None,
-        seed: int,
-    ) -> None:
-        """Keep exemplars of a task that was just learned.
-
-        Args:
-            task: its number.
-            images_NHWC: all its training images.
-            class_ids: their class ids.
-            extractor: the learner's feature extractor as ONNX, for a memory in another process.
-            embed: the same extractor as a function, for a memory in this one.
-            seed: draws what the ranking leaves to chance.
-        """
+    def add(self, learned: Learned) -> None:
+        """Keep exemplars of a task that was just learned."""
 
     def draw(
         self, size: int, *, seed: int, step: int, strategy: Strategy = "uniform", exclude_tasks: tuple[int, ...] = ()
@@ -81,16 +80,7 @@ class NoMemory:
     used_bytes = 0
     is_lossy = False
 
-    def add(
-        self,
-        task: int,
-        images_NHWC: Images,
-        class_ids: ClassIds,
-        *,
-        extractor: bytes | None,
-        embed: Embed | None,
-        seed: int,
-    ) -> None:
+    def add(self, learned: Learned) -> None:
         """Keep nothing."""
 
     def draw(
@@ -105,7 +95,7 @@ class NoMemory:
 
     def everything(self, *, exclude_tasks: tuple[int, ...] = ()) -> Batch:
         """An empty batch."""
-        return empty_batch()
+        return empty()
 
     def describe(self) -> dict[str, Any]:
         """What is kept, as JSON for the report."""
@@ -144,25 +134,22 @@ class ServiceMemory:
         self.client, self.buffer, self.options, self.run, self.watch = client, buffer, options, run, watch
         self._mirror = Mirror(client, buffer, folder)
 
-    def add(
-        self,
-        task: int,
-        images_NHWC: Images,
-        class_ids: ClassIds,
-        *,
-        extractor: bytes | None,
-        embed: Embed | None,
-        seed: int,
-    ) -> None:
+    def add(self, learned: Learned) -> None:
         """Upload the task and wait until its exemplars are committed.
 
         Raises:
             EngramError: the service refused the images, the extractor or the budget.
         """
-        digest = None if extractor is None else self.client.register_extractor(extractor).sha256
-        options = self.options.model_copy(update={"seed": seed, "extractor": digest})
-        key = f"{self.run}-task-{task}"
-        ingest = self.client.upload(self.buffer, task, images_NHWC, class_ids, options=options, idempotency_key=key)
+        model = learned.extractor
+        digest = None if model is None else self.client.register_extractor(model).sha256
+        ingest = self.client.upload(
+            self.buffer,
+            learned.task,
+            learned.images_NHWC,
+            learned.class_ids,
+            options=self.options.model_copy(update={"seed": learned.seed, "extractor": digest}),
+            idempotency_key=f"{self.run}-task-{learned.task}",
+        )
         self.client.wait(ingest, progress=self.watch)
         self._mirror.refresh()
 
@@ -176,7 +163,7 @@ class ServiceMemory:
         """All exemplars, by task, class and rank."""
         snapshot = self._mirror.snapshot()
         chosen = all_rows(snapshot.layout, exclude_tasks)
-        return empty_batch() if chosen is None else from_parts(collect(snapshot.packs, chosen))
+        return empty() if chosen is None else from_parts(collect(snapshot.packs, chosen))
 
     @property
     def is_lossy(self) -> bool:
@@ -221,12 +208,6 @@ class ServiceMemory:
                 f"the checkpoint was made with buffer {state['buffer']!r} at generation {state['generation']}, this is "
                 f"{self.buffer!r} at generation {self._mirror.generation}; start the run in a new folder"
             )
-
-
-def empty_batch() -> Batch:
-    """A batch of no exemplars."""
-    none = np.zeros(0, np.int64)
-    return Batch(images=np.zeros((0, 1, 1, 1), np.uint8), class_ids=none, tasks=none, rows=none)
 
 
 def all_rows(layout: Layout, exclude_tasks: tuple[int, ...]) -> Plan | None:

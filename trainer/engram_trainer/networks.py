@@ -1,4 +1,4 @@
-"""This file is the networks: each turns images into features, and heads turn features into scores.
+"""The networks that turn images into features, and the classifier heads that turn features into scores.
 
 `build(name, shape, seed=...)` knows
 

@@ -1,4 +1,4 @@
-"""What Engram is compared with under the same byte budget: raw pixels, and one JPEG file for each exemplar.
+"""The memories that Engram is compared with in the same bytes: raw pixels, and one JPEG file per exemplar.
 
 Shares are split by the same `engram.shares`. What one exemplar costs, its class id counted as 2 bytes:
 
@@ -29,7 +29,7 @@ from engram.selection import ranking
 from engram.strip import runs_of
 from engram_trainer.datasets import ClassIds, Images
 from engram_trainer.local_memory import Kind, LocalConfig, LocalMemory, NetworkEmbedder, Rows, StripMemory, as_tensor
-from engram_trainer.memory import Embed
+from engram_trainer.memory import Learned
 
 CLASS_ID_BYTES = 2
 # No JPEG file is smaller without its tables, so a share is never ranked deeper than share / floor.
@@ -187,25 +187,16 @@ class PlainMemory(LocalMemory):
         self.config, self.kind = config, config.kind
         self._keep({})
 
-    def add(
-        self,
-        task: int,
-        images_NHWC: Images,
-        class_ids: ClassIds,
-        *,
-        extractor: bytes | None,
-        embed: Embed | None,
-        seed: int,
-    ) -> None:
+    def add(self, learned: Learned) -> None:
         """As `LocalMemory.add`; a task that is there already stays as it is."""
-        if task in self._kept:
+        if learned.task in self._kept:
             return
-        config = self.config
+        config, task, class_ids = self.config, learned.task, learned.class_ids
         classes = {place: kept_classes(kept.class_ids) for place, kept in self._kept.items()}
         classes[task] = kept_classes(class_ids)
         share = shares_of(Policy(config.budget_bytes, config.per, config.share_by), classes)
-        ranked = self._rank(images_NHWC, class_ids, share[task], embed, seed)
-        kept = self._encode(images_NHWC[ranked], class_ids[ranked]).fit(share[task])
+        ranked = self._rank(learned, share[task])
+        kept = self._encode(learned.images_NHWC[ranked], class_ids[ranked]).fit(share[task])
         if len(kept.class_ids) == 0:
             raise BudgetExceeded(
                 f"not one exemplar of task {task} fits: its {len(share[task])} classes have "
@@ -213,18 +204,16 @@ class PlainMemory(LocalMemory):
             )
         self._keep({place: old.fit(share[place]) for place, old in self._kept.items()} | {task: kept})
 
-    def _rank(
-        self, images_NHWC: Images, class_ids: ClassIds, share: Mapping[int, int], embed: Embed | None, seed: int
-    ) -> Rows:
+    def _rank(self, learned: Learned, share: Mapping[int, int]) -> Rows:
         """Rows by class ascending, then rank; no deeper than a share could reach."""
-        generator = np.random.default_rng(seed)
-        floor = int(np.prod(images_NHWC.shape[1:])) if self.kind == "raw" else FLOOR_BYTES
+        generator = np.random.default_rng(learned.seed)
+        floor = int(np.prod(learned.images_NHWC.shape[1:])) if self.kind == "raw" else FLOOR_BYTES
         ranked = []
-        for class_id in np.unique(class_ids):
-            rows = np.flatnonzero(class_ids == class_id)
+        for class_id in np.unique(learned.class_ids):
+            rows = np.flatnonzero(learned.class_ids == class_id)
             depth = min(len(rows), share[int(class_id)] // floor + 1)
-            if self.config.ranking == "herding" and embed is not None:
-                features_ND = NetworkEmbedder(embed, None).embed(images_NHWC[rows])
+            if self.config.ranking == "herding" and learned.embed is not None:
+                features_ND = NetworkEmbedder(learned.embed, None).embed(learned.images_NHWC[rows])
                 ranked.append(rows[ranking.rank(features_ND, depth, method="herding")])
             else:
                 ranked.append(generator.permutation(rows)[:depth])

@@ -1,4 +1,4 @@
-"""This file is what a run looks like on a terminal: a bar for the phase at hand, a line for each finished task."""
+"""Show a run on a terminal: a bar for the current phase, one line per finished task."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""This file is what a run leaves behind: `report.json`, `accuracy.png` and `matrix.png` in its folder.
+"""Write the results of a run to its folder: `report.json`, `accuracy.png` and `matrix.png`.
 
 report.json, fractions unless the name says otherwise:
 

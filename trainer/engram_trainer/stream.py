@@ -1,4 +1,4 @@
-"""This file is the stream of tasks that a learner meets one after the other.
+"""Cut a data set into the stream of tasks that a learner meets one after the other.
 
 Scenarios:
 

@@ -1,1 +1,1 @@
-"""This file is the package of the routes: one file per resource, thin; rules live in `buffers`, `ingest`, `replay`."""
+"""The HTTP routes, one module per resource; the rules are in `buffers`, `ingest` and `replay`."""

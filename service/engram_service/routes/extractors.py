@@ -1,4 +1,4 @@
-"""This file is the routes of extractors: register an ONNX model under its SHA-256, read what it is."""
+"""Routes of extractors: register an ONNX model under its SHA-256, read its description."""
 
 from __future__ import annotations
 

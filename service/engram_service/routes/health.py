@@ -1,4 +1,4 @@
-"""Routes for whoever watches the service: whether it lives, and whether it can work."""
+"""Routes for monitoring: whether the service is alive, and whether it can do its work."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""This file is the routes of ingests: upload, read or wait for, cancel."""
+"""Routes of ingests: upload a task, read an ingest or wait for it, cancel it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from starlette.requests import ClientDisconnect
 from engram.errors import BadUpload, InvalidRequest
 from engram.schemas import MAX_TASK, Ingest, IngestOptions
 
-from .. import extractors, ingest
+from .. import buffers, extractors, ingest
 from ..database import Database
 from ..settings import Settings
 
@@ -116,7 +116,7 @@ def cancel(request: Request, ingest_id: str) -> Ingest:
 def _check_names(database: Database, buffer: str, options: IngestOptions) -> None:
     """What the request names exists: better to say so now than after hours of upload."""
     with database.reading() as session:
-        ingest.check_buffer(session, buffer)
+        buffers.check_thawed(buffers.find(session, buffer))
         if options.extractor is not None:
             extractors.read(session, options.extractor)
 

@@ -1,4 +1,4 @@
-"""This file is the routes of tasks: read what is stored of one, delete it."""
+"""Routes of tasks: read what is stored of a task, delete it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""This file is what every continual-learning method is to the loop: the `Learner` protocol, and `build`.
+"""The `Learner` protocol that every method implements for the loop, and `build`, which makes a method by name.
 
 A method is one file that reads like its paper. It sees tasks (`stream.Task`) and a memory (`memory.Memory`), never a
 URL, a session or a file. Inside, images are float32 `[N, C, H, W]` in 0..1; outside, uint8 `[N, H, W, C]`.
@@ -32,20 +32,20 @@ METHODS = {
 SCORE_BATCH = 512
 
 
-class Progress(Protocol):
-    """Called by `learn` and `balance` as they go: so many of so many steps are done, with the latest loss."""
+class OnStep(Protocol):
+    """Called by `learn` and `balance` after each step: `done` of `total` steps are done, with the latest loss."""
 
     def __call__(self, done: int, total: int, *, loss: float) -> None:
-        """Show it."""
+        """Show the progress."""
 
 
 class Learner(Protocol):
     """One method with its network. `learn`, then the loop feeds the memory, then `balance`; task by task."""
 
-    def learn(self, task: Task, memory: Memory, progress: Progress) -> None:
+    def learn(self, task: Task, memory: Memory, progress: OnStep) -> None:
         """Train on a task; `memory` holds exemplars of earlier tasks only."""
 
-    def balance(self, task: Task, memory: Memory, progress: Progress) -> None:
+    def balance(self, task: Task, memory: Memory, progress: OnStep) -> None:
         """What a method does once the memory holds the task as well, e.g. a class-balanced fine-tune."""
 
     def scores(self, images_NHWC: Images) -> npt.NDArray[np.float32]:

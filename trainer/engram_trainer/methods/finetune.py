@@ -1,4 +1,4 @@
-"""This file is plain training on one task after the other, without any memory: the floor that replay must beat."""
+"""Train on one task after the other without any memory: the lower bound for every replay method."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from engram_trainer.augment import augment
 from engram_trainer.datasets import ClassIds, Images
 from engram_trainer.memory import Memory
-from engram_trainer.methods import Progress, pixels
+from engram_trainer.methods import OnStep, pixels
 from engram_trainer.methods.linear import LinearLearner, batches
 from engram_trainer.stream import Stream, Task
 
@@ -38,11 +38,11 @@ class Finetune(LinearLearner):
         super().__init__(stream, network=network, seed=seed, device=device)
         self.config = config
 
-    def learn(self, task: Task, memory: Memory, progress: Progress) -> None:
+    def learn(self, task: Task, memory: Memory, progress: OnStep) -> None:
         """Train on the task alone; the memory is not looked at."""
         self.fit(task.train_images, task.train_class_ids, task.index, progress)
 
-    def fit(self, images_NHWC: Images, class_ids: ClassIds, task_index: int, progress: Progress) -> None:
+    def fit(self, images_NHWC: Images, class_ids: ClassIds, task_index: int, progress: OnStep) -> None:
         """Train the network as it stands on these images."""
         config = self.config
         order = np.random.default_rng([self.seed, task_index])

@@ -1,4 +1,4 @@
-"""This file is GEM: no step may raise the loss on any earlier task's exemplars; and A-GEM, which asks it of their mean.
+"""GEM, whose steps never raise the loss on any earlier task's exemplars, and A-GEM, which bounds their mean loss.
 
 g is the gradient of the current minibatch, g_k the gradient of the mean loss on the exemplars of earlier task k, A the
 matrix with *rows +g_k*. The step follows z, the vector nearest to g that turns no g_k uphill:
@@ -33,7 +33,7 @@ from torch import nn
 
 from engram.batch import Batch
 from engram_trainer.memory import Memory, by_task
-from engram_trainer.methods import Progress, pixels
+from engram_trainer.methods import OnStep, pixels
 from engram_trainer.methods.linear import LinearLearner, batches
 from engram_trainer.stream import Stream, Task
 
@@ -75,7 +75,7 @@ class Gem(LinearLearner):
         self.corrected_steps = 0
         """Steps so far whose gradient broke a constraint."""
 
-    def learn(self, task: Task, memory: Memory, progress: Progress) -> None:
+    def learn(self, task: Task, memory: Memory, progress: OnStep) -> None:
         """One pass (or more) over the task under the constraints of the exemplars of the others."""
         config = self.config
         order = np.random.default_rng([self.seed, task.index])

@@ -1,11 +1,11 @@
-"""This file is training from scratch on all data so far, after every task: the ceiling, which no budget allows."""
+"""Train from scratch on all data so far after every task: the upper bound, without any memory budget."""
 
 from __future__ import annotations
 
 import numpy as np
 
 from engram_trainer.memory import Memory
-from engram_trainer.methods import Progress
+from engram_trainer.methods import OnStep
 from engram_trainer.methods.finetune import Config, Finetune
 from engram_trainer.stream import Task
 
@@ -15,7 +15,7 @@ __all__ = ["Config", "Joint"]
 class Joint(Finetune):
     """A fresh network for every task, trained on the images of all tasks up to it."""
 
-    def learn(self, task: Task, memory: Memory, progress: Progress) -> None:
+    def learn(self, task: Task, memory: Memory, progress: OnStep) -> None:
         """Start again on everything; the memory is not looked at."""
         self.reset()
         seen = self.stream.tasks[: task.index + 1]

@@ -1,4 +1,4 @@
-"""This file is a feature extractor under one linear classifier: what finetune, joint and gem have in common.
+"""A feature extractor with one linear classifier, shared by finetune, joint and gem.
 
 The classifier has a column for every label of the stream from the start. In a loss all labels seen by now compete, for
 an old image as for a new one; where an image comes with its task, only the labels of that task do.
@@ -18,12 +18,12 @@ from torch.nn import functional
 from engram_trainer import networks
 from engram_trainer.datasets import ClassIds, Images
 from engram_trainer.memory import Memory
-from engram_trainer.methods import Progress, in_batches
+from engram_trainer.methods import OnStep, in_batches
 from engram_trainer.stream import Stream, Task
 
 
 class LinearLearner:
-    """Holds the network and answers for it; a method adds `learn`."""
+    """The network with its scores and features; a method adds `learn`."""
 
     def __init__(self, stream: Stream, *, network: str, seed: int, device: str) -> None:
         self.stream, self.network, self.seed, self.device = stream, network, seed, torch.device(device)
@@ -37,7 +37,7 @@ class LinearLearner:
         head = networks.linear_head(features.dimensions, len(self.stream.class_order), seed=self.seed)
         self.model = nn.Sequential(features, head).to(self.device)
 
-    def balance(self, task: Task, memory: Memory, progress: Progress) -> None:
+    def balance(self, task: Task, memory: Memory, progress: OnStep) -> None:
         """Nothing: these methods do not come back to their memory."""
 
     def scores(self, images_NHWC: Images) -> npt.NDArray[np.float32]:

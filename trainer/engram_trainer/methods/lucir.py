@@ -1,4 +1,4 @@
-"""This file is LUCIR: learning a unified classifier incrementally via rebalancing.
+"""LUCIR: learning a unified classifier incrementally via rebalancing.
 
 The notation of the paper, and of the names here. f(x) are features without a last ReLU, w_c class embeddings, and a bar
 is division by the L2 norm. C_o and C_n are the old and the new classes, f* is the network before this task, frozen.
@@ -53,7 +53,7 @@ from engram_trainer import networks
 from engram_trainer.augment import augment
 from engram_trainer.datasets import ClassIds, Images
 from engram_trainer.memory import Memory
-from engram_trainer.methods import Progress, in_batches, pixels
+from engram_trainer.methods import OnStep, in_batches, pixels
 from engram_trainer.networks import CosineClassifier, cosines
 from engram_trainer.stream import Stream, Task
 
@@ -113,7 +113,7 @@ class Lucir:
         self.network = networks.build(network, stream.shape, seed=seed, signed=True).to(self.device)
         self.classifier = CosineClassifier(torch.empty(0, self.network.dimensions), eta=config.eta).to(self.device)
 
-    def learn(self, task: Task, memory: Memory, progress: Progress) -> None:
+    def learn(self, task: Task, memory: Memory, progress: OnStep) -> None:
         """Train on a task's images and all exemplars of earlier tasks."""
         config = self.config
         old_count, new_count = len(self.classifier.embeddings_CD), len(task.classes)
@@ -162,7 +162,7 @@ class Lucir:
             progress(epoch + 1, config.epochs, loss=loss.item())
         self.classifier.embeddings_CD = nn.Parameter(torch.cat([old_CD, new_CD.detach()]))
 
-    def balance(self, task: Task, memory: Memory, progress: Progress) -> None:
+    def balance(self, task: Task, memory: Memory, progress: OnStep) -> None:
         """Tune the class embeddings on the exemplars of all classes, new ones included; network and eta are frozen.
 
         Source: the code's `cbf_class_incremental_cosine_imagenet.py` with ft_flag 2; the first task is left as it is.
