@@ -301,7 +301,7 @@ class Client:
         images_NHWC: npt.NDArray[np.uint8],
         class_ids_N: npt.ArrayLike,
         *,
-        fields: Mapping[str, Sequence[Any] | npt.NDArray[Any]] | None = None,
+        fields: Mapping[str, Any] | None = None,
         options: IngestOptions | None = None,
         idempotency_key: str | None = None,
     ) -> Ingest:

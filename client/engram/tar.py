@@ -484,7 +484,7 @@ def write(
     images_NHWC: UInt8Array,
     class_ids: npt.ArrayLike,
     *,
-    fields: Mapping[str, Sequence[Any] | npt.NDArray[Any]] | None = None,
+    fields: Mapping[str, Any] | None = None,
     start: int = 0,
 ) -> Iterator[bytes]:
     """Yield a tar stream of arrays in chunks of about 1 MiB: PPM or PGM members, so that nothing is encoded.
@@ -506,16 +506,14 @@ def write(
     yield END
 
 
-def _checked_fields(
-    fields: Mapping[str, Sequence[Any] | npt.NDArray[Any]], count: int
-) -> tuple[dict[str, npt.NDArray[Any]], dict[str, Sequence[Any] | npt.NDArray[Any]]]:
+def _checked_fields(fields: Mapping[str, Any], count: int) -> tuple[dict[str, npt.NDArray[Any]], dict[str, Any]]:
     """The columns whose members all have one size, and the others.
 
     Raises:
         ValueError: there are not as many values as images, or they are no numbers.
     """
     fixed: dict[str, npt.NDArray[Any]] = {}
-    ragged: dict[str, Sequence[Any] | npt.NDArray[Any]] = {}
+    ragged: dict[str, Any] = {}
     for name, column in fields.items():
         if not _FIELD_NAME.fullmatch(name):
             raise ValueError(f"field {name!r}: a name must match {_FIELD_NAME.pattern}")
@@ -532,9 +530,7 @@ def _checked_fields(
     return fixed, ragged
 
 
-def _with_ragged(
-    groups: bytes, group_bytes: int, ragged: Mapping[str, Sequence[Any] | npt.NDArray[Any]], rows: slice, start: int
-) -> bytes:
+def _with_ragged(groups: bytes, group_bytes: int, ragged: Mapping[str, Any], rows: slice, start: int) -> bytes:
     parts: list[bytes] = []
     for number in range(rows.start, rows.stop):
         at = (number - rows.start) * group_bytes
