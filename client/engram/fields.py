@@ -175,7 +175,7 @@ class Schema:
             raise InvalidRequest(f"{text[:80]!r} is not how fields are written: {schema.text[:80]!r}")
         return schema
 
-    @property
+    @cached_property
     def declared(self) -> dict[str, str]:
         """Types by name, as in the definition of a buffer."""
         return {each.name: each.type_text for each in self.fields}

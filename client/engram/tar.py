@@ -102,7 +102,7 @@ def read(stream: BinaryIO, *, schema: Schema = NO_FIELDS, max_member_bytes: int 
     """
     keys: set[int] = set()
     group = _Group(schema)
-    for half in _halves(stream, max_member_bytes):
+    for half in _halves(stream, schema, max_member_bytes):
         if not group.belongs(half):
             yield group.close(half)
             group = _Group(schema)
@@ -119,7 +119,10 @@ def read(stream: BinaryIO, *, schema: Schema = NO_FIELDS, max_member_bytes: int 
 
 @dataclass(frozen=True, slots=True)
 class _Half:
-    """A member of a group: an image, a class id, or what may be a field of the image KEY or a file beside it."""
+    """A member of a group: an image, a class id, or what may be a field of the image KEY or a file beside it.
+
+    The content of what is no declared field is not read.
+    """
 
     key: str
     name: str
@@ -131,7 +134,7 @@ class _Half:
 
     @property
     def stem(self) -> str:
-        """KEY.NAME: this is a file beside the image of that key if there is one."""
+        """KEY.NAME: it is a file beside the image of that key if there is one."""
         return f"{self.key}.{self.field}"
 
 
@@ -168,8 +171,11 @@ class _Group:
                 self.take(each)
         elif self.key is None:
             # Of another image than the last ones: those were no fields of any.
-            self._early = [*(each for each in self._early if each.key == half.key), half]
-            self._bound(self._early)
+            self._early = [each for each in self._early if each.key == half.key]
+            # One that is not declared is enough to say so.
+            if half.field in self._schema.declared or not self._early:
+                self._early.append(half)
+                self._bound(self._early)
         elif half.key == self.key:
             self._add(half.field, half)
 
@@ -318,8 +324,9 @@ def _class_id(label: _Half) -> int:
     return class_id
 
 
-def _halves(stream: BinaryIO, max_member_bytes: int) -> Iterator[_Half]:
+def _halves(stream: BinaryIO, schema: Schema, max_member_bytes: int) -> Iterator[_Half]:
     source = _Source(stream)
+    declared = schema.declared
     extended: dict[str, str] = {}
     while (info := source.header()) is not None:
         if info.type in (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK):
@@ -355,6 +362,10 @@ def _halves(stream: BinaryIO, max_member_bytes: int) -> Iterator[_Half]:
                 source.skip(size, name)
                 continue
             stem = key
+            if column not in declared:
+                source.skip(size, name)
+                yield _Half(stem, name, False, b"", source.offset, column, extension)
+                continue
         limit = max_member_bytes if is_image else _MAX_CLASS_BYTES if column is None else MAX_FIELD_BYTES
         if size > limit:
             raise TooLarge(

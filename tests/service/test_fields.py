@@ -13,11 +13,14 @@ import httpx
 import numpy as np
 import pytest
 
-from engram import batch, pack, tar
+from engram import batch, memory, pack, tar
+from engram.content import Content, Policy
 from engram.draw import Layout, Request, plan
 from engram.errors import BadUpload, EngramError, TooLarge, from_problem
 from engram.fields import Column, Schema
-from engram.schemas import STRIPS_MEDIA_TYPE, Buffer, BufferCreate, ExemplarPage, Manifest
+from engram.schemas import STRIPS_MEDIA_TYPE, Buffer, BufferCreate, ExemplarPage, IngestOptions, Manifest
+from engram.selection.embedding import BuiltinEmbedder
+from engram.selection.images import ArrayImages
 from engram_service import buffers
 from engram_service.database import Database
 from engram_service.settings import Settings
@@ -160,6 +163,23 @@ def test_fields_count_in_the_budget(served: ServiceThread, client: httpx.Client)
     assert found.used_bytes <= 3000
     assert 0 < found.exemplars <= 5
     assert found.used_bytes == sum(len(client.get(f"/v1/packs/{e.digest}").content) for e in manifest(client).packs)
+
+
+def test_arrays_in_this_process_make_the_pack_that_the_service_makes_of_their_upload(
+    database: Database, settings: Settings
+) -> None:
+    create(database)
+    given = {"boxes": COLUMNS["boxes"], "logits": COLUMNS["logits"].tolist(), "weight": np.arange(COUNT)}
+    assert upload(database, settings, body(given)) is None
+    with database.reading() as session:
+        (row,) = buffers.live_packs(session, "b")
+    schema = Schema.declare(DECLARED)
+    arrays = ArrayImages(PICTURES, CLASS_IDS, schema.columns(given, COUNT))
+    content = Content(Policy(10**6, quality=60), schema=schema)
+    content = memory.add(content, memory.Upload(0, arrays, IngestOptions()), BuiltinEmbedder(arrays.shape))
+    exemplars = content.tasks[0].load()
+    assert exemplars is not None
+    assert pack.digest(pack.to_bytes(exemplars)) == row.digest
 
 
 def test_members_written_by_hand_are_taken_as_json_text_and_npy(
