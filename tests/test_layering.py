@@ -46,7 +46,7 @@ NOT_FOR_THE_SERVICE = {f"engram.{name}" for name in ("transport", "folder", "cli
 ORDER = {
     "engram": [
         "errors schemas",
-        "fields",
+        "fields npy",
         "form shares draw tar transport",
         "strip folder",
         "pack batch",
