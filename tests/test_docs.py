@@ -178,6 +178,19 @@ def run_python(program: str, folder: Path, url: str = "http://127.0.0.1:9") -> s
     return result.stdout
 
 
+def test_the_session_of_the_page_on_fields_runs_against_a_real_service(service: ServiceProcess) -> None:
+    (session,) = code_blocks(ROOT / "docs" / "fields.md", "python")
+    assert len(session.split("Client() as client:\n")[1].splitlines()) <= 5
+    result = subprocess.run(
+        [sys.executable, "-W", "error", "-c", session],
+        env=environment() | {"ENGRAM_URL": service.url},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (result.returncode, result.stdout) == (0, "(64, 10) float16\n"), result.stderr
+
+
 @pytest.mark.skipif(not all(map(shutil.which, ("bash", "curl", "tar"))), reason="needs bash, curl and tar")
 def test_the_curl_session_runs_against_a_real_service(service: ServiceProcess, tmp_path: Path) -> None:
     (session,) = [block for block in code_blocks(SERVICE, "console") if "curl" in block]

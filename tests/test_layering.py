@@ -64,7 +64,7 @@ WITH_TORCH = "engram.torch"
 ORDER = {
     "engram": [
         "errors names schemas files forks paths",
-        "fields",
+        "fields npy",
         "form shares draw tar transport",
         "strip folder http",
         "pack batch index",

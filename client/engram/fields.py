@@ -30,6 +30,7 @@ import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
+from itertools import pairwise
 from math import prod
 from typing import Any, Final
 
@@ -174,7 +175,7 @@ class Schema:
             raise InvalidRequest(f"{text[:80]!r} is not how fields are written: {schema.text[:80]!r}")
         return schema
 
-    @property
+    @cached_property
     def declared(self) -> dict[str, str]:
         """Types by name, as in the definition of a buffer."""
         return {each.name: each.type_text for each in self.fields}
@@ -280,30 +281,30 @@ class Schema:
                 if names is None or each.name in names:
                     found[each.name] = _native(rows[each.name], each)
         if self.ragged:
-            cells: dict[str, list[Any]] = {each.name: [] for each in self.ragged}
-            for number, record in enumerate(records):
-                self._read_ragged(record, number, cells)
-            found |= cells if names is None else {name: cells[name] for name in cells if name in names}
+            wanted = {each.name for each in self.ragged} if names is None else names
+            for each, parts in zip(self.ragged, self._cut_ragged(records), strict=True):
+                if each.name in wanted:
+                    found[each.name] = _texts(each, parts) if each.dtype == TEXT else _arrays(each, parts)
         return {each.name: found[each.name] for each in self.fields if each.name in found}
 
-    def _read_ragged(self, record: Bytes, number: int, cells: Mapping[str, list[Any]]) -> None:
-        at = self.packed.itemsize
-        for each in self.ragged:
-            count = _COUNT.unpack_from(record, at)[0] if at + _COUNT.size <= len(record) else 0
-            start = at + _COUNT.size
-            at = start + count * each.row_bytes
-            if at > len(record):
-                raise StripCorrupt(f"record {number} ends within its field {each.name!r}", row=number)
-            if each.dtype == TEXT:
-                try:
-                    cells[each.name].append(str(record[start:at], "utf-8"))
-                except UnicodeDecodeError as error:
-                    raise StripCorrupt(f"field {each.name!r} of record {number} is not UTF-8", row=number) from error
-            else:
-                values = np.frombuffer(record, each.stored, (at - start) // each.stored.itemsize, start)
-                cells[each.name].append(_native(values.reshape(count, *each.shape), each))
-        if at != len(record):
-            raise StripCorrupt(f"record {number} has {len(record)} bytes, its fields {at}", row=number)
+    def _cut_ragged(self, records: Sequence[Bytes]) -> list[list[Bytes]]:
+        """The bytes of every ragged field of every record, their counts checked.
+
+        Raises:
+            StripCorrupt: a record ends within a field, or goes on behind the last.
+        """
+        start, unpack, ahead = self.packed.itemsize, _COUNT.unpack_from, _COUNT.size
+        parts: list[list[Bytes]] = [[] for _ in self.ragged]
+        columns = [(each.row_bytes, part.append) for each, part in zip(self.ragged, parts, strict=True)]
+        for number, record in enumerate(records):
+            at, size = start, len(record)
+            for row_bytes, append in columns:
+                first = at + ahead
+                at = first + unpack(record, at)[0] * row_bytes if first <= size else first
+                append(record[first:at])
+            if at != size:
+                raise StripCorrupt(f"record {number} has {size} bytes, its fields end at {at}", row=number)
+        return parts
 
     def _column(self, each: Field, value: Any) -> Column:
         if not each.is_ragged:
@@ -438,6 +439,20 @@ def _stored_cell(each: Field, cell: Cell) -> bytes:
         content = cell.encode()
         return _COUNT.pack(len(content)) + content
     return _COUNT.pack(len(cell)) + cell.tobytes() if each.is_ragged else cell.tobytes()
+
+
+def _texts(each: Field, parts: Sequence[Bytes]) -> list[str]:
+    try:
+        return [str(part, "utf-8") for part in parts]
+    except UnicodeDecodeError as error:
+        raise StripCorrupt(f"field {each.name!r} of a record is not UTF-8: {error}") from error
+
+
+def _arrays(each: Field, parts: Sequence[Bytes]) -> list[Array]:
+    """One array for each part, cut out of one copy of them all."""
+    ends = np.cumsum([len(part) // each.row_bytes for part in parts]).tolist()
+    rows = _native(np.frombuffer(b"".join(parts), each.stored).reshape(ends[-1] if ends else 0, *each.shape), each)
+    return [rows[start:end] for start, end in pairwise([0, *ends])]
 
 
 def _native(values: Array, each: Field) -> Array:

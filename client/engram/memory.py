@@ -245,6 +245,7 @@ def _matching(content: Content, where: Where) -> dict[int, _Held]:
     Raises:
         NotFound: none does.
         InvalidRequest: a key is named and the memory keeps none.
+        Conflict: a rank is named where exemplars are damaged.
     """
     if where.key is not None and not content.schema.has_key:
         raise InvalidRequest(
@@ -261,6 +262,11 @@ def _matching(content: Content, where: Where) -> dict[int, _Held]:
             keys = exemplars.fields(frozenset({KEY}))[KEY]
             is_named = is_named & np.fromiter((key == where.key for key in keys), np.bool_, len(class_ids))
         if where.rank is not None:
+            if len(class_ids) != sum(task.kept.values()):
+                raise Conflict(
+                    f"task {number} holds {len(class_ids)} intact exemplars of {sum(task.kept.values())}, the others "
+                    "are damaged, so ranks are not what they were; name exemplars by key or class"
+                )
             is_named = is_named & (np.cumsum(is_named) == where.rank + 1)
         if is_named.any() or where.is_whole:
             found[number] = _Held(exemplars, class_ids, is_named)

@@ -31,8 +31,6 @@ import tarfile
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
-from math import prod
 from types import MappingProxyType
 from typing import Any, BinaryIO, Final
 
@@ -40,6 +38,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from engram import npy
 from engram.errors import BadUpload, TooLarge
 from engram.fields import KEY, MAX_FIELDS, NO_FIELDS, TEXT, Cell, Schema, array_key
 from engram.names import MAX_CLASS_ID, class_name
@@ -112,7 +111,7 @@ def read(stream: BinaryIO, *, schema: Schema = NO_FIELDS, max_member_bytes: int 
 def _members(stream: BinaryIO, schema: Schema, max_member_bytes: int) -> Iterator[Member]:
     keys: set[int] = set()
     group = _Group(schema)
-    for half in _halves(stream, max_member_bytes):
+    for half in _halves(stream, schema, max_member_bytes):
         if not group.belongs(half):
             yield group.close(half)
             group = _Group(schema)
@@ -129,7 +128,10 @@ def _members(stream: BinaryIO, schema: Schema, max_member_bytes: int) -> Iterato
 
 @dataclass(frozen=True, slots=True)
 class _Half:
-    """A member of a group: an image, a class id, or what may be a field of the image KEY or a file beside it."""
+    """A member of a group: an image, a class id, or what may be a field of the image KEY or a file beside it.
+
+    The content of what is no declared field is not read.
+    """
 
     key: str
     name: str
@@ -141,7 +143,7 @@ class _Half:
 
     @property
     def stem(self) -> str:
-        """KEY.NAME: this is a file beside the image of that key if there is one."""
+        """KEY.NAME: it is a file beside the image of that key if there is one."""
         return f"{self.key}.{self.field}"
 
 
@@ -178,8 +180,11 @@ class _Group:
                 self.take(each)
         elif self.key is None:
             # Of another image than the last ones: those were no fields of any.
-            self._early = [*(each for each in self._early if each.key == half.key), half]
-            self._bound(self._early)
+            self._early = [each for each in self._early if each.key == half.key]
+            # One that is not declared is enough to say so.
+            if half.field in self._schema.declared or not self._early:
+                self._early.append(half)
+                self._bound(self._early)
         elif half.key == self.key:
             self._add(half.field, half)
 
@@ -236,67 +241,22 @@ def _read_field(half: _Half, *, is_text: bool) -> Any:
     Raises:
         BadUpload: it cannot be read.
     """
-    if half.extension == "npy":
-        return _read_npy(half)
     try:
+        if half.extension == "npy":
+            return npy.read(half.content)
         text = half.content.decode()
         return text if is_text and half.extension == "txt" else json.loads(text)
     except (ValueError, RecursionError) as error:
         raise BadUpload(f"member {half.name!r} is not {half.extension.upper()}: {error}", member=half.name) from error
-
-
-def _read_npy(half: _Half) -> npt.NDArray[Any]:
-    content = half.content
-    wide = content[6:7] > b"\x01"
-    start = 12 + int.from_bytes(content[8:12], "little") if wide else 10 + int.from_bytes(content[8:10], "little")
-    try:
-        dtype, shape, is_fortran = _npy_head(content[: min(start, _MAX_NPY_HEAD)])
-    except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError, EOFError, OSError) as error:
-        raise BadUpload(f"member {half.name!r} is no array of numpy: {error}", member=half.name) from error
-    expected = dtype.itemsize * prod(shape)
-    # Arrays of objects are pickles, which are programs.
-    is_plain = dtype.kind in "biufU" and dtype.itemsize > 0 and len(shape) <= _MAX_NPY_DIMENSIONS
-    if not is_plain or expected != len(content) - start:
-        what = f"{expected} bytes, {len(content) - start} are there" if is_plain else f"{dtype} {list(shape)[:8]}"
-        raise BadUpload(f"member {half.name!r} is declared as an array of {what}", member=half.name)
-    try:
-        values = np.frombuffer(content, dtype, offset=start) if expected else np.empty(0, dtype)
-        return values.reshape(shape, order="F" if is_fortran else "C")
-    except ValueError as error:
-        raise BadUpload(f"member {half.name!r} is an array of impossible shape: {error}", member=half.name) from error
-
-
-_MAX_NPY_HEAD = 4096
-_MAX_NPY_DIMENSIONS = 16
-
-
-@lru_cache(maxsize=256)
-def _npy_head(head: bytes) -> tuple[np.dtype[Any], tuple[int, ...], bool]:
-    """What the header of an array says: all images of an upload have few different ones, and reading one is slow."""
-    stream = io.BytesIO(head)
-    version = np.lib.format.read_magic(stream)
-    if version not in ((1, 0), (2, 0)):
-        raise ValueError(f"version {version}")
-    read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, is_fortran, dtype = read_header(stream, _MAX_NPY_HEAD)
-    if any(size < 0 for size in shape):
-        raise ValueError(f"shape {shape}")
-    return dtype, shape, is_fortran
-
-
-@lru_cache(maxsize=256)
-def _npy_start(dtype: str, shape: tuple[int, ...]) -> bytes:
-    """What precedes the values of an array in a file of numpy."""
-    stream = io.BytesIO()
-    np.lib.format.write_array_header_1_0(stream, {"descr": dtype, "fortran_order": False, "shape": shape})
-    return stream.getvalue()
+    except BadUpload as error:
+        raise BadUpload(f"member {half.name!r} is {error.message}", member=half.name) from error
 
 
 def field_member(key: str, name: str, cell: Cell) -> bytes:
     """A field of one image as a member of a tar stream."""
     if isinstance(cell, str):
         return entry(f"{key}.{name}.txt", cell.encode())
-    return entry(f"{key}.{name}.npy", _npy_start(cell.dtype.str, cell.shape) + cell.tobytes())
+    return entry(f"{key}.{name}.npy", npy.header(cell.dtype.str, cell.shape) + cell.tobytes())
 
 
 def _unpaired(half: _Half | None, following: _Half | None) -> BadUpload:
@@ -342,8 +302,9 @@ def _mixed(first: Member, then: Member) -> BadUpload:
     )
 
 
-def _halves(stream: BinaryIO, max_member_bytes: int) -> Iterator[_Half]:
+def _halves(stream: BinaryIO, schema: Schema, max_member_bytes: int) -> Iterator[_Half]:
     source = _Source(stream)
+    declared = schema.declared
     extended: dict[str, str] = {}
     while (info := source.header()) is not None:
         if info.type in (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK):
@@ -379,6 +340,10 @@ def _halves(stream: BinaryIO, max_member_bytes: int) -> Iterator[_Half]:
                 source.skip(size, name)
                 continue
             stem = key
+            if column not in declared:
+                source.skip(size, name)
+                yield _Half(stem, name, False, b"", source.offset, column, extension)
+                continue
         limit = max_member_bytes if is_image else _MAX_CLASS_BYTES if column is None else MAX_FIELD_BYTES
         if size > limit:
             raise TooLarge(
@@ -508,7 +473,7 @@ def write(
     images_NHWC: UInt8Array,
     class_ids: npt.ArrayLike,
     *,
-    fields: Mapping[str, Sequence[Any] | npt.NDArray[Any]] | None = None,
+    fields: Mapping[str, Any] | None = None,
     start: int = 0,
 ) -> Iterator[bytes]:
     """Yield a tar stream of arrays in chunks of about 1 MiB: PPM or PGM members, so that nothing is encoded.
@@ -531,16 +496,14 @@ def write(
     yield END
 
 
-def _checked_fields(
-    fields: Mapping[str, Sequence[Any] | npt.NDArray[Any]], count: int
-) -> tuple[dict[str, npt.NDArray[Any]], dict[str, Sequence[Any] | npt.NDArray[Any]]]:
+def _checked_fields(fields: Mapping[str, Any], count: int) -> tuple[dict[str, npt.NDArray[Any]], dict[str, Any]]:
     """The columns whose members all have one size, and the others.
 
     Raises:
         ValueError: there are not as many values as images, or they are no numbers.
     """
     fixed: dict[str, npt.NDArray[Any]] = {}
-    ragged: dict[str, Sequence[Any] | npt.NDArray[Any]] = {}
+    ragged: dict[str, Any] = {}
     for name, column in fields.items():
         if not _FIELD_NAME.fullmatch(name):
             raise ValueError(f"field {name!r}: a name must match {_FIELD_NAME.pattern}")
@@ -557,9 +520,7 @@ def _checked_fields(
     return fixed, ragged
 
 
-def _with_ragged(
-    groups: bytes, group_bytes: int, ragged: Mapping[str, Sequence[Any] | npt.NDArray[Any]], rows: slice, start: int
-) -> bytes:
+def _with_ragged(groups: bytes, group_bytes: int, ragged: Mapping[str, Any], rows: slice, start: int) -> bytes:
     parts: list[bytes] = []
     for number in range(rows.start, rows.stop):
         at = (number - rows.start) * group_bytes
@@ -653,7 +614,7 @@ class _Layout:
         for name, column in fields.items():
             first = column[:1].reshape(column.shape[1:]) if len(column) else np.empty(column.shape[1:], column.dtype)
             member = field_member(blank, name, first)
-            start = at + BLOCK + len(_npy_start(first.dtype.str, first.shape))
+            start = at + BLOCK + len(npy.header(first.dtype.str, first.shape))
             self._headers.append(at)
             self._columns.append((slice(start, start + first.nbytes), column))
             at += len(member)

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engram import pack, shares
 from engram.content import Content, Policy, shares_of
-from engram.errors import BadUpload, BudgetExceeded, InvalidRequest, NotFound
+from engram.errors import BadUpload, BudgetExceeded, Conflict, InvalidRequest, NotFound
 from engram.fields import NO_COLUMNS, NO_FIELDS, Schema
 from engram.memory import Upload, Where, add, relabel, remove, reshare
 from engram.schemas import IngestOptions
@@ -112,6 +114,46 @@ def test_fields_count_in_the_budget() -> None:
         assert content.tasks[0].pack_bytes <= 3000
         kept.append(content.tasks[0].kept[0])
     assert kept == [40, 6]
+
+
+def test_fields_do_not_change_which_images_are_kept_where_they_cost_nothing_to_speak_of() -> None:
+    thin = Schema.declare({"flag": "bool"})
+    kept = []
+    for schema in (NO_FIELDS, thin):
+        columns = schema.columns({"flag": np.ones(120, np.bool_)} if schema else {}, 120)
+        upload = Upload(0, ArrayImages(photos(120), np.arange(120) % 2, columns), IngestOptions())
+        content = add(Content(Policy(9000), schema=schema), upload, BuiltinEmbedder((16, 16, 3)))
+        assert content.tasks[0].decision is not None
+        kept.append((packs(content)[0], content.quality, content.tasks[0].decision.candidates[0].ratio))
+    (plain, *decided), (flagged, *again) = kept
+    assert decided == again
+    assert 0 < len(plain) - len(flagged) < 4
+    for class_id in (0, 1):
+        segments = [
+            [each.segment(row) for row in np.flatnonzero(each.class_ids == class_id).tolist()]
+            for each in (plain, flagged)
+        ]
+        assert segments[0][: len(segments[1])] == segments[1]
+
+
+class Weighty(ArrayImages):
+    """Images whose records were counted when they were read."""
+
+    read_bytes = 0
+
+    def records(self, indices: npt.NDArray[np.int64]) -> list[bytes]:
+        records = super().records(indices)
+        type(self).read_bytes += sum(map(len, records))
+        return records
+
+
+def test_of_large_fields_little_more_is_read_than_is_kept() -> None:
+    schema = Schema.declare({"blob": "uint8 [any]"})
+    columns = schema.columns({"blob": [np.zeros(100_000, np.uint8)] * 200}, 200)
+    upload = Upload(0, Weighty(photos(200), np.arange(200) % 4, columns), IngestOptions(ranking="ring"))
+    content = add(Content(Policy(2_000_000, quality=50), schema=schema), upload, BuiltinEmbedder((16, 16, 3)))
+    assert sum(content.tasks[0].kept.values()) == 19
+    assert Weighty.read_bytes < 1.8 * content.tasks[0].pack_bytes
 
 
 def test_an_upload_with_other_fields_than_the_memorys_is_refused() -> None:
@@ -232,6 +274,16 @@ def test_what_is_not_there_is_named(where: dict[str, Any], message: str) -> None
         remove(content, Where(**where))
     with pytest.raises(NotFound, match=message):
         relabel(content, Where(**where), 5)
+
+
+def test_a_rank_names_nothing_where_exemplars_were_lost_before_it() -> None:
+    content = put(Content(Policy(10**5), schema=SCHEMA), photos(6), [0, 1] * 3)
+    left = packs(content)[0].select([1, 2, 4])
+    damaged = Content(content.policy, {0: replace(content.tasks[0], load=lambda: left)}, 90, schema=SCHEMA)
+    with pytest.raises(Conflict, match="holds 3 intact exemplars of 6"):
+        remove(damaged, Where(task=0, class_id=0, rank=0))
+    key = str(left.fields()["key"][0])
+    assert keys(remove(damaged, Where(key=key))).keys() == {0, 1}
 
 
 def test_exemplars_must_be_named_by_what_the_memory_knows() -> None:

@@ -351,6 +351,24 @@ def test_a_flood_of_markers_in_fields_is_neither_searched_nor_taken_for_a_strip(
     assert [bytes(record) for record in rest.records() or ()] == [bytes(record) for record in stored.records() or ()]
 
 
+def test_the_largest_header_that_a_strip_can_need_fits() -> None:
+    declared = {f"f{number:03d}{'x' * 28}": "float16 [1, 1, 1, 1, 1, 1, 1]" for number in range(63)}
+    schema = Schema.declare({**declared, "z": "uint8 [any]"})
+    assert len(schema.text) > 4000
+    count, segment = 8188, bytes(1)
+    form = Form(1, 1, 1, "4:4:4", 50, schema)
+    assert form.max_images == count
+    record = bytes(schema.min_bytes)
+    sums = np.full(count, crc32(record, crc32(segment)), np.uint32)
+    # Labels that take as many bytes as labels can.
+    class_ids = 2**31 - 1 - np.arange(count)
+    loose = strip.Loose(form, [segment] * count, class_ids, sums, [record] * count)
+    (data,) = loose.to_strips(tasks=class_ids, rows=np.arange(count))
+    read = strip.parse(data)
+    assert read.end == len(data)
+    assert np.array_equal(read.exemplars.class_ids, class_ids)
+
+
 def replace_at(data: bytes, at: int, new: bytes) -> bytes:
     return data[:at] + new + data[at + len(new) :]
 

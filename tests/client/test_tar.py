@@ -1,8 +1,10 @@
 import contextlib
 import io
+import itertools
 import subprocess
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +15,7 @@ from PIL import Image
 
 from engram import tar
 from engram.errors import BadUpload, EngramError, TooLarge
+from engram.fields import Schema
 
 RNG = np.random.default_rng(7)
 PPM = b"P6\n2 2\n255\n" + bytes(range(12))
@@ -389,3 +392,150 @@ def test_a_damaged_image_never_does_worse_than_a_problem(whole: bytes, data: st.
         return
     assert pixels.dtype == np.uint8
     assert pixels.shape[2] in (1, 3)
+
+
+# Fields
+
+FIELDS = Schema.declare({"boxes": "float32 [any, 2]", "logits": "float16 [3]", "note": "utf8", "weight": "float32"})
+
+
+def npy(values: object) -> bytes:
+    out = io.BytesIO()
+    np.save(out, np.asarray(values), allow_pickle=True)
+    return out.getvalue()
+
+
+def fields_of(*members: tuple[str, bytes], schema: Schema = FIELDS) -> list[dict[str, Any]]:
+    return [member.fields for member in tar.read(io.BytesIO(archive(*members)), schema=schema)]
+
+
+def test_columns_come_back_as_they_went_whatever_their_kind() -> None:
+    sent = images(700)
+    columns: dict[str, Any] = {
+        "logits": RNG.normal(size=(700, 3)).astype(np.float16),
+        "weight": RNG.normal(size=700).tolist(),
+        "boxes": [RNG.normal(size=(row % 4, 2)) for row in range(700)],
+        "note": [f"nöte {row}" for row in range(700)],
+    }
+    data = b"".join(tar.write(sent, np.arange(700), fields=columns, start=3))
+    members = list(tar.read(io.BytesIO(data), schema=FIELDS))
+    assert [member.key for member in members[:2]] == ["0000000003", "0000000004"]
+    assert np.array_equal(np.stack([decode(member.image) for member in members]), sent)
+    for name, column in columns.items():
+        assert all(np.array_equal(member.fields[name], cell) for member, cell in zip(members, column, strict=True))
+    with tarfile.open(fileobj=io.BytesIO(data)) as file:
+        names = file.getnames()
+        first = file.extractfile("0000000009.logits.npy")
+        assert first is not None
+        assert np.array_equal(np.load(io.BytesIO(first.read())), columns["logits"][6])
+    assert sorted(names[:6]) == [
+        f"0000000003.{rest}" for rest in ("boxes.npy", "cls", "logits.npy", "note.txt", "ppm", "weight.npy")
+    ]
+
+
+def test_columns_that_are_all_fixed_cost_no_member_made_one_by_one() -> None:
+    fixed = {"logits": RNG.normal(size=(50, 3)), "flag": np.arange(50) % 2 == 0, "turned": np.arange(50, dtype=">u2")}
+    names = Schema.declare({"logits": "float64 [3]", "flag": "bool", "turned": "uint16"})
+    members = list(tar.read(io.BytesIO(b"".join(tar.write(images(50), [1] * 50, fields=fixed))), schema=names))
+    for name, column in fixed.items():
+        assert [member.fields[name].tolist() for member in members] == column.tolist()
+
+
+def test_members_of_a_group_come_in_any_order() -> None:
+    group = [("a.cls", b"1"), ("a.logits.npy", npy([1, 2, 3])), ("a.note.txt", b"x\n"), ("a.ppm", PPM)]
+    for order in itertools.permutations(group):
+        (fields, other) = fields_of(*order, ("b.ppm", PPM), ("b.cls", b"2"))
+        assert fields.keys() == {"logits", "note"}
+        assert fields["note"] == "x\n"
+        assert other == {}
+
+
+def test_json_and_text_say_numbers_too() -> None:
+    (found,) = fields_of(
+        ("a.boxes.json", b"[[1, 2], [3, 4.5]]"),
+        ("a.weight.txt", b" 0.5\n"),
+        ("a.note.json", b'"a \\u00e9"'),
+        ("a.ppm", PPM),
+        ("a.cls", b"1"),
+    )
+    assert found == {"boxes": [[1, 2], [3, 4.5]], "weight": 0.5, "note": "a é"}
+
+
+def test_files_beside_an_image_that_have_no_name_of_a_field_are_passed_over() -> None:
+    strays = [("a.json", b"{}"), ("a.txt", b""), ("docs.readme.txt", b""), ("README.md", b""), ("v1.Notes.txt", b"")]
+    for at in range(3):
+        members = [("img.v2.ppm", PPM), ("img.v2.cls", b"1")]
+        for stray in [*strays, ("img.v2.json", b"{}"), ("img.v2.txt", b"")]:
+            assert fields_of(*members[:at], stray, *members[at:]) == [{}]
+
+
+def test_many_and_large_files_that_are_no_fields_are_passed_over_unread() -> None:
+    strays = [(f"logs.a{number}.txt", b"") for number in range(300)]
+    large = ("logs.all.txt", bytes(tar.MAX_FIELD_BYTES + 1))
+    assert fields_of(large, *strays, ("a.ppm", PPM), ("a.cls", b"1"), *strays, large) == [{}]
+
+
+def test_a_key_is_what_a_member_is_called_unless_it_says_another() -> None:
+    keyed = Schema.declare({"key": "utf8"})
+    members = [("x/a.b.ppm", PPM), ("x/a.b.cls", b"1"), ("c.ppm", PPM), ("c.cls", b"1"), ("c.key.txt", b"mine")]
+    assert fields_of(*members, schema=keyed) == [{"key": "x/a.b"}, {"key": "mine"}]
+    number = Schema.declare({"key": "int32"})
+    assert fields_of(*members[:2], schema=number) == [{}]
+
+
+@pytest.mark.parametrize(
+    ("member", "says"),
+    [
+        (("a.logit.npy", npy([1, 2, 3])), "would be a field 'logit', the buffer declares boxes float32"),
+        (("a.logits.npy", b"hello"), "'a.logits.npy' is no array of numpy"),
+        (("a.logits.npy", npy([1, 2, 3])[:-1]), "declared as an array of 24 bytes, 23 are there"),
+        (("a.logits.npy", npy([1, 2, 3]) + b"x"), "declared as an array of 24 bytes, 25 are there"),
+        (("a.logits.npy", npy([None, {}])), "declared as an array of object"),
+        (("a.logits.npy", npy(np.zeros(3, "V0"))), "declared as an array of"),
+        (("a.logits.npy", npy(np.zeros(3, [("x", "f4")]))), "declared as an array of"),
+        (("a.logits.npy", npy([1]).replace(b"(1,)", b"(-1,)"[:4] + b")")), "numpy|bytes"),
+        (("a.logits.npy", b"\x93NUMPY\x02\x00\xff\xff\xff\xff"), "no array of numpy"),
+        (("a.logits.npy", b"\x93NUMPY\x01\x00\xff\xff" + b"(" * 70_000), "no array of numpy"),
+        (("a.logits.json", b"[1, 2"), "is not JSON"),
+        (("a.logits.json", b"[" * 100_000), "is not JSON"),
+        (("a.logits.json", b"\xff"), "is not JSON"),
+        (("a.note.txt", b"\xff"), "is not TXT"),
+        (("a.weight.txt", b"heavy"), "is not TXT"),
+    ],
+)
+def test_a_field_that_cannot_be_read_is_refused_by_name(member: tuple[str, bytes], says: str) -> None:
+    for members in ([("a.ppm", PPM), ("a.cls", b"1"), member], [member, ("a.ppm", PPM), ("a.cls", b"1")]):
+        with pytest.raises(BadUpload, match=says):
+            fields_of(*members)
+
+
+def test_a_field_twice_is_refused() -> None:
+    with pytest.raises(BadUpload, match=r"'a\.note\.json' brings the field 'note' a second time"):
+        fields_of(("a.ppm", PPM), ("a.cls", b"1"), ("a.note.txt", b"x"), ("a.note.json", b'"x"'))
+
+
+def test_fields_of_one_image_are_bounded_before_they_are_kept() -> None:
+    half = npy(np.zeros((tar.MAX_FIELD_BYTES // 2, 1), np.uint8))
+    with pytest.raises(TooLarge, match=r"'a\.boxes\.npy' has .* at most"):
+        fields_of(("a.ppm", PPM), ("a.cls", b"1"), ("a.boxes.npy", npy(np.zeros((10_000_000, 2), np.float32))))
+    two = [("a.boxes.npy", half), ("a.logits.npy", half)]
+    for members in ([("a.ppm", PPM), ("a.cls", b"1"), *two], [*two, ("a.ppm", PPM), ("a.cls", b"1")]):
+        with pytest.raises(TooLarge, match="fields of 'a' have"):
+            fields_of(*members)
+    with pytest.raises(TooLarge, match="fields of 'a' have"):
+        fields_of(*([("a.note.txt", b"")] * 200), ("a.ppm", PPM), ("a.cls", b"1"))
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"logits": np.zeros((2, 3))}, "2 values for 3 images"),
+        ({"Logits": [1, 2, 3]}, "must match"),
+        ({"logits": [None, None, None]}, "neither numbers nor a text"),
+    ],
+)
+def test_columns_that_no_buffer_could_have_are_refused_before_anything_is_sent(
+    fields: dict[str, Any], says: str
+) -> None:
+    with pytest.raises(ValueError, match=says):
+        list(tar.write(images(3), [0, 1, 2], fields=fields))

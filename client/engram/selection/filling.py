@@ -18,6 +18,8 @@ from engram.strip import Exemplars, concat
 IntArray = npt.NDArray[np.int64]
 
 _FIRST = 16
+# Fields may be a thousand times larger than images, and what is encoded is held at once.
+_FIRST_WITH_FIELDS = 2
 _MARGIN = 1.05
 
 
@@ -33,7 +35,8 @@ def fill(pool: Pool, order: Mapping[int, IntArray], shares: Mapping[int, int], q
     parts: list[Exemplars] = []
     ranks: list[IntArray] = []
     done, spent = dict.fromkeys(order, 0), dict.fromkeys(order, 0)
-    wanted = {class_id: min(_FIRST, len(numbers)) for class_id, numbers in order.items()}
+    first = _FIRST_WITH_FIELDS if pool.schema else _FIRST
+    wanted = {class_id: min(first, len(numbers)) for class_id, numbers in order.items()}
     while any(wanted.values()):
         rank_N = np.concatenate([np.arange(done[c], done[c] + more) for c, more in wanted.items()])
         number_N = np.concatenate([order[c][done[c] : done[c] + more] for c, more in wanted.items()])

@@ -7,13 +7,14 @@ any, travel beside them as records (`engram.fields`) that selection does not loo
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from copy import copy
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from engram.fields import NO_COLUMNS, Columns, Schema
+from engram.fields import NO_COLUMNS, NO_FIELDS, Columns, Schema
 from engram.schemas import Subsampling
 from engram.selection.embedding import Embedder, FloatArray, Shape, UInt8Array, slices
 from engram.strip import Bytes, Exemplars, concat, encode
@@ -162,12 +163,24 @@ class Pool:
 
     def embed(self, numbers: IntArray, embedder: Embedder, quality: int | None = None) -> FloatArray:
         """The features of these images as they are, or as replay would bring them back at a quality, [n, D]."""
+        bare = self._bare()
         return np.concatenate(
             [
-                embedder.embed(self.read(chunk) if quality is None else self._encode(chunk, quality).decode())
+                embedder.embed(self.read(chunk) if quality is None else bare._encode(chunk, quality).decode())
                 for chunk in self.chunks(numbers)
             ]
         )
+
+    def _bare(self) -> Pool:
+        """The same images without their fields, to be looked at only: checksums of what is stored count its fields."""
+        if not self.schema:
+            return self
+        bare = copy(self)
+        bare.schema = NO_FIELDS
+        if self._stored is not None:
+            form = replace(self._stored.form, schema=NO_FIELDS)
+            bare._stored = replace(self._stored, form=form, record_starts=None, record_lengths=None)
+        return bare
 
     def encode(self, numbers: IntArray, quality: int) -> Exemplars:
         """These images as exemplars; stored ones of this quality are copied as they are."""
