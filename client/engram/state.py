@@ -322,10 +322,10 @@ def publish(folder: Path, saved: Saved) -> None:
     files.write_durably(folder / "manifest.json", data)
     files.write_whole(folder / "manifest.copy.json", data)
     named = {entry.digest for entry in saved.manifest.packs}
-    for path in (folder / "packs").iterdir():
-        # An index lies beside its pack; nobody else is writing here, so a temporary file is one that was left.
-        if path.name.partition(".")[0] not in named:
-            path.unlink(missing_ok=True)
+    # An index lies beside its pack. Nobody else is writing here, so a temporary file is one that a killed process left.
+    unnamed = [path for path in (folder / "packs").iterdir() if path.name.partition(".")[0] not in named]
+    for path in [*unnamed, *folder.glob(".manifest.*.tmp")]:
+        path.unlink(missing_ok=True)
 
 
 def _put(packs: Path, task: int, exemplars: Exemplars) -> PackEntry:
