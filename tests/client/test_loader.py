@@ -167,7 +167,7 @@ def test_a_mirror_that_moved_on_refuses_an_older_state(engram_client: Client, na
     mirror.refresh()
     loader = ReplayLoader(mirror, 2)
     loader.load_state_dict(state)
-    with pytest.raises(engram.Conflict, match="generation 1, the mirror at 2"):
+    with pytest.raises(engram.Conflict, match="generation 1, its source at 2"):
         next(loader)
     remote = ReplayLoader((engram_client, name), 2)
     remote.load_state_dict(state)
