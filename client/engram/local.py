@@ -11,7 +11,6 @@ changes the folder at a time, and a second one is refused at once; any number ma
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
@@ -49,8 +48,6 @@ from engram.selection.embedding import BuiltinEmbedder, Embed, Embedder, Functio
 from engram.selection.images import ArrayImages
 from engram.state import Saved
 from engram.strip import Exemplars
-
-logger = logging.getLogger(__name__)
 
 # Another process may commit between the manifest and its packs; one after the other, some ten times is hopeless.
 _ATTEMPTS = 10
@@ -314,29 +311,22 @@ class LocalBuffer:
             _validated({"budget_bytes": budget_bytes})
         with state.writing(target):
             state.check_empty(target)
-            for _ in range(_ATTEMPTS):
-                saved = state.newest(self.folder)
-                _check_generation(saved, generation)
-                try:
-                    _share(self._packs, target / "packs", saved.manifest)
-                    break
-                except FileNotFoundError:
-                    # Another process has made a new generation meanwhile, or somebody took the pack away.
-                    if state.newest(self.folder).manifest.generation == saved.manifest.generation:
-                        raise state.missing(self._packs, saved.manifest) from None
-            else:
-                raise Conflict(f"{_ATTEMPTS} changes of {self.folder} came first, one after the other; try again")
-            local = state.local_of(self.folder, saved)
-            saved = saved.model_copy(
-                update={
+            try:
+                saved = self._shared(target, generation)
+                local = state.local_of(self.folder, saved)
+                begun = {
                     "created_at": datetime.now(UTC),
                     "manifest": saved.manifest.model_copy(update={"buffer": target.resolve().name}),
                     "local": local.model_copy(update={"is_frozen": frozen}),
                 }
-            )
-            before = state.content_of(target, saved)
-            after = before if budget_bytes is None else memory.reshare(before, budget_bytes=budget_bytes)
-            state.publish(target, state.after_change(target, saved, before, after, saved.manifest.generation))
+                saved = saved.model_copy(update=begun)
+                before = state.content_of(target, saved)
+                after = before if budget_bytes is None else memory.reshare(before, budget_bytes=budget_bytes)
+                state.publish(target, state.after_change(target, saved, before, after, saved.manifest.generation))
+            except BaseException:
+                if not (target / "manifest.json").exists():
+                    _unshare(target / "packs")
+                raise
         return LocalBuffer(target)
 
     # Replay
@@ -411,6 +401,25 @@ class LocalBuffer:
             saved = state.new(self.folder.resolve().name, wanted)
             state.publish(self.folder, saved)
             return saved
+
+    def _shared(self, target: Path, generation: int | None) -> Saved:
+        """What this folder holds now, its packs shared with the other folder.
+
+        Raises:
+            Conflict: it is at another generation than this, or others changed it again and again.
+            StripCorrupt: a pack is gone.
+        """
+        for _ in range(_ATTEMPTS):
+            saved = state.newest(self.folder)
+            _check_generation(saved, generation)
+            try:
+                _share(self._packs, target / "packs", saved.manifest)
+                return saved
+            except FileNotFoundError:
+                # Another process has made a new generation meanwhile, or somebody took the pack away.
+                if state.newest(self.folder).manifest.generation == saved.manifest.generation:
+                    raise state.missing(self._packs, saved.manifest) from None
+        raise Conflict(f"{_ATTEMPTS} changes of {self.folder} came first, one after the other; try again")
 
     def _change(self, change: Callable[[Content], Content], generation: int | None = None) -> None:
         """The buffer's content is what `change` makes of it, in a new generation.
@@ -489,22 +498,23 @@ def _share(source: Path, target: Path, manifest: Manifest) -> None:
     Raises:
         FileNotFoundError: a pack is gone.
     """
+    _unshare(target)
     target.mkdir(exist_ok=True)
-    named = {entry.digest for entry in manifest.packs}
-    for path in target.iterdir():
-        if path.name not in named:
-            path.unlink()
-    for digest in named:
+    for digest in {entry.digest for entry in manifest.packs}:
         try:
             os.link(source / digest, target / digest)
-        except (FileNotFoundError, FileExistsError):
-            if not (target / digest).exists():
-                raise
+        except FileNotFoundError:
+            raise
         except OSError:
             # Another file system, or one without links.
             files.write_durably(target / digest, (source / digest).read_bytes())
     files.fsync_path(target)
     files.fsync_path(target.parent)
+
+
+def _unshare(packs: Path) -> None:
+    for path in packs.glob("*"):
+        path.unlink(missing_ok=True)
 
 
 def _snapshot_of(packs: Path, manifest: Manifest, known: Snapshot | None) -> Snapshot:

@@ -470,6 +470,7 @@ def test_a_fork_does_not_overwrite_anything(filled_folder: Path, tmp_path: Path)
         assert (target / "manifest.json").read_bytes() == before
     with pytest.raises(Conflict, match="generation 3, 2 is expected"):
         source.fork(tmp_path / "other", generation=2)
+    assert source.fork(tmp_path / "other", generation=3).generation == 3, "what failed is in nobody's way"
     with pytest.raises(InvalidRequest):
         source.fork(tmp_path / "other", budget_bytes=0)
 
