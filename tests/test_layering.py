@@ -48,6 +48,7 @@ NOT_FOR_THE_SERVICE = {
 ORDER = {
     "engram": [
         "errors names schemas files",
+        "fields",
         "form shares draw tar transport",
         "strip folder",
         "pack batch",

@@ -2,21 +2,23 @@
 
 Exemplars are copied out of the packs that they lie in, in the order of packs and rows, and become one strip with the
 task of each and its row in its pack (several strips if the packs differ in form, or where one JPEG cannot hold them).
+Their fields, if they have any, come with them and are arrays of the batch too.
 Service and `Mirror` make it with the same functions, so a mirrored draw equals the service's byte for byte.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from itertools import pairwise
-from typing import NamedTuple
+from dataclasses import dataclass, field
+from itertools import chain, pairwise
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from engram.draw import Plan
 from engram.errors import InvalidRequest, StripCorrupt
+from engram.fields import Column
 from engram.form import Form
 from engram.strip import (
     Bytes,
@@ -40,13 +42,15 @@ class Batch:
     """One replay minibatch; the arrays are aligned by exemplar.
 
     `images` is uint8 [N, H, W, C], C = 1 or 3 (RGB). It may be a strided view (rows of padding are skipped), which
-    numpy and torch take as it is. `rows` are row numbers in the pack of the exemplar's task.
+    numpy and torch take as it is. `rows` are row numbers in the pack of the exemplar's task. `fields` has the columns
+    that the buffer declares, by name: an array [N, ...], a list of N arrays for a ragged field, a list of N texts.
     """
 
     images: UInt8Array
     class_ids: IntArray
     tasks: IntArray
     rows: IntArray
+    fields: dict[str, Column] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.class_ids)
@@ -61,7 +65,7 @@ class Part(NamedTuple):
 
 
 def empty() -> Batch:
-    """What a rank gets whose slice of an epoch's last step is empty: no images, of no size."""
+    """What a rank gets whose slice of an epoch's last step is empty: no images, of no size, and no fields."""
     none = np.empty(0, np.int64)
     return Batch(np.empty((0, 0, 0, 0), np.uint8), none, none, none)
 
@@ -118,7 +122,8 @@ def from_parts(parts: Sequence[Part]) -> Batch:
     for part in parts:
         part.exemplars.decode(flat[done:])
         done += len(part.rows) * form.image_bytes
-    return _batch(flat, form, [(part.exemplars.class_ids, part.tasks, part.rows) for part in parts])
+    fields = _joined([part.exemplars.fields() for part in parts]) if form.schema.text else {}
+    return _batch(flat, form, [(part.exemplars.class_ids, part.tasks, part.rows) for part in parts], fields)
 
 
 def decode(body: Bytes) -> Batch:
@@ -145,7 +150,7 @@ def decode(body: Bytes) -> Batch:
         after = done + len(part) * form.image_bytes
         decode_strip(memoryview(body)[at:end], part.form, flat[done:after])
         done = after
-    return _batch(flat, form, labels)
+    return _batch(flat, form, labels, _joined([part.fields() for part in exemplars]) if form.schema.text else {})
 
 
 def _buffer(parts: Sequence[tuple[Form, int]]) -> UInt8Array:
@@ -158,10 +163,25 @@ def _buffer(parts: Sequence[tuple[Form, int]]) -> UInt8Array:
         # two buffers.
         if other.shape != form.shape or other.padded_height != form.padded_height:
             raise StripCorrupt(f"the strips of the draw hold images of different sizes: {form} and {other}")
+        if other.schema is not form.schema and other.schema != form.schema:
+            raise StripCorrupt(
+                f"the strips of the draw have different fields: {form.schema.text!r} and {other.schema.text!r}"
+            )
     return pixel_buffer(sum(count for _, count in parts) * form.image_bytes)
 
 
-def _batch(flat: UInt8Array, form: Form, labels: Sequence[Labels]) -> Batch:
-    """The batch of these pixels; `labels` are class ids, tasks and rows of each part."""
+def _batch(flat: UInt8Array, form: Form, labels: Sequence[Labels], fields: dict[str, Column]) -> Batch:
+    """The batch of these pixels and fields; `labels` are class ids, tasks and rows of each part."""
     class_ids, tasks, rows = labels[0] if len(labels) == 1 else map(np.concatenate, zip(*labels, strict=True))
-    return Batch(as_images(flat, form, len(rows)), class_ids, tasks, rows)
+    return Batch(as_images(flat, form, len(rows)), class_ids, tasks, rows, fields)
+
+
+def _joined(parts: Sequence[dict[str, Column]]) -> dict[str, Column]:
+    """The columns of several strips, one after the other."""
+    if len(parts) == 1:
+        return parts[0]
+    joined: dict[str, Column] = {}
+    for name, first in parts[0].items():
+        columns: list[Any] = [part[name] for part in parts]
+        joined[name] = np.concatenate(columns) if isinstance(first, np.ndarray) else list(chain.from_iterable(columns))
+    return joined

@@ -112,6 +112,9 @@ def create(
     quality: Annotated[
         int | None, typer.Option(min=1, max=100, help="Fix the JPEG quality of all exemplars; else it is selected.")
     ] = None,
+    field: Annotated[
+        list[str] | None, typer.Option(help="NAME=TYPE of what exemplars have, as in 'logits=float16 [100]'; again.")
+    ] = None,
     exist_ok: Annotated[bool, typer.Option("--exist-ok", help="Be content with an equal buffer.")] = False,
 ) -> None:
     """Create a buffer."""
@@ -123,10 +126,18 @@ def create(
             share_by=share_by,
             subsampling=subsampling,
             quality=quality,
+            fields=_declared(field or []),
             exist_ok=exist_ok,
         )
         each = " for each class" if made.per == "class" else ""
         _out().print(f"buffer {made.name}: {made.budget_bytes:,} bytes{each}, shared by {made.share_by}")
+
+
+def _declared(fields: list[str]) -> dict[str, str]:
+    pairs = [text.partition("=") for text in fields]
+    if not all(equals for _, equals, _ in pairs):
+        raise ValueError(f"fields are declared as NAME=TYPE, as in 'logits=float16 [100]', not {fields}")
+    return {name.strip(): type_text for name, _, type_text in pairs}
 
 
 @app.command()
@@ -142,6 +153,8 @@ def show(context: typer.Context, buffer: BufferArgument) -> None:
         _out().print("no exemplars yet" if found.quality is None else f"quality {found.quality}, {found.quality_is}")
         if found.is_frozen:
             _out().print("frozen: a snapshot that takes no change")
+        for name, type_text in found.fields.items():
+            _out().print(f"field {name}: {type_text}", markup=False)
         table = Table(box=None)
         for heading in ("task", "exemplars", "bytes", "classes"):
             table.add_column(heading, justify="right")
@@ -389,6 +402,58 @@ def delete(
         else:
             client.delete_task(buffer, task)
         _out().print(f"{what} is deleted")
+
+
+TaskOption = Annotated[int | None, typer.Option("--task", min=0, help="Only those of this task.")]
+ClassOption = Annotated[int | None, typer.Option("--class", min=0, help="Those of this class.")]
+KeyOption = Annotated[str | None, typer.Option("--key", help="Those with this value of the field `key`.")]
+PackOption = Annotated[str | None, typer.Option("--pack", help="One exemplar: the pack it is in.")]
+RowOption = Annotated[int | None, typer.Option("--row", min=0, help="One exemplar: its row in the pack.")]
+
+
+@app.command()
+def remove(
+    context: typer.Context,
+    buffer: BufferArgument,
+    task: TaskOption = None,
+    class_id: ClassOption = None,
+    key: KeyOption = None,
+    pack: PackOption = None,
+    row: RowOption = None,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+) -> None:
+    """Remove the exemplars of a class, those with a key, or one of them."""
+    if not yes:
+        typer.confirm(f"Remove these exemplars of buffer {buffer}?", abort=True)
+    with _client(context) as client:
+        found = client.remove(buffer, task=task, class_id=class_id, key=key, exemplar=_exemplar(pack, row))
+        _out().print(f"buffer {buffer} holds {found.exemplars:,} exemplars as generation {found.generation}")
+
+
+@app.command()
+def relabel(
+    context: typer.Context,
+    buffer: BufferArgument,
+    to: Annotated[int, typer.Argument(min=0, help="The class id that the exemplars get.")],
+    task: TaskOption = None,
+    class_id: ClassOption = None,
+    key: KeyOption = None,
+    pack: PackOption = None,
+    row: RowOption = None,
+) -> None:
+    """Move the exemplars of a class, those with a key, or one of them to another class."""
+    with _client(context) as client:
+        exemplar = _exemplar(pack, row)
+        found = client.relabel(buffer, to, task=task, class_id=class_id, key=key, exemplar=exemplar)
+        _out().print(f"buffer {buffer} holds {found.exemplars:,} exemplars as generation {found.generation}")
+
+
+def _exemplar(pack: str | None, row: int | None) -> tuple[str, int] | None:
+    if pack is None and row is None:
+        return None
+    if pack is None or row is None:
+        raise ValueError("one exemplar is named by --pack and --row together")
+    return pack, row
 
 
 @contextmanager

@@ -54,6 +54,7 @@ from engram.errors import (
     Unavailable,
     from_problem,
 )
+from engram.fields import Schema
 from engram.schemas import (
     Buffer,
     BufferChange,
@@ -67,6 +68,7 @@ from engram.schemas import (
     IngestOptions,
     Manifest,
     Per,
+    Relabel,
     ShareBy,
     Strategy,
     Subsampling,
@@ -191,6 +193,7 @@ class Client:
         share_by: ShareBy = "class",
         subsampling: Subsampling = "4:2:0",
         quality: int | None = None,
+        fields: Mapping[str, str] | None = None,
         exist_ok: bool = False,
     ) -> Buffer:
         """A new, empty buffer; with `exist_ok`, the buffer of that name if it was created with the same definition.
@@ -202,12 +205,15 @@ class Client:
             share_by: what gets equal shares: classes or tasks.
             subsampling: of the colour planes.
             quality: JPEG quality of all exemplars, for good; None lets selection find it.
+            fields: what every exemplar has beside its image, types by name: `{"logits": "float16 [100]"}`; see
+                `engram.fields`.
             exist_ok: whether the buffer may exist.
 
         Raises:
             Conflict: the name is taken (with `exist_ok`: by a buffer with another definition).
             InvalidRequest: a name or a number out of range.
         """
+        declared = Schema.declare(fields or {}).declared
         try:
             wanted = BufferCreate(
                 name=name,
@@ -216,6 +222,7 @@ class Client:
                 share_by=share_by,
                 subsampling=subsampling,
                 quality=quality,
+                fields=declared,
             )
         except pydantic.ValidationError as error:
             raise InvalidRequest(first_fault(error)) from error
@@ -228,7 +235,7 @@ class Client:
             given = found.model_copy(update={"quality": found.quality if found.quality_is == "fixed" else None})
             differing = [
                 f"{field} {getattr(given, field)} (asked: {getattr(wanted, field)})"
-                for field in ("budget_bytes", "per", "share_by", "subsampling", "quality")
+                for field in ("budget_bytes", "per", "share_by", "subsampling", "quality", "fields")
                 if getattr(given, field) != getattr(wanted, field)
             ]
             if differing:
@@ -258,8 +265,8 @@ class Client:
         Raises:
             Conflict: the buffer is at another generation.
         """
-        headers = [] if generation is None else [("If-Match", f'"{generation}"')]
         body = _json(BufferChange(budget_bytes=budget_bytes))
+        headers = _if_match(generation)
         return Buffer.model_validate_json(self._send("PATCH", _buffer_path(name), headers=headers, body=body))
 
     def rename_classes(self, name: str, class_names: Mapping[int, str]) -> Buffer:
@@ -344,6 +351,7 @@ class Client:
         images_NHWC: npt.NDArray[np.uint8],
         class_ids_N: npt.ArrayLike,
         *,
+        fields: Mapping[str, Sequence[Any] | npt.NDArray[Any]] | None = None,
         options: IngestOptions | None = None,
         idempotency_key: str | None = None,
     ) -> Ingest:
@@ -357,6 +365,8 @@ class Client:
             images_NHWC: uint8 RGB or grey; `[N, H, W]` is grey.
             class_ids_N: N integers, which are class ids, or N strings, which are names: those that the buffer knows
                 stand for the ids that they have there, new ones get new ids (see `class_names`).
+            fields: the columns that the buffer declares, by name: arrays `[N, ...]`, lists of N arrays where they are
+                ragged, lists of N texts.
             options: how images are ranked and measured.
             idempotency_key: the same key makes a repeated upload the same ingest; None makes a new one.
 
@@ -364,14 +374,16 @@ class Client:
             ValueError: arrays of another type or shape, or of no images; a string that is no name.
             NotFound: no such buffer.
             Conflict: the buffer is frozen or has images of another shape, the key another body.
+
+        Fields that are not what the buffer declares end the ingest: `wait` raises `BadUpload`.
         """
         if not len(images_NHWC):
             raise ValueError("there are no images to upload")
         # Arrays become the same bytes twice at some 200,000 images/s, so the service can check before it accepts.
         digest = hashlib.sha256()
-        for chunk in tar.write(images_NHWC, class_ids_N):
+        for chunk in tar.write(images_NHWC, class_ids_N, fields=fields):
             digest.update(chunk)
-        body = _Upload(lambda: tar.write(images_NHWC, class_ids_N))
+        body = _Upload(lambda: tar.write(images_NHWC, class_ids_N, fields=fields))
         return self._upload(buffer, task, body, options, idempotency_key, digest.digest())
 
     def upload_folder(
@@ -628,6 +640,68 @@ class Client:
         """
         return self._send("GET", f"{_buffer_path(buffer)}/exemplars/{quote(pack, safe='')}/{row:d}")
 
+    def exemplar_fields(self, buffer: str, pack: str, row: int) -> dict[str, Any]:
+        """The fields of one exemplar as numbers, lists and texts; None stands for NaN and infinities.
+
+        Raises:
+            NotFound: no such pack or row in the buffer.
+        """
+        path = f"{_buffer_path(buffer)}/exemplars/{quote(pack, safe='')}/{row:d}/fields"
+        fields: dict[str, Any] = json.loads(self._send("GET", path))
+        return fields
+
+    def remove(
+        self,
+        buffer: str,
+        *,
+        task: int | None = None,
+        class_id: int | None = None,
+        key: str | None = None,
+        exemplar: tuple[str, int] | None = None,
+        generation: int | None = None,
+    ) -> Buffer:
+        """The buffer without some exemplars, in a new generation, as if they had never come.
+
+        Args:
+            buffer: a buffer's name.
+            task: only of this task; `delete_task` deletes a whole one.
+            class_id: of this class.
+            key: with this value of the field `key`.
+            exemplar: one exemplar, as (pack, row) of the current generation, and nothing else.
+            generation: the generation this change was decided on; None changes any.
+
+        Raises:
+            NotFound: no such buffer, or nothing in it that is named so.
+            InvalidRequest: neither a class, a key nor an exemplar is named.
+            Conflict: the buffer is at another generation.
+        """
+        path = _exemplars_path(buffer, task, class_id, key, exemplar)
+        return Buffer.model_validate_json(self._send("DELETE", path, headers=_if_match(generation)))
+
+    def relabel(
+        self,
+        buffer: str,
+        to_class_id: int,
+        *,
+        task: int | None = None,
+        class_id: int | None = None,
+        key: str | None = None,
+        exemplar: tuple[str, int] | None = None,
+        generation: int | None = None,
+    ) -> Buffer:
+        """The buffer with some exemplars, named as in `remove`, in another class of their tasks.
+
+        Raises:
+            NotFound, InvalidRequest, Conflict: as `remove`.
+        """
+        path = _exemplars_path(buffer, task, class_id, key, exemplar)
+        try:
+            change = Relabel(class_id=to_class_id)
+        except pydantic.ValidationError as error:
+            raise InvalidRequest(f"there can be no class id {to_class_id}") from error
+        headers = _if_match(generation)
+        return Buffer.model_validate_json(self._send("PATCH", path, headers=headers, body=_json(change)))
+
     def export(self, buffer: str, file: str | Path | BinaryIO, *, generation: int | None = None) -> int:
         """Write all exemplars to `file` as a WebDataset tar of JPEGs; returns its bytes.
 
@@ -838,6 +912,23 @@ def _json(model: pydantic.BaseModel) -> _Body:
 
 def _buffer_path(name: str) -> str:
     return f"/v1/buffers/{quote(name, safe='')}"
+
+
+def _exemplars_path(
+    buffer: str, task: int | None, class_id: int | None, key: str | None, exemplar: tuple[str, int] | None
+) -> str:
+    """What a change of exemplars is sent to."""
+    given = {"task": task, "class_id": class_id, "key": key}
+    query = {name: value for name, value in given.items() if value is not None}
+    if exemplar is None:
+        return f"{_buffer_path(buffer)}/exemplars?{urlencode(query)}"
+    if query:
+        raise InvalidRequest(f"one exemplar is named by its pack and row, not by {', '.join(query)} as well")
+    return f"{_buffer_path(buffer)}/exemplars/{quote(exemplar[0], safe='')}/{exemplar[1]:d}"
+
+
+def _if_match(generation: int | None) -> list[tuple[str, str]]:
+    return [] if generation is None else [("If-Match", f'"{generation}"')]
 
 
 def _task_path(buffer: str, task: int) -> str:

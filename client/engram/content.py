@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from engram import pack, shares
+from engram.fields import NO_FIELDS, Schema
 from engram.schemas import Decision, Per, ShareBy, Subsampling
 from engram.selection.embedding import FloatArray, Shape
 from engram.strip import Exemplars, runs_of
@@ -94,6 +95,7 @@ NOTHING = Task({}, {}, 0, lambda: None)
 class Content:
     """A memory as it stands. `quality` is that of every exemplar, None while there has been none.
 
+    `schema` are the fields that every exemplar has beside its image; they are declared with the memory and stay.
     `class_names` are the names of class ids. `next_class_id` is above every id that was ever seen or named, so that a
     new name never gets the id of a class that was deleted.
     """
@@ -103,6 +105,7 @@ class Content:
     quality: int | None = None
     is_provisional: bool = True
     shape: Shape | None = None
+    schema: Schema = NO_FIELDS
     class_names: Mapping[int, str] = field(default_factory=dict)
     next_class_id: int = 0
 

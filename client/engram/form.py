@@ -1,8 +1,9 @@
 """What images must share to lie in one strip, their form, and the JPEG headers that follow from it.
 
-A form is five numbers: height, width, channels, chroma subsampling, quality. Quantisation tables are those of T.81
+A form is five numbers: height, width, channels, chroma subsampling, quality; and the fields that every image has
+beside it, usually none, which no header depends on. Quantisation tables are those of T.81
 Annex K scaled to the quality by the formula of the Independent JPEG Group, as libjpeg has them; Huffman tables are
-always those of Annex K. So nothing of a form is data: a reader computes the only header that it allows.
+always those of Annex K. So nothing of a header is data: a reader computes the only one that the form allows.
 
 Headers come in two kinds. That of a strip leaves the Huffman tables out, which decoders assume when none are given (as
 motion JPEG has it). That of a picture has them, for decoders that do not (Go's), and a JFIF segment: for one image it
@@ -15,6 +16,7 @@ import struct
 from dataclasses import dataclass
 from functools import cached_property
 
+from engram.fields import NO_FIELDS, Schema
 from engram.schemas import Subsampling
 
 # A JPEG may declare 65,535 rows, but libjpeg refuses more than 65,500.
@@ -67,6 +69,7 @@ class Form:
     channels: int
     subsampling: Subsampling
     quality: int
+    schema: Schema = NO_FIELDS
 
     @property
     def shape(self) -> tuple[int, int, int]:

@@ -30,12 +30,13 @@ import numpy.typing as npt
 
 from engram import names, pack
 from engram.content import NOTHING, ROOMY_QUALITY, Content, Means, Task, shares_of
-from engram.errors import BudgetExceeded, Conflict, InvalidRequest, NotFound
-from engram.schemas import Decision, IngestOptions
+from engram.errors import BadUpload, BudgetExceeded, Conflict, InvalidRequest, NotFound
+from engram.fields import KEY
+from engram.schemas import MAX_CLASS_ID, Decision, IngestOptions
 from engram.selection import ranking
 from engram.selection.embedding import BUILTIN_BLOCK, BuiltinEmbedder, Embedder, FloatArray, Shape
 from engram.selection.filling import fill, smallest
-from engram.selection.images import NO_IMAGES, Images, Pool, Progress, Relabelled
+from engram.selection.images import NO_IMAGES, Images, Pool, Relabelled, WorkDone
 from engram.selection.quality import choose, is_enough, measure
 from engram.selection.volume import DELTA, ENOUGH_BLOCKS
 from engram.strip import Exemplars, runs_of
@@ -60,6 +61,42 @@ class Upload:
     names: Sequence[str] | None = None
 
 
+@dataclass(frozen=True)
+class Where:
+    """Which exemplars a change means: all that have everything given here, at least a class, a key or a rank.
+
+    `key` is the value of the field `key`. `rank` counts from 0 within a class of a task, and needs both.
+    """
+
+    task: int | None = None
+    class_id: int | None = None
+    key: str | None = None
+    rank: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.class_id is None and self.key is None:
+            raise InvalidRequest("name the exemplars by class id or key; a whole task is deleted as a task")
+        if self.rank is not None and (self.task is None or self.class_id is None or self.key is not None):
+            raise InvalidRequest("a rank is one within a class of a task: name task and class id with it, and no key")
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether a class is meant as a whole, what was seen of it as well as what is stored."""
+        return self.key is None and self.rank is None
+
+    @property
+    def asked(self) -> dict[str, int | str]:
+        """What is given, by name."""
+        return {name: value for name, value in vars(self).items() if value is not None}
+
+    def names(self, class_id: int) -> bool:
+        """Whether exemplars of this class can be meant."""
+        return self.class_id in (None, class_id)
+
+    def __str__(self) -> str:
+        return ", ".join(f"{name.replace('_', ' ')} {value!r}" for name, value in self.asked.items())
+
+
 def add(
     content: Content, upload: Upload, embedder: Embedder, *, advance: Callable[[int], None] = lambda count: None
 ) -> Content:
@@ -73,6 +110,7 @@ def add(
 
     Raises:
         BudgetExceeded: not one exemplar of the task fits; `details` has `budget_bytes` and `needed_bytes`.
+        BadUpload: the images have other fields than the memory's.
         Conflict: the images have another shape than the memory's.
         InvalidRequest: there are no images.
     """
@@ -82,14 +120,16 @@ def add(
     content, upload = _identified(content, upload)
     images, options = upload.images, upload.options
     _check_shape(content, images.shape)
+    if images.schema != content.schema:
+        raise BadUpload(f"the images bring the fields {images.schema.text or 'none'}, {content.schema.summary}")
     before = content.tasks.get(upload.task, NOTHING)
-    progress = Progress(len(images.class_ids), advance)
-    pool = Pool(before.load(), images, content.policy.subsampling, progress)
+    done = WorkDone(len(images.class_ids), advance)
+    pool = Pool(before.load(), images, content.policy.subsampling, done)
     came = Counter[int](np.asarray(images.class_ids).tolist())
     seen = dict(sorted((came + Counter(before.seen)).items()))
     share = shares_of(content.policy, {**content.classes(), upload.task: list(seen)})
     order, means, mean_is = _rank(pool, before, came, share[upload.task], options, embedder)
-    progress.reach(_RANKING_PART)
+    done.reach(_RANKING_PART)
     decision = Decision(
         quality=content.policy.quality or ROOMY_QUALITY,
         reason="",
@@ -122,7 +162,7 @@ def add(
         "seconds": perf_counter() - start,
     }
     grown = _saying(settled.tasks[upload.task], said)
-    progress.reach(1)
+    done.reach(1)
     return _cut(replace(settled, tasks={**settled.tasks, upload.task: grown.holding(exemplars)}), share)
 
 
@@ -139,10 +179,115 @@ def reshare(content: Content, *, budget_bytes: int | None = None, without_task: 
         raise NotFound(f"there is no task {without_task}; there are {sorted(tasks)}", task=without_task)
     policy = content.policy if budget_bytes is None else replace(content.policy, budget_bytes=budget_bytes)
     changed = replace(content, policy=policy, tasks=tasks)
-    if not tasks:
+    return _within(changed, was_roomy=content.is_roomy)
+
+
+def remove(content: Content, where: Where) -> Content:
+    """The content without these exemplars, as if they had never come; what their classes leave, others may fill.
+
+    A class without an image in a task has no share there any more, and a task without a class is gone. What herding
+    goes toward, the mean of all images seen of a class, still knows single exemplars that were removed.
+
+    Raises:
+        NotFound: nothing is there that `where` names.
+    """
+    tasks = dict(content.tasks)
+    for number, held in _matching(content, where).items():
+        task = tasks[number]
+        taken = Counter[int](held.class_ids[held.is_named].tolist())
+        seen = {c: count - taken[c] for c, count in task.seen.items() if not (where.is_whole and where.names(c))}
+        tasks[number] = _regrouped(task, seen, held.exemplars, np.flatnonzero(~held.is_named))
+        if not tasks[number].seen:
+            del tasks[number]
+    return _within(replace(content, tasks=tasks), was_roomy=content.is_roomy)
+
+
+def relabel(content: Content, where: Where, class_id: int) -> Content:
+    """The content with these exemplars in another class of their task, behind all that it holds of this class.
+
+    Herding starts the mean of that class again, from those kept.
+
+    Raises:
+        NotFound: nothing is there that `where` names.
+        InvalidRequest: there can be no such class id.
+    """
+    if not 0 <= class_id <= MAX_CLASS_ID:
+        raise InvalidRequest(f"class ids lie in 0..{MAX_CLASS_ID}, {class_id} does not")
+    tasks = dict(content.tasks)
+    for number, held in _matching(content, where).items():
+        task, is_moved = tasks[number], held.is_named & (held.class_ids != class_id)
+        taken = Counter[int](held.class_ids[is_moved].tolist())
+        if where.is_whole and where.class_id is not None and where.class_id != class_id:
+            taken = Counter({where.class_id: task.seen[where.class_id]})
+        if not taken:
+            continue
+        seen = {c: count - taken[c] for c, count in task.seen.items()}
+        seen[class_id] = seen.get(class_id, 0) + taken.total()
+        class_ids = np.where(is_moved, class_id, held.class_ids)
+        exemplars = None if held.exemplars is None else replace(held.exemplars, class_ids=class_ids)
+        changed = _regrouped(task, seen, exemplars, np.lexsort((is_moved, class_ids)))
+        tasks[number] = replace(changed, means=_means(changed.means, {*changed.seen} - {class_id}))
+    return _within(replace(content, tasks=tasks), was_roomy=content.is_roomy)
+
+
+@dataclass(frozen=True)
+class _Held:
+    """The exemplars of a task and which of them are named."""
+
+    exemplars: Exemplars | None
+    class_ids: IntArray
+    is_named: npt.NDArray[np.bool_]
+
+
+def _matching(content: Content, where: Where) -> dict[int, _Held]:
+    """Of each task that holds something of what is named.
+
+    Raises:
+        NotFound: none does.
+        InvalidRequest: a key is named and the memory keeps none.
+    """
+    if where.key is not None and not content.schema.has_key:
+        raise InvalidRequest(
+            f"exemplars are found by key where a field `key` of type utf8 is: {content.schema.summary}"
+        )
+    found: dict[int, _Held] = {}
+    for number, task in content.tasks.items():
+        if where.task not in (None, number) or not any(map(where.names, task.seen)):
+            continue
+        exemplars = task.load()
+        class_ids = np.empty(0, np.int64) if exemplars is None else exemplars.class_ids
+        is_named = np.ones(len(class_ids), np.bool_) if where.class_id is None else class_ids == where.class_id
+        if where.key is not None and exemplars is not None:
+            keys = exemplars.fields(frozenset({KEY}))[KEY]
+            is_named = is_named & np.fromiter((key == where.key for key in keys), np.bool_, len(class_ids))
+        if where.rank is not None:
+            is_named = is_named & (np.cumsum(is_named) == where.rank + 1)
+        if is_named.any() or where.is_whole:
+            found[number] = _Held(exemplars, class_ids, is_named)
+    if not found:
+        raise NotFound(f"there is no exemplar of {where}", **where.asked)
+    return found
+
+
+def _regrouped(task: Task, seen: Mapping[int, int], exemplars: Exemplars | None, rows: IntArray) -> Task:
+    """The task with these rows of exemplars, and having seen so many of each class."""
+    left = {class_id: count for class_id, count in sorted(seen.items()) if count > 0}
+    kept = None if exemplars is None else exemplars.select(rows)
+    return replace(task, seen=left, means=_means(task.means, {*left})).holding(kept)
+
+
+def _means(means: Means | None, classes: set[int]) -> Means | None:
+    """Those of these classes."""
+    of_class = {} if means is None else {c: mean for c, mean in means.of_class.items() if c in classes}
+    return replace(means, of_class=of_class) if means is not None and of_class else None
+
+
+def _within(changed: Content, *, was_roomy: bool) -> Content:
+    """The content after a change that is no upload: within its shares as they are now."""
+    if not changed.tasks:
         return replace(changed, quality=None, is_provisional=True)
-    share = shares_of(policy, changed.classes())
-    if content.is_roomy and not _fits(changed, share):
+    share = shares_of(changed.policy, changed.classes())
+    if was_roomy and not _fits(changed, share):
         changed = _encode_again(*_chosen(_weighed(changed, share)))
     return _cut(changed, share)
 
@@ -235,7 +380,7 @@ def _rank(
             if is_herding:
                 means[class_id] = np.average(means_GD, axis=0, weights=weights_G).astype(np.float32)
                 restarted |= seen > 0 and class_id not in known
-        pool.progress.reach(_RANKING_PART * done / len(by_class))
+        pool.done.reach(_RANKING_PART * done / len(by_class))
     if not is_herding:
         return order, None, None
     return order, Means(embedder.name, means), "kept" if restarted else "seen"

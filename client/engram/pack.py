@@ -1,6 +1,6 @@
 """The pack: the exemplars of one task as one immutable object, strips back to back, named by its SHA-256.
 
-    pack = strip * k      all of one form; every strip but the last holds form.max_images
+    pack = strip * k      all of one form, so of the same fields; every strip but the last holds form.max_images
 
 Rows count from 0 through the whole pack. Classes ascend; within a class rows are in rank order, so every prefix of a
 class is a valid memory and a share that shrinks only drops tails.
@@ -17,7 +17,7 @@ import numpy.typing as npt
 from engram.errors import StripCorrupt, TooLarge
 from engram.form import Form
 from engram.shares import split
-from engram.strip import SIGNATURE, Bytes, Exemplars, IntArray, Markers, parse_leniently, runs_of, strip_overhead
+from engram.strip import SIGNATURE, Bytes, Exemplars, IntArray, Markers, Strip, parse_leniently, runs_of, strip_overhead
 
 _STRIP_START = b"\xff\xd8\xff\xef"
 
@@ -60,27 +60,42 @@ def salvage(data: Bytes, count: int) -> tuple[Exemplars | None, IntArray]:
     A flipped bit in a segment costs that exemplar; one in a header or a marker costs its strip. Strips after a lost
     one are placed by their number, which is known as long as every strip still begins with its signature.
     """
-    starts, markers = _strip_starts(data), Markers(data)
-    parts: list[tuple[int, Exemplars]] = []
+    found = _lenient_strips(data)
+    parts: list[Exemplars] = []
     rows: list[IntArray] = []
     form: Form | None = None
-    for ordinal, start in enumerate(starts):
-        try:
-            strip, valid = parse_leniently(data, start, markers=markers)
-        except (StripCorrupt, TooLarge):
+    for ordinal, read in enumerate(found):
+        if read is None:
             continue
+        strip, valid = read
         form = form or strip.exemplars.form
         room = form.max_images
-        if strip.exemplars.form != form or len(starts) != -(-count // room):
+        if strip.exemplars.form != form or len(found) != -(-count // room):
             continue
         if len(strip.exemplars) != min(room, count - ordinal * room):
             continue
         kept = np.flatnonzero(valid)
-        parts.append((ordinal, strip.exemplars.select(kept)))
+        parts.append(strip.exemplars.select(kept))
         rows.append(kept + ordinal * room)
     if not parts or form is None:
         return None, np.empty(0, np.int64)
-    return _join(form, data, [part for _, part in parts]), np.concatenate(rows)
+    return _join(form, data, parts), np.concatenate(rows)
+
+
+def _lenient_strips(data: Bytes) -> list[tuple[Strip, npt.NDArray[np.bool_]] | None]:
+    """Every strip that begins in `data`, None for those that cannot be read."""
+    found: list[tuple[Strip, npt.NDArray[np.bool_]] | None] = []
+    markers, end = Markers(data), 0
+    for start in _strip_starts(data):
+        # A strip within a field of another one is none of ours.
+        if start < end:
+            continue
+        try:
+            found.append(parse_leniently(data, start, markers=markers))
+            end = found[-1][0].end if found[-1] is not None else end
+        except (StripCorrupt, TooLarge):
+            found.append(None)
+    return found
 
 
 def size(form: Form, runs: list[tuple[int, int]], segment_sizes: IntArray) -> int:
@@ -176,6 +191,12 @@ def _join(form: Form, data: Bytes, parts: list[Exemplars]) -> Exemplars:
         np.concatenate([part.lengths for part in parts]),
         np.concatenate([part.class_ids for part in parts]),
         np.concatenate([part.checksums for part in parts]),
+        np.concatenate([part.record_starts for part in parts if part.record_starts is not None])
+        if form.schema
+        else None,
+        np.concatenate([part.record_lengths for part in parts if part.record_lengths is not None])
+        if form.schema
+        else None,
     )
 
 

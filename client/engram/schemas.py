@@ -274,7 +274,10 @@ class Manifest(Answer):
 
 
 class Exemplar(Answer):
-    """One stored image. `rank` counts from 0 within its class and task: lower ranks are kept longer."""
+    """One stored image. `rank` counts from 0 within its class and task: lower ranks are kept longer.
+
+    `key` is the value of the field of that name, if the buffer declares one as `utf8`. `bytes` counts the fields.
+    """
 
     pack: str
     row: int
@@ -283,6 +286,13 @@ class Exemplar(Answer):
     rank: int
     bytes: int
     quality: int
+    key: str | None = None
+
+
+class Relabel(Model):
+    """The class that exemplars belong to."""
+
+    class_id: Annotated[int, Field(ge=0, le=MAX_CLASS_ID)]
 
 
 class ExemplarPage(Answer):

@@ -18,24 +18,36 @@ Bytes, in this order and no other (numbers are big-endian, as everywhere in JPEG
     SOS    FF DA length:2 components 00 3F 00
     n segments of entropy-coded data, RST0..RST7 in turn between them
     EOI    FF D9
+    n records of fields                            only if flags & 2; decoders stop at EOI
 
     payload: version:1 (2)  payload_crc:4  flags:1
              height:2  width:2  channels:1  sampling:1  quality:1      the form; sampling is 22 for 4:2:0, else 11 (hex)
              count:2
+             scan_bytes:4  schema_bytes:2  schema  only if flags & 2: from the first segment through EOI; the text of
+                                                   the fields' schema (`engram.fields`)
              runs, as LEB128 varints until their lengths sum to count: (class id, length), or if flags & 1
                                                    (task, class id, length)
-             segment_crc:4 * count                 CRC-32 of each segment, markers excluded
+             crc:4 * count                         CRC-32 of each segment, markers excluded, and then of its record
              row:4 * count                         only if flags & 1: each image's row in its pack
+             record_bytes:4 * count                only if flags & 2 and a field is ragged; else all have one size
 
-Flag 1 marks what a draw delivers. `payload_crc` is the CRC-32 of the payload after it. There is no DHT segment:
-decoders assume the tables of T.81 Annex K when none are given; `Loose.picture` writes them for those that do not.
+Flag 1 marks what a draw delivers, flag 2 exemplars with fields. `payload_crc` is the CRC-32 of the payload after it.
+There is no DHT segment: decoders assume the tables of T.81 Annex K when none are given; `Loose.picture` writes them for
+those that do not.
 
 Why each check exists: a reader computes the only header that the form allows and compares, so that no foreign table
 ever reaches a decoder; declared sizes are compared with limits before memory is taken (a 100-byte file can claim 65,535
 x 65,535); the count is compared with the markers found (a decoder fed too few segments invents grey images); a CRC per
 segment finds the flipped bit that a JPEG decoder would render without complaint; a segment has at least 2 bits for each
-of its image's blocks (or a few bytes could claim gigabytes of pixels). Varints are minimal, neighbouring runs differ
-and only the last APP15 may be short, so that one content has one encoding: what is parsed is written again unchanged.
+of its image's blocks (or a few bytes could claim gigabytes of pixels). Varints are minimal, neighbouring runs differ,
+a schema has one text and only the last APP15 may be short, so that one content has one encoding: what is parsed is
+written again unchanged.
+
+Records are found by their lengths and never searched: EOI must be the first that follows RST n - 1 and the end of
+`scan_bytes`, so that no marker, and no whole strip, in a field is taken for one of ours, and a million FF bytes cost
+nothing. Each is at least as long as its schema needs and at most `MAX_RECORD_BYTES`, and all must be there, before
+anything is read of one; what is in them is checked again when it is decoded. The CRC of an exemplar binds its record
+to its image: records cannot be exchanged.
 
 Segments hold 4:2:0 or 4:4:4 YCbCr or grey. A strip has no JFIF segment: components 1, 2, 3 without Adobe marker mean
 YCbCr to every decoder. Chroma must be upsampled by replication (`fastupsample=True`): libjpeg's "fancy" filter looks
@@ -61,6 +73,7 @@ import simplejpeg
 from PIL import Image
 
 from engram.errors import InvalidRequest, StripCorrupt, TooLarge
+from engram.fields import MAX_RECORD_BYTES, NO_FIELDS, Column, Schema
 from engram.form import MAX_SIDE, MAX_STRIP_PIXELS, Form
 from engram.schemas import MAX_CLASS_ID, Subsampling
 
@@ -78,11 +91,13 @@ STACKED_PIXELS = 64 * 64
 _CHUNK_PIXELS = 2**22
 
 _APP15_ROOM = 65_533 - len(SIGNATURE)
-# A strip of 8-row images holds 8,188 of them at most, and each takes at most 19 bytes of payload.
+# A strip of 8-row images holds 8,188 of them at most, and each takes at most 23 bytes of payload; a schema takes 4,096.
 _MAX_APP15 = 3
 _FIXED = struct.Struct(">BIBHHBBBH")
+_FIELDS = struct.Struct(">IH")
 _CRC_END = 5
 _DRAWN = 1
+_WITH_FIELDS = 2
 _SAMPLING: dict[Subsampling, int] = {"4:2:0": 0x22, "4:4:4": 0x11}
 # As often as a strip of the smallest images, padded to 8 rows, can need them.
 _RST = [bytes([0xFF, 0xD0 + i]) for i in range(8)] * 1024
@@ -97,7 +112,7 @@ _VARINT_BYTES = 5
 class Exemplars:
     """n entropy-coded images of one form: where each one's segment lies in `data`, its class id and its CRC-32.
 
-    A view: `select` copies no image bytes. Rows count from 0.
+    A view: `select` copies no image bytes. Rows count from 0. With fields, each also has a record in `data`.
     """
 
     form: Form
@@ -106,9 +121,16 @@ class Exemplars:
     lengths: IntArray
     class_ids: IntArray
     checksums: ChecksumArray
+    record_starts: IntArray | None = None
+    record_lengths: IntArray | None = None
 
     def __len__(self) -> int:
         return len(self.starts)
+
+    @property
+    def schema(self) -> Schema:
+        """The fields that each of them has."""
+        return self.form.schema
 
     def segment(self, row: int) -> bytes:
         """The entropy-coded bytes of one image, without markers."""
@@ -120,10 +142,28 @@ class Exemplars:
         data, starts = self.data, self.starts.tolist()
         return [data[s:e] for s, e in zip(starts, (self.starts + self.lengths).tolist(), strict=True)]
 
+    def records(self) -> list[Bytes] | None:
+        """The fields of every exemplar as they are stored, in order; None without fields."""
+        if self.record_starts is None or self.record_lengths is None:
+            return None
+        data, ends = self.data, self.record_starts + self.record_lengths
+        return [data[s:e] for s, e in zip(self.record_starts.tolist(), ends.tolist(), strict=True)]
+
+    def fields(self, names: frozenset[str] | None = None) -> dict[str, Column]:
+        """The columns of the fields by name, only some if `names` are given.
+
+        Raises:
+            StripCorrupt: a record is not what the schema says.
+        """
+        records = self.records()
+        return {} if records is None else self.schema.decode(records, names)
+
     @property
     def sizes(self) -> IntArray:
-        """Bytes that each exemplar adds to a strip: its segment, one marker, one CRC."""
-        return self.lengths + 6
+        """Bytes that each exemplar adds to a strip: segment, marker, CRC; its record and what says how long."""
+        if self.record_lengths is None:
+            return self.lengths + 6
+        return self.lengths + self.record_lengths + (10 if self.schema.ragged else 6)
 
     def select(self, rows: npt.ArrayLike) -> Exemplars:
         """These rows, in this order, without copying or re-encoding anything.
@@ -139,11 +179,13 @@ class Exemplars:
             self.lengths[index],
             self.class_ids[index],
             self.checksums[index],
+            None if self.record_starts is None else self.record_starts[index],
+            None if self.record_lengths is None else self.record_lengths[index],
         )
 
     def loose(self) -> Loose:
         """All of them, their bytes copied out of `data`."""
-        return Loose(self.form, self.segments(), self.class_ids, self.checksums)
+        return Loose(self.form, self.segments(), self.class_ids, self.checksums, self.records())
 
     def to_strips(self) -> list[bytes]:
         """As `Loose.to_strips`."""
@@ -163,12 +205,24 @@ class Exemplars:
 
 
 class Loose(NamedTuple):
-    """n entropy-coded images of one form, each in bytes of its own, whatever they were copied out of."""
+    """n entropy-coded images of one form, each in bytes of its own, whatever they were copied out of.
+
+    `records` are their fields, None without.
+    """
 
     form: Form
     segments: list[Bytes]
     class_ids: IntArray
     checksums: ChecksumArray
+    records: list[Bytes] | None = None
+
+    def fields(self) -> dict[str, Column]:
+        """The columns of the fields by name.
+
+        Raises:
+            StripCorrupt: a record is not what the schema says.
+        """
+        return {} if self.records is None else self.form.schema.decode(self.records)
 
     def to_strips(self, *, tasks: npt.ArrayLike | None = None, rows: npt.ArrayLike | None = None) -> list[bytes]:
         """Strips of at most `form.max_images`.
@@ -223,7 +277,8 @@ class Loose(NamedTuple):
         n, room = len(self.segments), self.form.max_images
         for at in range(0, n, room):
             rows = slice(at, min(at + room, n))
-            yield rows, Loose(self.form, self.segments[rows], self.class_ids[rows], self.checksums[rows])
+            records = None if self.records is None else self.records[rows]
+            yield rows, Loose(self.form, self.segments[rows], self.class_ids[rows], self.checksums[rows], records)
 
 
 class Strip(NamedTuple):
@@ -236,7 +291,13 @@ class Strip(NamedTuple):
 
 
 def encode(
-    images: npt.NDArray[np.uint8], class_ids: npt.ArrayLike, *, quality: int, subsampling: Subsampling = "4:2:0"
+    images: npt.NDArray[np.uint8],
+    class_ids: npt.ArrayLike,
+    *,
+    quality: int,
+    subsampling: Subsampling = "4:2:0",
+    schema: Schema = NO_FIELDS,
+    records: Sequence[Bytes] | None = None,
 ) -> Exemplars:
     """Encode same-size images, each as if it were a file of its own.
 
@@ -245,6 +306,8 @@ def encode(
         class_ids: N integers in 0..2**31-1.
         quality: JPEG quality 1..100.
         subsampling: of the chroma; grey images have none.
+        schema: the fields of each image.
+        records: those fields as `schema` stores them, given exactly if it has any.
 
     Small images that fill whole MCUs are handed to Pillow stacked, for the sake of speed; the others one by one to
     simplejpeg, which below quality 96 has the fast DCT only. Against the accurate one that costs at most 0.06 dB up to
@@ -269,9 +332,12 @@ def encode(
     if subsampling not in _SAMPLING:
         raise ValueError(f"subsampling must be 4:2:0 or 4:4:4, got {subsampling!r}")
     labels = _class_ids(class_ids, n)
-    form = Form(height, width, channels, subsampling if channels == 3 else "4:4:4", int(quality))
+    if (records is not None) != bool(schema) or (records is not None and len(records) != n):
+        given = "none" if records is None else len(records)
+        raise ValueError(f"{n} images with the fields {schema.text!r} need as many records, got {given}")
+    form = Form(height, width, channels, subsampling if channels == 3 else "4:4:4", int(quality), schema)
     segments = _scans(images, form)
-    return _exemplars(form, segments, labels, np.fromiter(map(crc32, segments), np.uint32, n))
+    return _exemplars(form, segments, labels, _checksums(segments, records), records)
 
 
 def concat(parts: Sequence[Exemplars]) -> Exemplars:
@@ -290,6 +356,7 @@ def concat(parts: Sequence[Exemplars]) -> Exemplars:
         [segment for part in parts for segment in part.segments()],
         np.concatenate([part.class_ids for part in parts]),
         np.concatenate([part.checksums for part in parts]),
+        [record for part in parts for record in part.records() or []] if form.schema else None,
     )
 
 
@@ -305,6 +372,7 @@ def gather(
     """
     segments: list[Bytes] = []
     checksums: list[int] = []
+    form = parts[which[0]].form
     runs = [(index, len(list(run))) for index, run in groupby(which)]
     if len(rows) < _FEW_ROWS * len(runs):
         for index, row in zip(which, rows, strict=True):
@@ -319,7 +387,22 @@ def gather(
         ends = starts + part.lengths[some]
         segments += [data[start:end] for start, end in zip(starts.tolist(), ends.tolist(), strict=True)]
         checksums += part.checksums[some].tolist()
-    return Loose(parts[which[0]].form, segments, class_ids, np.array(checksums, np.uint32))
+    records = _gather_records(parts, which, rows) if form.schema.text else None
+    return Loose(form, segments, class_ids, np.array(checksums, np.uint32), records)
+
+
+def _gather_records(
+    parts: Sequence[Exemplars] | Mapping[int, Exemplars], which: Sequence[int], rows: Sequence[int]
+) -> list[Bytes]:
+    records: list[Bytes] = []
+    for index, run in groupby(which):
+        part, some = parts[index], np.array(rows[len(records) : len(records) + len(list(run))])
+        assert part.record_starts is not None, "parts of one form have one schema"
+        assert part.record_lengths is not None, "where there are records they have lengths"
+        data, starts = part.data, part.record_starts[some]
+        ends = starts + part.record_lengths[some]
+        records += [data[start:end] for start, end in zip(starts.tolist(), ends.tolist(), strict=True)]
+    return records
 
 
 def parse(data: Bytes, offset: int = 0, *, markers: Markers | None = None) -> Strip:
@@ -344,7 +427,7 @@ def parse(data: Bytes, offset: int = 0, *, markers: Markers | None = None) -> St
 def parse_leniently(
     data: Bytes, offset: int = 0, *, markers: Markers | None = None
 ) -> tuple[Strip, npt.NDArray[np.bool_]]:
-    """As `parse`, but a mask says which segments match their checksum and are long enough for their image."""
+    """As `parse`, but a mask says which exemplars match their checksum and are long enough for their image."""
     payload, at = _read_app15(data, offset)
     if payload[:1] == b"\x01":
         raise StripCorrupt(
@@ -354,38 +437,101 @@ def parse_leniently(
     if len(payload) < _FIXED.size:
         raise StripCorrupt(f"the strip at byte {offset} has a payload of {len(payload)} bytes, not {_FIXED.size}")
     version, checksum, flags, height, width, channels, sampling, quality, count = _FIXED.unpack_from(payload)
-    if version != VERSION or flags & ~_DRAWN:
+    if version != VERSION or flags & ~(_DRAWN | _WITH_FIELDS):
         raise StripCorrupt(f"strip version {version} with flags {flags:#x}: this library reads version {VERSION}")
     if crc32(payload[_CRC_END:]) != checksum:
         raise StripCorrupt(f"the payload of the strip at byte {offset} does not match its checksum")
-    form = _form(height, width, channels, sampling, quality)
+    first, scan_bytes, text = _FIXED.size, None, b""
+    if flags & _WITH_FIELDS:
+        first, scan_bytes, text = _read_schema(payload)
+    form = _form(height, width, channels, sampling, quality, text)
     if not 1 <= count <= form.max_images:
         raise StripCorrupt(f"the strip declares {count} images, one of {height}x{width} holds 1 to {form.max_images}")
     head = form.head(count)
     body = at + len(head)
     if data[at:body] != head:
         raise StripCorrupt(f"the JPEG header of the strip at byte {offset} is not that of {count} images of {form}")
-    runs_end = len(payload) - 4 * count * (2 if flags else 1)
-    columns = _read_runs(payload[_FIXED.size : max(runs_end, _FIXED.size)], 3 if flags else 2, count)
+    is_drawn = flags & _DRAWN
+    runs_end = len(payload) - 4 * count * (1 + is_drawn + bool(text and form.schema.ragged))
+    columns = _read_runs(payload[first : max(runs_end, first)], 3 if is_drawn else 2, count)
     words = np.frombuffer(payload, ">u4", offset=runs_end)
     checksums = words[:count].astype(np.uint32)
-    starts, lengths, end = (markers or Markers(data, body)).segments(body, count)
-    exemplars = Exemplars(form, data, starts, lengths, columns[-1], checksums)
-    actual = np.fromiter(map(crc32, exemplars.segments()), np.uint32, count)
-    tasks, rows = (columns[0], words[count:].astype(np.int64)) if flags else (None, None)
+    tasks, rows = (columns[0], words[count : 2 * count].astype(np.int64)) if is_drawn else (None, None)
+    if scan_bytes is None:
+        starts, lengths, end = (markers or Markers(data, body)).segments(body, count)
+        exemplars = Exemplars(form, data, starts, lengths, columns[-1], checksums)
+    else:
+        starts, lengths, scan_end = Markers(data, body, body + scan_bytes).segments(body, count)
+        sizes = _record_sizes(form.schema, words[-count:], count)
+        record_starts = scan_end + np.cumsum(sizes) - sizes
+        end = int(record_starts[-1] + sizes[-1])
+        if scan_end != body + scan_bytes or end > len(data):
+            raise StripCorrupt(
+                f"the strip at byte {offset} has an EOI at byte {scan_end - 2} and records up to byte {end}, declared "
+                f"is an EOI at byte {body + scan_bytes - 2}, and {len(data)} bytes are there"
+            )
+        exemplars = Exemplars(form, data, starts, lengths, columns[-1], checksums, record_starts, sizes)
+    actual = _checksums(exemplars.segments(), exemplars.records())
     return Strip(exemplars, tasks, rows, end), (actual == checksums) & (lengths >= form.min_segment_bytes)
 
 
+def _read_schema(payload: bytes) -> tuple[int, int, bytes]:
+    """Of a strip with fields: where its runs begin, how long its scan is, the text of its schema.
+
+    Raises:
+        StripCorrupt: it has none, or is cut off.
+    """
+    if len(payload) < _FIXED.size + _FIELDS.size:
+        raise StripCorrupt(f"the payload of a strip with fields has {len(payload)} bytes")
+    scan_bytes, text_bytes = _FIELDS.unpack_from(payload, _FIXED.size)
+    start = _FIXED.size + _FIELDS.size
+    text = payload[start : start + text_bytes]
+    if not text or len(text) != text_bytes:
+        raise StripCorrupt(f"a strip declares its fields in {text_bytes} bytes, {len(text)} are there")
+    return start + text_bytes, scan_bytes, text
+
+
+def _record_sizes(schema: Schema, declared: npt.NDArray[np.uint32], count: int) -> IntArray:
+    """Bytes of each record.
+
+    Raises:
+        StripCorrupt: one is declared shorter than its schema needs or longer than any may be.
+    """
+    if not schema.ragged:
+        return np.full(count, schema.min_bytes, np.int64)
+    sizes = declared.astype(np.int64)
+    if sizes.min() < schema.min_bytes or sizes.max() > MAX_RECORD_BYTES:
+        raise StripCorrupt(
+            f"records of {sizes.min()} to {sizes.max()} bytes are declared, those of the fields {schema.text} have "
+            f"{schema.min_bytes} to {MAX_RECORD_BYTES}"
+        )
+    return sizes
+
+
+def _checksums(segments: Sequence[Bytes], records: Sequence[Bytes] | None) -> ChecksumArray:
+    """The CRC-32 of each exemplar."""
+    sums = np.fromiter(map(crc32, segments), np.uint32, len(segments))
+    return sums if records is None else np.fromiter(map(crc32, records, sums.tolist()), np.uint32, len(records))
+
+
 class Markers:
-    """Where the markers of entropy-coded data lie: every FF that is not followed by a stuffed 00."""
+    """Where the markers of entropy-coded data lie: every FF that is not followed by a stuffed 00.
+
+    They are searched once, when they are first asked for, from `offset` to `end`.
+    """
 
     # Scanning in blocks keeps the temporaries small beside a pack of 100 MB.
     _BLOCK = 1 << 22
 
-    def __init__(self, data: Bytes, offset: int = 0) -> None:
-        octets = np.frombuffer(data, dtype=np.uint8)
+    def __init__(self, data: Bytes, offset: int = 0, end: int | None = None) -> None:
+        self._data, self._offset, self._end = data, offset, end
+        self._is_searched = False
+
+    def _search(self) -> None:
+        self._is_searched = True
+        octets = np.frombuffer(self._data, dtype=np.uint8)[: self._end]
         found = []
-        for at in range(offset, len(octets) - 1, self._BLOCK):
+        for at in range(self._offset, len(octets) - 1, self._BLOCK):
             block = octets[at : at + self._BLOCK + 1]
             escape = np.flatnonzero(block[:-1] == 0xFF)
             found.append(escape[block[escape + 1] != 0] + at)
@@ -398,6 +544,8 @@ class Markers:
         Raises:
             StripCorrupt: the markers from `start` on are not RST0, RST1, ... and EOI after `count` segments.
         """
+        if not self._is_searched:
+            self._search()
         first = int(np.searchsorted(self._at, start))
         at, code = self._at[first : first + count], self._code[first : first + count]
         expected = _RST_CODES[: count - 1] + b"\xd9"
@@ -444,7 +592,9 @@ def strip_overhead(form: Form, runs: Sequence[tuple[int, int]]) -> int:
     """Bytes of a stored strip beyond the sum of its exemplars' `sizes`; `runs` are its (class id, count) pairs."""
     count = sum(length for _, length in runs)
     payload = _FIXED.size + sum(_varint_size(class_id) + _varint_size(length) for class_id, length in runs)
-    app15 = -(-(payload + 4 * count) // _APP15_ROOM) * (4 + len(SIGNATURE))
+    if form.schema:
+        payload += _FIELDS.size + len(form.schema.text)
+    app15 = -(-(payload + 4 * count * (2 if form.schema.ragged else 1)) // _APP15_ROOM) * (4 + len(SIGNATURE))
     return 2 + app15 + payload + len(form.head(1))
 
 
@@ -496,9 +646,21 @@ def _checked_head(file: bytes, form: Form, count: int) -> int:
     return len(head)
 
 
-def _exemplars(form: Form, segments: list[Bytes], class_ids: IntArray, checksums: ChecksumArray) -> Exemplars:
+def _exemplars(
+    form: Form,
+    segments: list[Bytes],
+    class_ids: IntArray,
+    checksums: ChecksumArray,
+    records: Sequence[Bytes] | None = None,
+) -> Exemplars:
     lengths = np.fromiter(map(len, segments), np.int64, len(segments))
-    return Exemplars(form, b"".join(segments), np.cumsum(lengths) - lengths, lengths, class_ids, checksums)
+    starts = np.cumsum(lengths) - lengths
+    if records is None:
+        return Exemplars(form, b"".join(segments), starts, lengths, class_ids, checksums)
+    sizes = np.fromiter(map(len, records), np.int64, len(records))
+    begins = lengths.sum() + np.cumsum(sizes) - sizes
+    data = b"".join([*segments, *records])
+    return Exemplars(form, data, starts, lengths, class_ids, checksums, begins, sizes)
 
 
 def _assemble(part: Loose, marks: Sequence[IntArray]) -> bytes:
@@ -506,10 +668,19 @@ def _assemble(part: Loose, marks: Sequence[IntArray]) -> bytes:
     form, n = part.form, len(part.segments)
     numbers = (form.height, form.width, form.channels, _SAMPLING[form.subsampling], form.quality, n)
     labels = _write_runs([*marks[:1], part.class_ids]) + part.checksums.astype(">u4").tobytes()
-    payload = _FIXED.pack(VERSION, 0, _DRAWN if marks else 0, *numbers) + labels
-    payload += b"".join(rows.astype(">u4").tobytes() for rows in marks[1:])
+    scan = _scan(part.segments)
+    flags = _DRAWN if marks else 0
+    before = after = b""
+    if part.records is not None:
+        flags |= _WITH_FIELDS
+        before = _FIELDS.pack(sum(map(len, scan)), len(form.schema.text)) + form.schema.text.encode("ascii")
+        if form.schema.ragged:
+            after = np.fromiter(map(len, part.records), ">u4", n).tobytes()
+        scan += part.records
+    payload = _FIXED.pack(VERSION, 0, flags, *numbers) + before + labels
+    payload += b"".join(rows.astype(">u4").tobytes() for rows in marks[1:]) + after
     payload = payload[:1] + crc32(payload[_CRC_END:]).to_bytes(4, "big") + payload[_CRC_END:]
-    return b"".join([b"\xff\xd8", _app15(payload), form.head(n), *_scan(part.segments)])
+    return b"".join([b"\xff\xd8", _app15(payload), form.head(n), *scan])
 
 
 def _scan(segments: list[Bytes]) -> list[Bytes]:
@@ -546,8 +717,8 @@ def _read_app15(data: Bytes, offset: int) -> tuple[bytes, int]:
 
 
 @lru_cache(maxsize=1024)
-def _form(height: int, width: int, channels: int, sampling: int, quality: int) -> Form:
-    """The form of these numbers, checked; kept, so that its headers are computed once.
+def _form(height: int, width: int, channels: int, sampling: int, quality: int, text: bytes) -> Form:
+    """The form of these numbers and this text of a schema, checked; kept, so that its headers are computed once.
 
     Raises:
         StripCorrupt: there is no such form.
@@ -565,7 +736,11 @@ def _form(height: int, width: int, channels: int, sampling: int, quality: int) -
             f"the strip declares images of {height}x{width}, at most {MAX_STRIP_PIXELS} pixels are accepted",
             max_pixels=MAX_STRIP_PIXELS,
         )
-    return Form(height, width, channels, found[0], quality)
+    try:
+        schema = Schema.parse(text.decode("ascii")) if text else NO_FIELDS
+    except (InvalidRequest, UnicodeDecodeError) as error:
+        raise StripCorrupt(f"the strip declares fields that there cannot be: {error}") from error
+    return Form(height, width, channels, found[0], quality, schema)
 
 
 def _write_runs(columns: Sequence[IntArray]) -> bytes:

@@ -1,18 +1,22 @@
-"""The upload format: a tar stream of images with class ids, as WebDataset writes it.
+"""Reads and writes the upload format: a tar stream of images with classes and fields, as WebDataset writes it.
 
-    KEY.ppm    the image: .ppm .pgm .png .jpg .jpeg .webp, any case
-    KEY.cls    its class: an integer as ASCII text, or a name as UTF-8 (all of a stream one or the other)
-    ...        the next pair; the two members of a pair are neighbours, in either order
+    KEY.ppm         the image: .ppm .pgm .png .jpg .jpeg .webp, any case
+    KEY.cls         its class: an integer as ASCII text, or a name as UTF-8 (all of a stream one or the other)
+    KEY.NAME.npy    its field NAME, if the buffer declares one: an array as `numpy.save` writes it (no pickles),
+    KEY.NAME.json   or a number, a text or nested lists of numbers,
+    KEY.NAME.txt    or a text field's text as it is, another field's as JSON
+    ...             the next group; the members of a group are neighbours, in any order
     two blocks of zeros
 
-KEY is the member's name up to its last dot, unique in the stream. It is a label and never a path. Directories and
-files with other extensions are passed over; links, devices and sparse files are refused. ustar, GNU and PAX headers
-are understood (`tar c`, Python's tarfile, WebDataset, bsdtar write one of these). `tar c` packs a folder in the order
-of the disk: `tar c --sort=name` keeps pairs together.
+KEY is the name of image and class id up to the last dot, unique in the stream. It is a label and never a path; a text
+field `key` that a group does not bring is filled with it. Directories and other files are passed over, also a KEY.json
+or KEY.txt; links, devices and sparse files are refused. ustar, GNU and PAX headers are understood (`tar c`, Python's
+tarfile, WebDataset, bsdtar write one of these). `tar c` packs a folder in the order of the disk: `tar c --sort=name`
+keeps groups together.
 
 Headers are parsed by `tarfile.TarInfo.frombuf`; the walk is ours. `tarfile.open(mode="r|")` would end silently at a
 damaged header or a missing end, which is how a cut upload loses images, and reads a PAX header of any declared size
-into memory. Memory is bounded by one member, plus eight bytes per key for the check that keys are unique.
+into memory. Memory is bounded by one group, plus some 77 bytes per key for the check that keys are unique.
 
 Images are uint8 `[H, W, C]`, RGB or grey (C is 3 or 1).
 """
@@ -20,12 +24,16 @@ Images are uint8 `[H, W, C]`, RGB or grey (C is 3 or 1).
 from __future__ import annotations
 
 import io
+import json
 import re
 import struct
 import tarfile
 import warnings
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from math import prod
+from types import MappingProxyType
 from typing import Any, BinaryIO, Final
 
 import numpy as np
@@ -33,6 +41,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from engram.errors import BadUpload, TooLarge
+from engram.fields import KEY, MAX_FIELDS, NO_FIELDS, TEXT, Cell, Schema, array_key
 from engram.names import MAX_CLASS_ID, class_name
 
 BLOCK: Final = 512
@@ -40,7 +49,10 @@ END: Final = bytes(2 * BLOCK)
 """What closes a tar stream."""
 
 IMAGE_EXTENSIONS: Final = ("ppm", "pgm", "png", "jpg", "jpeg", "webp")
+FIELD_EXTENSIONS: Final = ("npy", "json", "txt")
 MAX_MEMBER_BYTES: Final = 64 * 2**20
+MAX_FIELD_BYTES: Final = 16 * 2**20
+"""Of one member, and of all fields of an image together: a record as JSON takes some twenty times its bytes."""
 MAX_SIDE: Final = 16_384
 
 # A name longer than any file system's path limit is an attack on memory, not a name.
@@ -52,6 +64,7 @@ _CLASS_TEXT = re.compile(rb"\s*\+?([0-9]{1,18})\s*")
 _PORTABLE_HEADER = re.compile(
     rb"P([56])(?:\s|#[^\n]*\n)+(\d{1,9})(?:\s|#[^\n]*\n)+(\d{1,9})(?:\s|#[^\n]*\n)+(\d{1,6})\s"
 )
+_FIELD_NAME = re.compile(r"[a-z][a-z0-9_]{0,31}")
 _SPARSE: Final = "sparse"
 _PAX_RECORD = re.compile(rb"(\d{1,9}) ")
 
@@ -62,7 +75,8 @@ UInt8Array = npt.NDArray[np.uint8]
 class Member:
     """One image with its class: an id, or a name that stands for one.
 
-    `image` is `size` bytes at `offset` in the stream, still encoded.
+    `image` is `size` bytes at `offset` in the stream, still encoded. `fields` has what came with it, of whatever type
+    that was sent in.
     """
 
     key: str
@@ -71,65 +85,227 @@ class Member:
     name: str
     offset: int
     size: int
+    fields: dict[str, Any] = field(default_factory=dict)
 
 
-def read(stream: BinaryIO, *, max_member_bytes: int = MAX_MEMBER_BYTES) -> Iterator[Member]:
+def read(stream: BinaryIO, *, schema: Schema = NO_FIELDS, max_member_bytes: int = MAX_MEMBER_BYTES) -> Iterator[Member]:
     """Yield the images of a tar stream, in its order, and check the stream up to its end.
+
+    Args:
+        stream: read forward, once.
+        schema: the fields that images may bring; what they are is not compared with it here.
+        max_member_bytes: of an image.
 
     Raises:
         BadUpload: cut short, not a tar, a member without its pair, a key twice, a bad class id or name, ids and names
-            in one stream, a link or device.
-        TooLarge: a member above `max_member_bytes`.
+            in one stream, a link or device, a field that is not declared or cannot be read.
+        TooLarge: a member above its limit.
     """
+    first: Member | None = None
+    for member in _members(stream, schema, max_member_bytes):
+        first = first or member
+        if type(member.class_id) is not type(first.class_id):
+            raise _mixed(first, member)
+        yield member
+
+
+def _members(stream: BinaryIO, schema: Schema, max_member_bytes: int) -> Iterator[Member]:
     keys: set[int] = set()
-    waiting: _Half | None = None
-    first: tuple[str, int | str] | None = None
+    group = _Group(schema)
     for half in _halves(stream, max_member_bytes):
-        if waiting is None:
+        if not group.belongs(half):
+            yield group.close(half)
+            group = _Group(schema)
+        if group.key is None and half.field is None:
             # Hashes, not names: what an uploader writes must not set how much memory a key takes.
             hashed = hash(half.key)
             if hashed in keys:
                 raise BadUpload(f"key {half.key!r} appears twice; every image needs a key of its own", member=half.name)
             keys.add(hashed)
-            waiting = half
-            continue
-        if half.key != waiting.key or half.is_image == waiting.is_image:
-            raise _unpaired(waiting, half)
-        image, label = (half, waiting) if half.is_image else (waiting, half)
-        waiting = None
-        class_id = _class(label)
-        first = first or (label.name, class_id)
-        if type(class_id) is not type(first[1]):
-            raise _mixed(first[0], first[1], label.name, class_id)
-        yield Member(
-            key=image.key,
-            class_id=class_id,
-            image=image.content,
-            name=image.name,
-            offset=image.offset,
-            size=len(image.content),
-        )
-    if waiting is not None:
-        raise _unpaired(waiting, None)
+        group.take(half)
+    if group.key is not None:
+        yield group.close(None)
 
 
 @dataclass(frozen=True, slots=True)
 class _Half:
-    """An image or a class id, not yet matched with its neighbour."""
+    """A member of a group: an image, a class id, or what may be a field of the image KEY or a file beside it."""
 
     key: str
     name: str
     is_image: bool
     content: bytes
     offset: int
+    field: str | None = None
+    extension: str = ""
+
+    @property
+    def stem(self) -> str:
+        """KEY.NAME: this is a file beside the image of that key if there is one."""
+        return f"{self.key}.{self.field}"
 
 
-def _unpaired(half: _Half, following: _Half | None) -> BadUpload:
+class _Group:
+    """The members of one image as far as they have come."""
+
+    def __init__(self, schema: Schema) -> None:
+        self.key: str | None = None
+        self._early: list[_Half] = []  # fields whose image is yet to come
+        self._schema = schema
+        self._image: _Half | None = None
+        self._label: _Half | None = None
+        self._fields: dict[str, Any] = {}
+        self._field_bytes = 0
+
+    def belongs(self, half: _Half) -> bool:
+        """Whether the member can be one of this group, so that the next one has not begun."""
+        if self.key is None:
+            return True
+        if half.field is not None:
+            return self.key in (half.key, half.stem) or self._image is None or self._label is None
+        return half.key == self.key and (self._image if half.is_image else self._label) is None
+
+    def take(self, half: _Half) -> None:
+        """The member is one of this group, or passed over."""
+        if half.field is None:
+            self.key = half.key
+            if half.is_image:
+                self._image = half
+            else:
+                self._label = half
+            early, self._early = self._early, []
+            for each in early:
+                self.take(each)
+        elif self.key is None:
+            # Of another image than the last ones: those were no fields of any.
+            self._early = [*(each for each in self._early if each.key == half.key), half]
+            self._bound(self._early)
+        elif half.key == self.key:
+            self._add(half.field, half)
+
+    def close(self, following: _Half | None) -> Member:
+        """The image, now that all has come.
+
+        Raises:
+            BadUpload: it has no class id, or there is none.
+        """
+        image, label = self._image, self._label
+        if image is None or label is None:
+            raise _unpaired(image or label, following)
+        if self._schema.has_key and KEY not in self._fields:
+            self._fields[KEY] = image.key
+        return Member(
+            key=image.key,
+            class_id=_class(label),
+            image=image.content,
+            name=image.name,
+            offset=image.offset,
+            size=len(image.content),
+            fields=self._fields,
+        )
+
+    def _add(self, name: str, half: _Half) -> None:
+        declared = next((each for each in self._schema.fields if each.name == name), None)
+        if declared is None:
+            raise BadUpload(f"member {half.name!r} would be a field {name!r}, {self._schema.summary}", field=name)
+        if name in self._fields:
+            raise BadUpload(f"member {half.name!r} brings the field {name!r} a second time", field=name)
+        self._fields[name] = _read_field(half, is_text=declared.dtype == TEXT)
+        self._field_bytes += len(half.content)
+        if self._field_bytes > MAX_FIELD_BYTES:
+            raise _fields_too_large(half, self._field_bytes)
+
+    def _bound(self, fields: Sequence[_Half]) -> None:
+        size = sum(len(each.content) for each in fields)
+        if size > MAX_FIELD_BYTES or len(fields) > 2 * MAX_FIELDS:
+            raise _fields_too_large(fields[-1], size)
+
+
+def _fields_too_large(half: _Half, size: int) -> TooLarge:
+    return TooLarge(
+        f"the fields of {half.key!r} have {size} bytes up to member {half.name!r}; at most {MAX_FIELD_BYTES} in "
+        f"{MAX_FIELDS} fields are accepted",
+        member=half.name,
+        limit_bytes=MAX_FIELD_BYTES,
+    )
+
+
+def _read_field(half: _Half, *, is_text: bool) -> Any:
+    """What a member says: an array, a text, a number, lists.
+
+    Raises:
+        BadUpload: it cannot be read.
+    """
+    if half.extension == "npy":
+        return _read_npy(half)
+    try:
+        text = half.content.decode()
+        return text if is_text and half.extension == "txt" else json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise BadUpload(f"member {half.name!r} is not {half.extension.upper()}: {error}", member=half.name) from error
+
+
+def _read_npy(half: _Half) -> npt.NDArray[Any]:
+    content = half.content
+    wide = content[6:7] > b"\x01"
+    start = 12 + int.from_bytes(content[8:12], "little") if wide else 10 + int.from_bytes(content[8:10], "little")
+    try:
+        dtype, shape, is_fortran = _npy_head(content[: min(start, _MAX_NPY_HEAD)])
+    except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError, EOFError, OSError) as error:
+        raise BadUpload(f"member {half.name!r} is no array of numpy: {error}", member=half.name) from error
+    expected = dtype.itemsize * prod(shape)
+    # Arrays of objects are pickles, which are programs.
+    is_plain = dtype.kind in "biufU" and dtype.itemsize > 0 and len(shape) <= _MAX_NPY_DIMENSIONS
+    if not is_plain or expected != len(content) - start:
+        what = f"{expected} bytes, {len(content) - start} are there" if is_plain else f"{dtype} {list(shape)[:8]}"
+        raise BadUpload(f"member {half.name!r} is declared as an array of {what}", member=half.name)
+    try:
+        values = np.frombuffer(content, dtype, offset=start) if expected else np.empty(0, dtype)
+        return values.reshape(shape, order="F" if is_fortran else "C")
+    except ValueError as error:
+        raise BadUpload(f"member {half.name!r} is an array of impossible shape: {error}", member=half.name) from error
+
+
+_MAX_NPY_HEAD = 4096
+_MAX_NPY_DIMENSIONS = 16
+
+
+@lru_cache(maxsize=256)
+def _npy_head(head: bytes) -> tuple[np.dtype[Any], tuple[int, ...], bool]:
+    """What the header of an array says: all images of an upload have few different ones, and reading one is slow."""
+    stream = io.BytesIO(head)
+    version = np.lib.format.read_magic(stream)
+    if version not in ((1, 0), (2, 0)):
+        raise ValueError(f"version {version}")
+    read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, is_fortran, dtype = read_header(stream, _MAX_NPY_HEAD)
+    if any(size < 0 for size in shape):
+        raise ValueError(f"shape {shape}")
+    return dtype, shape, is_fortran
+
+
+@lru_cache(maxsize=256)
+def _npy_start(dtype: str, shape: tuple[int, ...]) -> bytes:
+    """What precedes the values of an array in a file of numpy."""
+    stream = io.BytesIO()
+    np.lib.format.write_array_header_1_0(stream, {"descr": dtype, "fortran_order": False, "shape": shape})
+    return stream.getvalue()
+
+
+def field_member(key: str, name: str, cell: Cell) -> bytes:
+    """A field of one image as a member of a tar stream."""
+    if isinstance(cell, str):
+        return entry(f"{key}.{name}.txt", cell.encode())
+    return entry(f"{key}.{name}.npy", _npy_start(cell.dtype.str, cell.shape) + cell.tobytes())
+
+
+def _unpaired(half: _Half | None, following: _Half | None) -> BadUpload:
+    assert half is not None, "a group has a key from its image or its class id"
     missing = f"{half.key}.cls" if half.is_image else f"an image {half.key}.({'|'.join(IMAGE_EXTENSIONS)})"
     after = "the stream ends" if following is None else f"{following.name!r} follows"
     return BadUpload(
         f"member {half.name!r} has no pair: expected {missing} beside it, but {after}; "
-        "the two members of a pair must be neighbours (`tar c --sort=name`)",
+        "the members of an image must be neighbours (`tar c --sort=name`)",
         member=half.name,
     )
 
@@ -156,12 +332,13 @@ def _class(label: _Half) -> int | str:
     return class_id
 
 
-def _mixed(first: str, held: int | str, then: str, found: int | str) -> BadUpload:
+def _mixed(first: Member, then: Member) -> BadUpload:
+    labels = f"{first.key}.cls", f"{then.key}.cls"
     return BadUpload(
-        f"member {first!r} holds {held!r} and member {then!r} holds {found!r}: "
+        f"member {labels[0]!r} holds {first.class_id!r} and member {labels[1]!r} holds {then.class_id!r}: "
         "the classes of an upload are all integers or all names",
-        member=then,
-        first_member=first,
+        member=labels[1],
+        first_member=labels[0],
     )
 
 
@@ -195,10 +372,14 @@ def _halves(stream: BinaryIO, max_member_bytes: int) -> Iterator[_Half]:
         stem, _, extension = name.rpartition(".")
         extension = extension.lower()
         is_image = extension in IMAGE_EXTENSIONS
+        column = None
         if not is_image and extension != "cls":
-            source.skip(size, name)
-            continue
-        limit = max_member_bytes if is_image else _MAX_CLASS_BYTES
+            key, _, column = stem.rpartition(".")
+            if extension not in FIELD_EXTENSIONS or not key or not _FIELD_NAME.fullmatch(column):
+                source.skip(size, name)
+                continue
+            stem = key
+        limit = max_member_bytes if is_image else _MAX_CLASS_BYTES if column is None else MAX_FIELD_BYTES
         if size > limit:
             raise TooLarge(
                 f"member {name!r} has {size} bytes, at most {limit} are accepted",
@@ -207,7 +388,7 @@ def _halves(stream: BinaryIO, max_member_bytes: int) -> Iterator[_Half]:
                 limit_bytes=limit,
             )
         offset = source.offset
-        yield _Half(stem, name, is_image, source.content(size, name), offset)
+        yield _Half(stem, name, is_image, source.content(size, name), offset, column, extension)
 
 
 def _size(extended: dict[str, str], info: tarfile.TarInfo, name: str) -> int:
@@ -323,22 +504,81 @@ class _Source:
         return b"".join(parts)
 
 
-def write(images_NHWC: UInt8Array, class_ids: npt.ArrayLike, *, start: int = 0) -> Iterator[bytes]:
+def write(
+    images_NHWC: UInt8Array,
+    class_ids: npt.ArrayLike,
+    *,
+    fields: Mapping[str, Sequence[Any] | npt.NDArray[Any]] | None = None,
+    start: int = 0,
+) -> Iterator[bytes]:
     """Yield a tar stream of arrays in chunks of about 1 MiB: PPM or PGM members, so that nothing is encoded.
 
-    Keys are the images' numbers, counted from `start`. Class ids are integers; strings are names.
+    Keys are the images' numbers, counted from `start`. Class ids are integers; strings are names. Fields are arrays
+    [N, ...], or lists of N arrays or texts.
 
     Raises:
         ValueError: as `labelled`.
     """
     images_NHWC, class_ids_N, names = labelled(images_NHWC, class_ids)
-    layout = _Layout(images_NHWC.shape[1:], class_ids_N, names)
+    fixed, ragged = _checked_fields(fields or {}, len(images_NHWC))
+    layout = _Layout(images_NHWC.shape[1:], class_ids_N, names, fixed)
     count = len(images_NHWC)
-    step = max(1, _CHUNK_BYTES // layout.pair_bytes)
+    step = max(1, _CHUNK_BYTES // layout.group_bytes)
     for first in range(0, count, step):
         rows = slice(first, min(count, first + step))
-        yield layout.pairs(images_NHWC[rows], rows, start)
+        groups = layout.groups(images_NHWC[rows], rows, start)
+        yield groups if not ragged else _with_ragged(groups, layout.group_bytes, ragged, rows, start)
     yield END
+
+
+def _checked_fields(
+    fields: Mapping[str, Sequence[Any] | npt.NDArray[Any]], count: int
+) -> tuple[dict[str, npt.NDArray[Any]], dict[str, Sequence[Any] | npt.NDArray[Any]]]:
+    """The columns whose members all have one size, and the others.
+
+    Raises:
+        ValueError: there are not as many values as images, or they are no numbers.
+    """
+    fixed: dict[str, npt.NDArray[Any]] = {}
+    ragged: dict[str, Sequence[Any] | npt.NDArray[Any]] = {}
+    for name, column in fields.items():
+        if not _FIELD_NAME.fullmatch(name):
+            raise ValueError(f"field {name!r}: a name must match {_FIELD_NAME.pattern}")
+        if len(column) != count:
+            raise ValueError(f"field {name!r} has {len(column)} values for {count} images")
+        try:
+            array = None if any(isinstance(cell, str) for cell in column[:1]) else np.asarray(column)
+        except ValueError:
+            array = None  # of several shapes
+        if array is None or array.dtype.kind not in "biuf":
+            ragged[name] = column
+        else:
+            fixed[name] = array
+    return fixed, ragged
+
+
+def _with_ragged(
+    groups: bytes, group_bytes: int, ragged: Mapping[str, Sequence[Any] | npt.NDArray[Any]], rows: slice, start: int
+) -> bytes:
+    parts: list[bytes] = []
+    for number in range(rows.start, rows.stop):
+        at = (number - rows.start) * group_bytes
+        parts.append(groups[at : at + group_bytes])
+        for name, column in ragged.items():
+            cell = column[number]
+            parts.append(field_member(array_key(start + number), name, _numeric(name, cell)))
+    return b"".join(parts)
+
+
+def _numeric(name: str, cell: Any) -> Cell:
+    if isinstance(cell, str):
+        return cell
+    array = np.asarray(cell)
+    if array.dtype.kind == "U" and array.ndim == 0:
+        return str(array.item())
+    if array.dtype.kind not in "biuf":
+        raise ValueError(f"field {name!r} holds {array.dtype} {list(array.shape)}, neither numbers nor a text")
+    return array
 
 
 def labelled(
@@ -377,47 +617,63 @@ def labelled(
     return images_NHWC, ids.astype(np.int64), None
 
 
-_KEY_DIGITS: Final = 10
+_KEY_DIGITS: Final = len(array_key(0))
 # Where a ustar header keeps its checksum: six octal digits, a zero byte, a space.
 _CHECKSUM: Final = slice(148, 154)
 
 
 class _Layout:
-    """The bytes of one pair, made once; for each image only key, checksums and pixels are filled in.
+    """The bytes of one group, made once; for each image only key, checksums, pixels and fields are filled in.
 
-    `tarfile` needs 20 us per member for the same bytes, this about 2 us per pair.
+    `tarfile` needs 20 us per member for the same bytes, this about 1 us.
     """
 
     def __init__(
-        self, shape: tuple[int, ...], class_ids_N: npt.NDArray[np.int64], names: tuple[str, ...] | None = None
+        self,
+        shape: tuple[int, ...],
+        class_ids_N: npt.NDArray[np.int64],
+        names: tuple[str, ...] | None = None,
+        fields: Mapping[str, npt.NDArray[Any]] = MappingProxyType({}),
     ) -> None:
         height, width, channels = shape
         extension, magic = ("pgm", "P5") if channels == 1 else ("ppm", "P6")
         header = f"{magic}\n{width} {height}\n255\n".encode()
         self._pixels = slice(BLOCK + len(header), BLOCK + len(header) + height * width * channels)
-        blank = "0" * _KEY_DIGITS
+        blank = array_key(0)
         image = entry(f"{blank}.{extension}", header + bytes(height * width * channels))
-        self._label = len(image)
         distinct, self._template_N = np.unique(class_ids_N, return_inverse=True)
         texts = [(str(c) if names is None else names[c]).encode() for c in distinct.tolist()]
         longest = max(map(len, texts), default=0)
-        # All pairs are of one size: where a name needs more than one block, spaces fill up the others.
-        filled = [text.ljust(longest) if longest > BLOCK else text for text in texts]
+        # All groups are of one size: where a name needs more than one block, spaces fill up the others.
+        labels = [entry(f"{blank}.cls", text.ljust(longest) if longest > BLOCK else text) for text in texts]
+        self._headers = [0, len(image)]
+        at = len(image) + (len(labels[0]) if labels else 2 * BLOCK)
+        rest = b""
+        self._columns: list[tuple[slice, npt.NDArray[Any]]] = []
+        for name, column in fields.items():
+            first = column[:1].reshape(column.shape[1:]) if len(column) else np.empty(column.shape[1:], column.dtype)
+            member = field_member(blank, name, first)
+            start = at + BLOCK + len(_npy_start(first.dtype.str, first.shape))
+            self._headers.append(at)
+            self._columns.append((slice(start, start + first.nbytes), column))
+            at += len(member)
+            rest += member
         self._templates = np.stack(
-            [np.frombuffer(image + entry(f"{blank}.cls", text), np.uint8) for text in filled]
-            or [np.zeros(len(image) + 2 * BLOCK, np.uint8)]
+            [np.frombuffer(image + label + rest, np.uint8) for label in labels] or [np.zeros(at, np.uint8)]
         )
-        self.pair_bytes = self._templates.shape[1]
+        self.group_bytes = self._templates.shape[1]
 
-    def pairs(self, images_NHWC: UInt8Array, rows: slice, start: int) -> bytes:
+    def groups(self, images_NHWC: UInt8Array, rows: slice, start: int) -> bytes:
         count = len(images_NHWC)
         out = self._templates[self._template_N[rows]]
         out[:, self._pixels] = images_NHWC.reshape(count, -1)
+        for place, column in self._columns:
+            out[:, place] = np.ascontiguousarray(column[rows]).view(np.uint8).reshape(count, -1)
         keys = np.arange(start + rows.start, start + rows.stop, dtype=np.int64)
         digits = _decimal_digits(keys)
         grown = digits.sum(axis=1, dtype=np.int64)
         digits += ord("0")
-        for header in (0, self._label):
+        for header in self._headers:
             out[:, header : header + _KEY_DIGITS] = digits
             field = out[:, header + _CHECKSUM.start : header + _CHECKSUM.stop]
             field[:] = _octal_digits(_from_octal(field) + grown) + np.uint8(ord("0"))
@@ -437,20 +693,24 @@ def _octal_digits(values_N: npt.NDArray[np.int64]) -> UInt8Array:
     return (values_N[:, None] >> np.arange(15, -1, -3) & 7).astype(np.uint8)
 
 
-def write_encoded(files: Iterable[tuple[str, bytes, int | str]]) -> Iterator[bytes]:
-    """Yield a tar stream of already encoded images given as (extension, bytes, class id or name).
+def write_encoded(
+    files: Iterable[tuple[str, bytes, int | str] | tuple[str, bytes, int | str, Mapping[str, Cell]]],
+) -> Iterator[bytes]:
+    """Yield a tar stream of already encoded images given as (extension, bytes, class id or name) and perhaps fields.
 
     Raises:
         ValueError: an extension that `read` would pass over.
     """
     parts: list[bytes] = []
     size = 0
-    for number, (extension, content, class_id) in enumerate(files):
+    for number, (extension, content, class_id, *more) in enumerate(files):
         if extension.lower() not in IMAGE_EXTENSIONS:
             raise ValueError(f"extension {extension!r} is not one of {', '.join(IMAGE_EXTENSIONS)}")
-        key = f"{number:0{_KEY_DIGITS}d}"
-        parts += entry(f"{key}.{extension}", content), entry(f"{key}.cls", str(class_id).encode())
-        size += len(content) + 4 * BLOCK
+        key = array_key(number)
+        group = [entry(f"{key}.{extension}", content), entry(f"{key}.cls", str(class_id).encode())]
+        group += [field_member(key, name, cell) for fields in more for name, cell in fields.items()]
+        parts += group
+        size += sum(map(len, group))
         if size >= _CHUNK_BYTES:
             yield b"".join(parts)
             parts, size = [], 0

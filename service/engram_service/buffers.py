@@ -15,6 +15,7 @@ from sqlalchemy.orm import Session
 
 from engram import shares
 from engram.errors import Conflict, NotFound
+from engram.fields import Schema
 from engram.schemas import Buffer, BufferCreate, ClassSummary, Decision, Manifest, PackEntry, QualityState, Task
 
 from .tables import BufferRow, PackRow, TaskRow
@@ -25,10 +26,18 @@ def create(session: Session, wanted: BufferCreate) -> Buffer:
 
     Raises:
         Conflict: there is one of that name.
+        InvalidRequest: it declares fields that there cannot be.
     """
+    fields = Schema.declare(wanted.fields).declared
     check_free(session, wanted.name)
     state: QualityState = "provisional" if wanted.quality is None else "fixed"
-    row = BufferRow(**wanted.model_dump(), quality_is=state, generation=0, oldest_generation=0, created_at=time.time())
+    row = BufferRow(
+        **wanted.model_dump() | {"fields": fields},
+        quality_is=state,
+        generation=0,
+        oldest_generation=0,
+        created_at=time.time(),
+    )
     session.add(row)
     session.flush()
     return describe(session, row)
@@ -199,6 +208,15 @@ def image_shape(row: BufferRow) -> tuple[int, int, int] | None:
     if row.height is None or row.width is None or row.channels is None:
         return None
     return row.height, row.width, row.channels
+
+
+def schema(session: Session, name: str) -> Schema:
+    """The fields that every exemplar of the buffer has.
+
+    Raises:
+        NotFound: there is no such buffer.
+    """
+    return Schema.declare(find(session, name).fields)
 
 
 def class_names(row: BufferRow) -> dict[int, str]:

@@ -28,6 +28,8 @@ from sqlalchemy.sql.elements import ColumnElement
 from engram import memory, pack
 from engram.content import Content, Means, Policy, Task
 from engram.errors import Conflict, NotFound, Unavailable
+from engram.fields import Schema
+from engram.memory import Where
 from engram.schemas import Buffer, BufferChange, Decision, ForkCreate
 from engram.strip import Exemplars, runs_of
 
@@ -171,6 +173,59 @@ def _overtaken(buffer: str) -> Unavailable:
     )
 
 
+def remove(
+    database: Database, store: PackStore, buffer: str, where: Where, *, expected_generation: int | None = None
+) -> int:
+    """The buffer has these exemplars no longer; returns the new generation. See `memory.remove`.
+
+    Raises:
+        NotFound: no such buffer, or nothing that `where` names.
+        Conflict, StorageFull, Unavailable: as `commit`.
+    """
+    return commit(database, store, buffer, partial(memory.remove, where=where), expected_generation=expected_generation)
+
+
+def relabel(
+    database: Database,
+    store: PackStore,
+    buffer: str,
+    where: Where,
+    class_id: int,
+    *,
+    expected_generation: int | None = None,
+) -> int:
+    """These exemplars of the buffer are of this class; returns the new generation. See `memory.relabel`.
+
+    Raises:
+        NotFound: no such buffer, or nothing that `where` names.
+        Conflict, StorageFull, Unavailable: as `commit`.
+    """
+    change = partial(memory.relabel, where=where, class_id=class_id)
+    return commit(database, store, buffer, change, expected_generation=expected_generation)
+
+
+def place_of(session: Session, buffer: str, digest: str, row: int) -> tuple[Where, int]:
+    """A row of a pack as the place that it has in its class, and the generation in which it has it.
+
+    Raises:
+        NotFound: the current generation of the buffer has no such pack, or the pack no such row.
+    """
+    found = find(session, buffer)
+    for live in live_packs(session, buffer):
+        if live.digest == digest and row < live.exemplars:
+            rank = row
+            for class_id, count in live.runs:
+                if rank < count:
+                    return Where(task=live.task, class_id=class_id, rank=rank), found.generation
+                rank -= count
+    raise NotFound(
+        f"generation {found.generation} of buffer {buffer!r} has no row {row} in a pack {digest!r}; list its exemplars",
+        buffer=buffer,
+        digest=digest,
+        row=row,
+    )
+
+
 def exclusive(session: Session) -> None:
     """Until the transaction ends no other one names packs or removes their files."""
     if session.get_bind().dialect.name == "postgresql":
@@ -193,6 +248,7 @@ def read_content(session: Session, store: PackStore, buffer: BufferRow) -> Conte
         quality=buffer.quality,
         is_provisional=buffer.quality_is == "provisional",
         shape=image_shape(buffer),
+        schema=Schema.declare(buffer.fields),
         class_names=class_names(buffer),
         next_class_id=buffer.next_class_id,
     )

@@ -22,8 +22,9 @@ import numpy as np
 from engram import batch, tar
 from engram.draw import Layout, Plan, Request, plan
 from engram.errors import InvalidRequest, NotFound, Unavailable
+from engram.fields import KEY, Cell
 from engram.schemas import Exemplar, ExemplarPage, Manifest, PackEntry
-from engram.strip import Loose
+from engram.strip import Exemplars, Loose
 
 from . import buffers
 from .database import Database
@@ -190,13 +191,28 @@ class Replay:
             NotFound: the pack has no such row.
             Unavailable: the row is damaged, or the disk does not answer.
         """
+        exemplars, place = self._find(entry, row)
+        return exemplars.jpeg(place)
+
+    def fields(self, entry: PackEntry, row: int) -> dict[str, Cell]:
+        """What one exemplar has in each field.
+
+        Raises:
+            NotFound: the pack has no such row.
+            Unavailable: the row is damaged, or the disk does not answer.
+        """
+        exemplars, place = self._find(entry, row)
+        return {name: column[0] for name, column in exemplars.select([place]).fields().items()}
+
+    def _find(self, entry: PackEntry, row: int) -> tuple[Exemplars, int]:
+        """A pack's intact exemplars, and which of them is the row."""
         if not 0 <= row < entry.exemplars:
             raise NotFound(f"pack {entry.digest} has rows 0..{entry.exemplars - 1}, not {row}", row=row)
         loaded = self.cache.get(entry.digest, entry.exemplars)
         place = loaded.places(np.array([row], np.int64)).item()
         if loaded.exemplars is None or place < 0:
             raise Unavailable(f"row {row} of pack {entry.digest} is damaged on disk", digest=entry.digest, row=row)
-        return loaded.exemplars.jpeg(place)
+        return loaded.exemplars, place
 
     def _check_size(self, layout: Layout, request: Request) -> None:
         groups = 1
@@ -225,6 +241,7 @@ class Replay:
             return []
         loaded = self.cache.get(entry.digest, entry.exemplars)
         places = loaded.places(np.array([row for row, _, _ in wanted], np.int64)).tolist()
+        keys = {} if loaded.exemplars is None else _keys(loaded.exemplars, [place for place in places if place >= 0])
         return [
             Exemplar(
                 pack=entry.digest,
@@ -234,6 +251,7 @@ class Replay:
                 rank=rank,
                 bytes=0 if loaded.exemplars is None or place < 0 else loaded.exemplars.sizes.item(place),
                 quality=entry.quality,
+                key=keys.get(place),
             )
             for (row, class_id, rank), place in zip(wanted, places, strict=True)
         ]
@@ -244,10 +262,19 @@ def tar_of(parts: Sequence[batch.Part]) -> bytes:
     return b"".join(tar.write_encoded(_files(part.exemplars for part in parts)))
 
 
-def _files(packs: Iterable[Loose]) -> Iterator[tuple[str, bytes, int]]:
+def _files(packs: Iterable[Loose]) -> Iterator[tuple[str, bytes, int, dict[str, Cell]]]:
     for exemplars in packs:
-        for file, class_id in zip(exemplars.files(), exemplars.class_ids.tolist(), strict=True):
-            yield "jpg", file, class_id
+        columns = exemplars.fields()
+        for index, (file, class_id) in enumerate(zip(exemplars.files(), exemplars.class_ids.tolist(), strict=True)):
+            yield "jpg", file, class_id, {name: column[index] for name, column in columns.items()}
+
+
+def _keys(exemplars: Exemplars, places: list[int]) -> dict[int, str]:
+    """The keys of some exemplars, if their buffer keeps keys."""
+    if not exemplars.schema.has_key:
+        return {}
+    keys = exemplars.select(places).fields(frozenset({KEY}))[KEY]
+    return {place: str(key) for place, key in zip(places, keys, strict=True)}
 
 
 def _rows_after(

@@ -1,9 +1,12 @@
-"""The images of a spooled upload: checked once from end to end, then read by number in any order.
+"""Reads the images of a spooled upload: once from end to end to check them, then by number in any order.
 
 The first pass decodes every image (a PPM or PGM only needs its header) and keeps 25 bytes about each: where it is,
 how long it is, its class, whether its pixels lie in the file as they are. So an upload is refused before any
 work is done on it, and 100,000 images take 2.5 MB, whatever their size. Images are uint8 [N, H, W, C], C 1 or 3,
 all of one shape. Names of classes are kept once each: `class_ids` are then places in `names`.
+
+Fields are checked in the same pass and written, as records, to a file beside the upload that has no name, so that it
+goes with the process; 8 bytes about each record stay in memory.
 """
 
 from __future__ import annotations
@@ -12,14 +15,18 @@ import os
 from array import array
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryFile
+from typing import BinaryIO
 
 import numpy as np
 import numpy.typing as npt
 
 from engram import tar
 from engram.errors import BadUpload, EngramError, TooLarge
+from engram.fields import NO_FIELDS, Schema
 
 from .settings import Settings
+from .storage import disk_errors
 
 UInt8Array = npt.NDArray[np.uint8]
 IntArray = npt.NDArray[np.int64]
@@ -32,27 +39,43 @@ REPORT_EVERY = 256
 class SpooledImages:
     """The images of one upload. Enter it to keep the file open."""
 
-    def __init__(self, path: Path, settings: Settings, report: Callable[[int], None]) -> None:
+    def __init__(
+        self, path: Path, settings: Settings, report: Callable[[int], None], schema: Schema = NO_FIELDS
+    ) -> None:
         """Every image has been decoded once.
 
         Args:
             path: the tar stream.
             settings: limits on images, classes, pixels and sides.
             report: called now and then with the number of images found so far; what it raises ends the pass.
+            schema: the fields that every image must bring.
 
         Raises:
-            BadUpload: the tar or an image is not what it should be, shapes differ, ids and names are mixed, or there is
-                no image.
+            BadUpload: the tar, an image or a field is not what it should be, shapes differ, ids and names are mixed, or
+                there is no image.
             TooLarge: beyond a limit.
+            StorageFull: the disk has no room for the fields.
         """
+        self.schema = schema
+        self._records: BinaryIO | None = None
+        self._record_ends = array("q", [0])
         self._settings, self._path, self._file = settings, path, -1
         self._offsets, self._sizes, self._raw = array("q"), array("q"), bytearray()
         self._class_ids: array[int] = array("q")
         self._places: dict[int | str, int] = {}
         self.shape: Shape = (0, 0, 0)
+        try:
+            self._read(report)
+        except BaseException:
+            self._close()
+            raise
+        self.class_ids: IntArray = np.frombuffer(self._class_ids, np.int64)
+        self.names: tuple[str, ...] | None = tuple(name for name in self._places if isinstance(name, str)) or None
+
+    def _read(self, report: Callable[[int], None]) -> None:
         # Large reads: a header, a label and a small image each would be a system call of its own.
-        with path.open("rb", buffering=1 << 20) as stream:
-            for member in tar.read(stream):
+        with self._path.open("rb", buffering=1 << 20) as stream:
+            for member in tar.read(stream, schema=self.schema):
                 self._add(member)
                 if len(self) % REPORT_EVERY == 0:
                     report(len(self))
@@ -61,8 +84,6 @@ class SpooledImages:
                 "the upload has 0 images; it must hold KEY.ppm|pgm|png|jpg|jpeg|webp + KEY.cls pairs", images=0
             )
         report(len(self))
-        self.class_ids: IntArray = np.frombuffer(self._class_ids, np.int64)
-        self.names: tuple[str, ...] | None = tuple(name for name in self._places if isinstance(name, str)) or None
 
     def __len__(self) -> int:
         return len(self._offsets)
@@ -74,6 +95,7 @@ class SpooledImages:
     def __exit__(self, *_: object) -> None:
         os.close(self._file)
         self._file = -1
+        self._close()
 
     def read(self, indices: npt.ArrayLike) -> UInt8Array:
         """These images, uint8 [n, H, W, C], in this order.
@@ -92,6 +114,21 @@ class SpooledImages:
             else:
                 image[:] = self._decode(os.pread(self._file, size, offset), "")
         return images
+
+    def records(self, indices: npt.ArrayLike) -> list[bytes]:
+        """The fields of these images, in this order.
+
+        Raises:
+            IndexError: there is no such image.
+        """
+        assert self._records is not None, "images without fields are not asked for them"
+        file, ends = self._records.fileno(), self._record_ends
+        wanted = np.asarray(indices, dtype=np.int64).tolist()
+        return [os.pread(file, ends[number + 1] - ends[number], ends[number]) for number in wanted]
+
+    def _close(self) -> None:
+        if self._records is not None:
+            self._records.close()
 
     def _add(self, member: tar.Member) -> None:
         settings, found = self._settings, self._decode(member.image, member.name).shape
@@ -117,6 +154,17 @@ class SpooledImages:
         self._sizes.append(member.size)
         self._class_ids.append(place if isinstance(member.class_id, str) else member.class_id)
         self._raw.append(member.image[:2] in (b"P5", b"P6"))
+        if self.schema:
+            self._add_record(self.schema.record(member.fields, f"image {member.key!r}"))
+
+    def _add_record(self, record: bytes) -> None:
+        with disk_errors(self._path, len(record)):
+            if self._records is None:
+                self._records = TemporaryFile(dir=self._path.parent, buffering=0)  # noqa: SIM115
+            rest = memoryview(record)
+            while rest:
+                rest = rest[self._records.write(rest) :]
+        self._record_ends.append(self._record_ends[-1] + len(record))
 
     def _decode(self, data: bytes, name: str) -> UInt8Array:
         try:

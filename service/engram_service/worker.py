@@ -34,7 +34,7 @@ from engram.errors import EngramError, NotFound, StorageFull, Unavailable
 from engram.schemas import State
 from engram.selection.embedding import BuiltinEmbedder, Embedder
 
-from . import extractors, ingest
+from . import buffers, extractors, ingest
 from .collect import collect
 from .commit import commit
 from .database import Database
@@ -229,9 +229,11 @@ def perform(database: Database, store: PackStore, settings: Settings, held: Clai
         Stopped: `stop` was set.
         StorageFull, Unavailable: worth another attempt.
     """
+    with database.reading() as session:
+        schema = buffers.schema(session, held.buffer)
     with (
         Heartbeat(database, settings, held, stop) as beat,
-        SpooledImages(held.spool, settings, beat.found) as images,
+        SpooledImages(held.spool, settings, beat.found, schema) as images,
         embedder(settings, held, images.shape) as chosen,
     ):
         upload = memory.Upload(held.task, images, held.options, images.names)

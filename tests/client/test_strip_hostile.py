@@ -10,6 +10,7 @@ import tracemalloc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from typing import Any
 from zlib import crc32
 
 import numpy as np
@@ -19,6 +20,7 @@ from hypothesis import strategies as st
 
 from engram import batch, pack, strip
 from engram.errors import StripCorrupt, TooLarge
+from engram.fields import Schema
 from engram.form import Form
 from engram.schemas import Subsampling
 
@@ -35,17 +37,45 @@ def sample(count: int = 5, *, channels: int = 3, sampling: Subsampling = "4:2:0"
     return strip.encode(images, np.arange(count) // 2 * 300, quality=40, subsampling=sampling)
 
 
+FIXED = Schema.declare({"logits": "float16 [6]", "flag": "bool"})
+RAGGED = Schema.declare({"boxes": "float32 [any, 2]", "key": "utf8", "weight": "float32"})
+
+
+def with_fields(count: int, schema: Schema) -> strip.Exemplars:
+    """Exemplars whose records are full of markers, and of whole strips."""
+    plain = sample(count)
+    mimic = plain.to_strips()[0][: 8 * 37]
+    given: dict[str, Any] = {
+        "logits": np.frombuffer(b"\xff\xd9\xff\xd0\xff\xd8" * 2 * count, "<f2").reshape(count, 6),
+        "flag": np.arange(count) % 2 == 0,
+        "boxes": [np.frombuffer(mimic[: 8 * (7 * row % 38)], "<f4").reshape(-1, 2) for row in range(count)],
+        "key": [f"{row}\u00ff" * row for row in range(count)],
+        "weight": np.arange(count),
+    }
+    columns = schema.columns({name: given[name] for name in schema.declared}, count)
+    records = columns.records(np.arange(count))
+    pixels = plain.decode()
+    return strip.encode(pixels, plain.class_ids, quality=40, schema=schema, records=records)
+
+
 def samples() -> list[bytes]:
-    """Strips of every kind: colour and grey, drawn and stored, one image and several."""
+    """Strips of every kind: colour and grey, drawn and stored, one image and several, with and without fields."""
     drawn = sample(3, sampling="4:4:4").loose().to_strips(tasks=[3, 500, 500], rows=[7, 1, 2])
     grey = sample(4, channels=1).loose().to_strips(tasks=[0] * 4, rows=range(4))
-    return [sample().to_strips()[0], drawn[0], grey[0], sample(1).to_strips()[0]]
+    fields = with_fields(3, RAGGED).loose().to_strips(tasks=[3, 500, 500], rows=[7, 1, 2])
+    plain = [sample().to_strips()[0], drawn[0], grey[0], sample(1).to_strips()[0]]
+    return [*plain, with_fields(4, FIXED).to_strips()[0], fields[0]]
 
 
-def made_of(form: Form, segments: Sequence[bytes]) -> bytes:
-    """A well-formed strip of this form with these for image data."""
-    checksums = np.array([crc32(segment) for segment in segments], np.uint32)
-    (data,) = strip.Loose(form, list(segments), np.zeros(len(segments), np.int64), checksums).to_strips()
+KINDS = st.integers(0, len(samples()) - 1)
+
+
+def made_of(form: Form, segments: Sequence[bytes], records: Sequence[bytes] | None = None) -> bytes:
+    """A well-formed strip of this form with these for image data and fields."""
+    sums = [crc32(segment) for segment in segments]
+    checksums = np.array(sums if records is None else list(map(crc32, records, sums)), np.uint32)
+    own: list[strip.Bytes] | None = None if records is None else list(records)
+    (data,) = strip.Loose(form, list(segments), np.zeros(len(segments), np.int64), checksums, own).to_strips()
     return data
 
 
@@ -85,6 +115,8 @@ def judge(data: bytes) -> strip.Strip | None:
     assert read.exemplars.loose().to_strips(tasks=read.tasks, rows=read.rows) == [data[: read.end]]
     with suppress(StripCorrupt):
         assert read.exemplars.decode().shape == (len(read.exemplars), *read.exemplars.form.shape)
+    with suppress(StripCorrupt):
+        assert {len(column) for column in read.exemplars.fields().values()} <= {len(read.exemplars)}
     return read
 
 
@@ -176,7 +208,7 @@ def test_a_mutated_strip_is_refused_or_the_strip_that_it_was(count: int) -> None
 
 
 @settings(max_examples=400, deadline=None)
-@given(data=st.data(), kind=st.integers(0, 3))
+@given(data=st.data(), kind=KINDS)
 def test_bytes_cut_repeated_and_replaced_anywhere(data: st.DataObject, kind: int) -> None:
     mangled = samples()[kind]
     for _ in range(data.draw(st.integers(1, 4))):
@@ -191,14 +223,132 @@ def test_bytes_cut_repeated_and_replaced_anywhere(data: st.DataObject, kind: int
 
 
 @settings(max_examples=200, deadline=None)
-@given(data=st.data(), kind=st.integers(0, 3))
+@given(data=st.data(), kind=KINDS)
 def test_image_data_of_any_content_decodes_or_is_refused(data: st.DataObject, kind: int) -> None:
     good = strip.parse(samples()[kind]).exemplars
     segments = [bytes(segment) for segment in good.segments()]
     row = data.draw(st.integers(0, len(segments) - 1))
     content = data.draw(st.one_of(st.binary(max_size=300), st.just(segments[row][:-3])))
     segments[row] = content.replace(b"\xff", b"\xff\x00")
-    judge(made_of(good.form, segments))
+    records = good.records()
+    judge(made_of(good.form, segments, None if records is None else [bytes(record) for record in records]))
+
+
+@settings(max_examples=300, deadline=None)
+@given(data=st.data(), schema=st.sampled_from([FIXED, RAGGED]))
+def test_records_of_any_content_decode_or_are_refused(data: st.DataObject, schema: Schema) -> None:
+    good = with_fields(3, schema)
+    records = [bytes(record) for record in good.records() or ()]
+    row = data.draw(st.integers(0, 2))
+    if schema is RAGGED and data.draw(st.booleans()):
+        records[row] = data.draw(st.binary(min_size=schema.min_bytes, max_size=100))
+    else:
+        changed = bytearray(records[row])
+        for _ in range(data.draw(st.integers(1, 4))):
+            changed[data.draw(st.integers(0, len(changed) - 1))] = data.draw(st.integers(0, 255))
+        records[row] = bytes(changed)
+    read = strip.parse(made_of(good.form, [good.segment(each) for each in range(3)], records)).exemplars
+    assert read.records() == records
+    assert np.array_equal(read.decode(), good.decode())
+    try:
+        columns = read.fields()
+    except StripCorrupt:
+        assert schema.ragged
+        return
+    again = schema.columns(columns, 3).records(np.arange(3))
+    # A bool has 255 ways to be true.
+    assert again == records or schema is FIXED
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda sizes: [sizes[0] + 1, sizes[1] - 1, sizes[2]], "checksum"),
+        (lambda sizes: [sizes[0], sizes[1], sizes[2] + 1], "are there"),
+        (lambda sizes: [0, sizes[0] + sizes[1], sizes[2]], "records of 0"),
+        (lambda sizes: [2**20 + 1, sizes[1], sizes[2]], "records of"),
+        (lambda sizes: [2**32 - 1] * 3, "records of"),
+    ],
+)
+def test_lengths_of_records_that_are_not_theirs_are_refused(
+    change: Callable[[list[int]], list[int]], message: str
+) -> None:
+    good = with_fields(3, RAGGED)
+    (data,) = good.to_strips()
+    payload = payload_of(data)
+    sizes = np.frombuffer(payload[-12:], ">u4").tolist()
+    assert good.record_lengths is not None
+    assert sizes == good.record_lengths.tolist()
+    forged = payload[:-12] + np.array(change(sizes), ">u4").tobytes()
+    with little_memory(), pytest.raises(StripCorrupt, match=message):
+        strip.parse(with_payload(data, forged))
+
+
+@pytest.mark.parametrize("scan_bytes", [0, 1, 2, 300, 2**32 - 1])
+def test_a_scan_that_ends_elsewhere_than_declared_is_refused(scan_bytes: int) -> None:
+    for schema in (FIXED, RAGGED):
+        (data,) = with_fields(3, schema).to_strips()
+        forged = replace_at(payload_of(data), RUNS, struct.pack(">I", scan_bytes))
+        with pytest.raises(StripCorrupt):
+            strip.parse(with_payload(data, forged))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"",
+        b"logits",
+        b"logits float16 [6];",
+        b"logits float16 [06]",
+        b"logits float16 [ 6]",
+        b"flag bool; flag bool",
+        b"logits float16 [6]; flag bool",
+        b"logits float128 [6]",
+        b"logits float16 [999999999]",
+        b"logits float16 [any, any]",
+        b"images float16 [6]",
+        b"lo\xffits float16 [6]",
+        b"; ".join(b"f%03d bool" % number for number in range(65)),
+    ],
+)
+def test_fields_that_there_cannot_be_are_refused(text: bytes) -> None:
+    (data,) = with_fields(3, FIXED).to_strips()
+    payload = payload_of(data)
+    own = FIXED.text.encode()
+    assert payload[RUNS + 6 : RUNS + 6 + len(own)] == own
+    forged = payload[: RUNS + 4] + struct.pack(">H", len(text)) + text + payload[RUNS + 6 + len(own) :]
+    with little_memory(), pytest.raises(StripCorrupt, match="fields"):
+        strip.parse(with_payload(data, forged))
+
+
+def test_records_cannot_be_exchanged_between_exemplars() -> None:
+    good = with_fields(4, FIXED)
+    (data,) = good.to_strips()
+    records = [bytes(record) for record in good.records() or ()]
+    assert data.endswith(b"".join(records))
+    swapped = data[: -len(b"".join(records))] + b"".join([records[1], records[0], *records[2:]])
+    with pytest.raises(StripCorrupt, match="exemplar 0"):
+        strip.parse(swapped)
+
+
+def test_a_flood_of_markers_in_fields_is_neither_searched_nor_taken_for_a_strip() -> None:
+    schema = Schema.declare({"blob": "uint8 [any]"})
+    flood = np.frombuffer(b"\xff\xd9" * 400_000, np.uint8)
+    mimic = np.frombuffer(pack.to_bytes(sample(6)) * 3, np.uint8)
+    columns = schema.columns({"blob": [flood, mimic] * 3}, 6)
+    plain = sample(6)
+    stored = strip.encode(
+        plain.decode(), plain.class_ids, quality=40, schema=schema, records=columns.records(np.arange(6))
+    )
+    data = pack.to_bytes(stored)
+    # Each record is copied once for its checksum; the markers of 1.2 MB of FF D9 would take 10 MB.
+    with little_memory(2**20 + len(data)):
+        read = pack.parse(data)
+    assert np.array_equal(read.decode(), stored.decode())
+    rest, rows = pack.salvage(data, 6)
+    assert rest is not None
+    assert rows.tolist() == list(range(6))
+    assert [bytes(record) for record in rest.records() or ()] == [bytes(record) for record in stored.records() or ()]
 
 
 def replace_at(data: bytes, at: int, new: bytes) -> bytes:
@@ -270,7 +420,7 @@ def test_numbers_that_make_no_form_are_refused(at: int, value: bytes) -> None:
         strip.parse(with_payload(data, replace_at(payload_of(data), at, value)))
 
 
-@pytest.mark.parametrize("flags", [2, 3, 0x80, 0xFF])
+@pytest.mark.parametrize("flags", [4, 6, 0x80, 0xFF])
 def test_flags_of_a_later_version_are_refused(flags: int) -> None:
     for data in samples():
         with pytest.raises(StripCorrupt, match="flags"):

@@ -1,20 +1,41 @@
-"""The routes of single exemplars: pages of them with filters, and one as a JPEG."""
+"""The routes of single exemplars: pages of them with filters, one as a JPEG, its fields, removing and relabelling."""
 
 from __future__ import annotations
 
 import re
-from typing import Annotated
+from typing import Annotated, Any
 
+import numpy as np
 from fastapi import APIRouter, Header, Path, Query, Response
 
 from engram.errors import InvalidRequest
-from engram.schemas import MAX_CLASS_ID, MAX_TASK, ExemplarPage
+from engram.fields import Cell
+from engram.memory import Where
+from engram.schemas import MAX_CLASS_ID, MAX_TASK, Buffer, ExemplarPage, Relabel
 
-from .. import buffers
+from .. import buffers, commit
+from ..database import Database
 from .packs import FOREVER
-from .parts import JPEG_MEDIA_TYPE, BufferPath, DatabasePart, Generation, ReplayPart, SettingsPart, etag, matches
+from .parts import (
+    JPEG_MEDIA_TYPE,
+    BufferPath,
+    DatabasePart,
+    ExpectedGeneration,
+    Generation,
+    ReplayPart,
+    SettingsPart,
+    StorePart,
+    etag,
+    matches,
+)
 
 router = APIRouter(prefix="/v1/buffers/{buffer}/exemplars", tags=["replay"])
+
+DigestPath = Annotated[str, Path(description="The digest of a pack of this buffer.")]
+RowPath = Annotated[int, Path(ge=0, lt=2**31, description="The exemplar's row in it.")]
+TaskFilter = Annotated[int | None, Query(ge=0, le=MAX_TASK)]
+ClassFilter = Annotated[int | None, Query(ge=0, le=MAX_CLASS_ID)]
+KeyFilter = Annotated[str | None, Query(max_length=4096, description="The value of the field `key`.")]
 
 _CURSOR = re.compile(r"([0-9]{1,10})\.([0-9]{1,10})\.([0-9]{1,10})")
 
@@ -24,8 +45,8 @@ def list_exemplars(
     buffer: BufferPath,
     replay: ReplayPart,
     settings: SettingsPart,
-    task: Annotated[int | None, Query(ge=0, le=MAX_TASK)] = None,
-    class_id: Annotated[int | None, Query(ge=0, le=MAX_CLASS_ID)] = None,
+    task: TaskFilter = None,
+    class_id: ClassFilter = None,
     limit: Annotated[int, Query(ge=1, description="Exemplars on the page.")] = 100,
     cursor: Annotated[str | None, Query(description="`next` of the page before.")] = None,
     generation: Generation = None,
@@ -47,8 +68,8 @@ def list_exemplars(
 )
 def read_exemplar(
     buffer: BufferPath,
-    pack: Annotated[str, Path(description="The digest of a pack of this buffer.")],
-    row: Annotated[int, Path(ge=0, lt=2**31, description="The exemplar's row in it.")],
+    pack: DigestPath,
+    row: RowPath,
     replay: ReplayPart,
     database: DatabasePart,
     if_none_match: Annotated[str | None, Header()] = None,
@@ -60,6 +81,106 @@ def read_exemplar(
     if row < entry.exemplars and matches(if_none_match, headers["ETag"]):
         return Response(status_code=304, headers=headers)
     return Response(replay.jpeg(entry, row), media_type=JPEG_MEDIA_TYPE, headers=headers)
+
+
+@router.get("/{pack}/{row}/fields")
+def read_fields(
+    buffer: BufferPath, pack: DigestPath, row: RowPath, replay: ReplayPart, database: DatabasePart
+) -> dict[str, Any]:
+    """Read the fields of one exemplar: numbers, lists of them, texts; null stands for NaN and infinities."""
+    with database.reading() as session:
+        entry = buffers.pack_of(session, buffer, pack)
+    return {name: _plain(cell) for name, cell in replay.fields(entry, row).items()}
+
+
+@router.delete("")
+def remove_exemplars(
+    buffer: BufferPath,
+    database: DatabasePart,
+    store: StorePart,
+    expected_generation: ExpectedGeneration,
+    task: TaskFilter = None,
+    class_id: ClassFilter = None,
+    key: KeyFilter = None,
+) -> Buffer:
+    """Remove all exemplars of a class or with a key, in a new generation, as if they had never come."""
+    where = Where(task=task, class_id=class_id, key=key)
+    commit.remove(database, store, buffer, where, expected_generation=expected_generation)
+    return _as_it_stands(database, buffer)
+
+
+@router.patch("")
+def relabel_exemplars(
+    buffer: BufferPath,
+    change: Relabel,
+    database: DatabasePart,
+    store: StorePart,
+    expected_generation: ExpectedGeneration,
+    task: TaskFilter = None,
+    class_id: ClassFilter = None,
+    key: KeyFilter = None,
+) -> Buffer:
+    """Move all exemplars of a class or with a key to another class of their tasks, in a new generation."""
+    where = Where(task=task, class_id=class_id, key=key)
+    commit.relabel(database, store, buffer, where, change.class_id, expected_generation=expected_generation)
+    return _as_it_stands(database, buffer)
+
+
+@router.delete("/{pack}/{row}")
+def remove_exemplar(
+    buffer: BufferPath,
+    pack: DigestPath,
+    row: RowPath,
+    database: DatabasePart,
+    store: StorePart,
+    expected_generation: ExpectedGeneration,
+) -> Buffer:
+    """Remove one exemplar of the current generation, in a new one."""
+    where, generation = _place_now(database, buffer, pack, row, expected_generation)
+    commit.remove(database, store, buffer, where, expected_generation=generation)
+    return _as_it_stands(database, buffer)
+
+
+@router.patch("/{pack}/{row}")
+def relabel_exemplar(
+    buffer: BufferPath,
+    pack: DigestPath,
+    row: RowPath,
+    change: Relabel,
+    database: DatabasePart,
+    store: StorePart,
+    expected_generation: ExpectedGeneration,
+) -> Buffer:
+    """Move one exemplar of the current generation to another class of its task, in a new generation."""
+    where, generation = _place_now(database, buffer, pack, row, expected_generation)
+    commit.relabel(database, store, buffer, where, change.class_id, expected_generation=generation)
+    return _as_it_stands(database, buffer)
+
+
+def _place_now(
+    database: Database, buffer: str, pack: str, row: int, expected_generation: int | None
+) -> tuple[Where, int]:
+    """The exemplar's place in its class, and the generation that a change of it is meant for."""
+    with database.reading() as session:
+        where, generation = commit.place_of(session, buffer, pack, row)
+    return where, generation if expected_generation is None else expected_generation
+
+
+def _as_it_stands(database: Database, buffer: str) -> Buffer:
+    with database.reading() as session:
+        return buffers.read(session, buffer)
+
+
+def _plain(cell: Cell) -> Any:
+    """A value as JSON has it."""
+    if isinstance(cell, str):
+        return cell
+    values = np.asarray(cell)
+    if values.dtype.kind != "f":
+        return values.tolist()
+    plain = np.asarray(values.astype(object))
+    plain[~np.isfinite(values)] = None
+    return plain.tolist()
 
 
 def _place(cursor: str | None) -> tuple[int, int, int] | None:
