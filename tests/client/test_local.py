@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 from engram import (
+    BadUpload,
     Batch,
     BudgetExceeded,
     Conflict,
@@ -74,6 +75,36 @@ def test_its_draws_equal_those_of_a_service(filled: Filled, tmp_path: Path) -> N
     for strategy in STRATEGIES:
         asked: dict[str, Any] = {"seed": 3, "step": 5, "strategy": strategy, "exclude_tasks": (1,)}
         assert same(buffer.draw(9, **asked), filled.client.draw(filled.name, 9, **asked))
+
+
+def test_fields_come_back_with_their_exemplars_and_a_key_finds_one(folder: Path) -> None:
+    fields = {"key": "utf8", "logits": "float16 [2]"}
+    buffer = LocalBuffer(folder, budget_bytes=10**6, fields=fields)
+    assert LocalBuffer(folder, fields=fields).manifest.fields == fields
+    with pytest.raises(Conflict, match="fields"):
+        LocalBuffer(folder, fields={"key": "utf8"})
+    logits = np.arange(12, dtype=np.float16).reshape(6, 2)
+    keys = [f"image {number}" for number in range(6)]
+    with pytest.raises(BadUpload, match="logits"):
+        buffer.add(0, pictures(0, 6), [0, 1] * 3, fields={"key": keys})
+    buffer.add(0, pictures(0, 6), [0, 1] * 3, fields={"key": keys, "logits": logits}, options=RING)
+    drawn = buffer.draw(6, strategy="epoch")
+    assert sorted(drawn.fields["key"]) == keys
+    for key, found in zip(drawn.fields["key"], drawn.fields["logits"], strict=True):
+        np.testing.assert_array_equal(found, logits[keys.index(str(key))])
+    buffer.remove(key="image 3")
+    buffer.relabel(7, class_id=0)
+    drawn = buffer.draw(5, strategy="epoch")
+    assert sorted(drawn.fields["key"]) == [key for key in keys if key != "image 3"]
+    assert sorted(drawn.class_ids.tolist()) == [1, 1, 7, 7, 7]
+    (entry,) = buffer.manifest.packs
+    buffer.remove(exemplar=(entry.digest, 0))
+    with pytest.raises(NotFound, match="no row 0"):
+        buffer.remove(exemplar=(entry.digest, 0))
+    with pytest.raises(InvalidRequest, match="by its pack and row"):
+        buffer.remove(exemplar=(entry.digest, 0), class_id=7)
+    buffer.add(1, pictures(1, 1), ["new"], fields={"logits": logits[:1]})
+    assert buffer.class_names == {8: "new"}, "above the class that was relabelled to"
 
 
 def test_a_loader_takes_a_local_buffer(filled_folder: Path) -> None:
