@@ -16,19 +16,19 @@ from hypothesis import HealthCheck, given
 from hypothesis import settings as run_settings
 from hypothesis import strategies as st
 
-from engram import LocalBuffer
+from engram import LocalBuffer, tar
 from engram.errors import EngramError, from_problem
-from engram.memory import Upload, add
+from engram.memory import Upload, Where, add
 from engram.schemas import BufferChange, BufferCreate, ForkCreate, IngestOptions
 from engram.selection.embedding import FloatArray, FunctionEmbedder
 from engram.selection.images import ArrayImages
 from engram_service import buffers
-from engram_service.commit import change, commit, fork, reshare
+from engram_service.commit import change, commit, fork, place_of, relabel, remove, reshare
 from engram_service.database import Database
 from engram_service.settings import Settings
 from engram_service.storage import PackStore
 from tests.contents import UInt8Array, pictures
-from tests.uploads import final, queue, tar_of_arrays, work_off
+from tests.uploads import final, queue, work_off
 
 SHAPE = (16, 16, 3)
 _numbers = count()
@@ -62,17 +62,47 @@ class Both:
         with service.database.session() as session:
             buffers.create(session, BufferCreate(name=self.name, **policy))
 
-    def upload(self, task: int, images: UInt8Array, labels: list[int] | list[str], options: IngestOptions) -> None:
+    def upload(
+        self,
+        task: int,
+        images: UInt8Array,
+        labels: list[int] | list[str],
+        options: IngestOptions,
+        fields: dict[str, Any] | None = None,
+    ) -> None:
         def send() -> None:
             service = self.service
-            body = tar_of_arrays(images, labels)
+            body = b"".join(tar.write(images, labels, fields=fields))
             queued = queue(service.database, service.settings, body, buffer=self.name, task=task, options=options)
             work_off(service.database, service.store, service.settings)
             ended = final(service.database, queued)
             if ended.problem is not None:
                 raise from_problem(ended.problem)
 
-        self.alike(lambda: self.local.add(task, images, labels, options=options), send)
+        self.alike(lambda: self.local.add(task, images, labels, options=options, fields=fields), send)
+
+    def remove(self, named: dict[str, Any]) -> None:
+        self.alike(
+            lambda: self.local.remove(**named),
+            lambda: remove(self.service.database, self.service.store, self.name, Where(**named)),
+        )
+
+    def relabel(self, named: dict[str, Any], class_id: int) -> None:
+        self.alike(
+            lambda: self.local.relabel(class_id, **named),
+            lambda: relabel(self.service.database, self.service.store, self.name, Where(**named), class_id),
+        )
+
+    def remove_one(self, place: int) -> None:
+        """The exemplar at this place of all, if there are as many."""
+        rows = [(entry.digest, row) for entry in self.local.manifest.packs for row in range(entry.exemplars)]
+        if place < len(rows):
+            with self.service.database.reading() as session:
+                where, _ = place_of(session, self.name, *rows[place])
+            self.alike(
+                lambda: self.local.remove(exemplar=rows[place]),
+                lambda: remove(self.service.database, self.service.store, self.name, where),
+            )
 
     def delete_task(self, task: int) -> None:
         self.alike(
@@ -147,6 +177,26 @@ def options() -> st.SearchStrategy[IngestOptions]:
     )
 
 
+def named() -> st.SearchStrategy[dict[str, Any]]:
+    """Exemplars, by class and task or by key."""
+    by_class = st.fixed_dictionaries({"class_id": st.integers(0, 4)}, optional={"task": st.integers(0, 2)})
+    return st.one_of(by_class, st.builds(lambda number: {"key": f"{number:010d}"}, st.integers(0, 9)))
+
+
+FIELDS = {"key": "utf8", "logits": "float16 [3]", "boxes": "float32 [any, 4]", "weight": "float32 finite"}
+
+
+def fields_of(number: int, declared: dict[str, str], images: int) -> dict[str, Any] | None:
+    """What an upload brings; keys are filled in."""
+    generator = np.random.default_rng(number)
+    made: dict[str, Any] = {
+        "logits": generator.normal(size=(images, 3)).astype(np.float16),
+        "boxes": [generator.normal(size=(count, 4)).astype(np.float32) for count in generator.integers(0, 3, images)],
+        "weight": generator.normal(size=images).astype(np.float32),
+    }
+    return {name: made[name] for name in declared if name in made} or None
+
+
 def steps() -> st.SearchStrategy[list[tuple[Any, ...]]]:
     upload = st.tuples(st.just("upload"), st.integers(0, 2), labels(), options())
     return st.lists(
@@ -158,7 +208,9 @@ def steps() -> st.SearchStrategy[list[tuple[Any, ...]]]:
             st.tuples(st.just("change_budget"), st.integers(500, 8000)),
             st.tuples(st.just("rename"), st.dictionaries(st.integers(0, 6), st.sampled_from("bcd"), max_size=2)),
             st.tuples(st.just("fork"), st.none() | st.integers(500, 8000)),
-            # What else changes a memory (an exemplar removed, a class relabelled) joins here.
+            st.tuples(st.just("remove"), named()),
+            st.tuples(st.just("remove_one"), st.integers(0, 20)),
+            st.tuples(st.just("relabel"), named(), st.integers(0, 4)),
         ),
         min_size=1,
         max_size=6,
@@ -173,6 +225,7 @@ def policies() -> st.SearchStrategy[dict[str, Any]]:
             "share_by": st.sampled_from(["class", "task"]),
             "subsampling": st.sampled_from(["4:2:0", "4:4:4"]),
             "quality": st.sampled_from([None, None, 50]),
+            "fields": st.just({}) | st.sets(st.sampled_from(sorted(FIELDS))).map(lambda n: {k: FIELDS[k] for k in n}),
         }
     )
 
@@ -183,7 +236,8 @@ def replay(shared: Service, policy: dict[str, Any], made: list[tuple[Any, ...]])
         for number, (name, *arguments) in enumerate(made):
             if name == "upload":
                 task, given, chosen = arguments
-                both.upload(task, pictures(number, len(given), SHAPE), given, chosen)
+                brought = fields_of(number, policy["fields"], len(given))
+                both.upload(task, pictures(number, len(given), SHAPE), given, chosen, brought)
             elif name != "rename" or arguments[0]:
                 getattr(both, name)(*arguments)
 

@@ -11,7 +11,6 @@ changes the folder at a time, and a second one is refused at once; any number ma
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
@@ -28,6 +27,8 @@ from engram.batch import Batch
 from engram.content import Content, shares_of
 from engram.draw import Layout, Request
 from engram.errors import Conflict, InvalidRequest, NotFound, StripCorrupt
+from engram.fields import Schema
+from engram.memory import Where
 from engram.mirror import Snapshot
 from engram.schemas import (
     MAX_TASK,
@@ -50,8 +51,6 @@ from engram.selection.images import ArrayImages
 from engram.state import Saved
 from engram.strip import Exemplars
 
-logger = logging.getLogger(__name__)
-
 # Another process may commit between the manifest and its packs; one after the other, some ten times is hopeless.
 _ATTEMPTS = 10
 
@@ -66,7 +65,7 @@ class LocalBuffer:
         share_by: what gets equal shares: classes or tasks ("class").
         subsampling: of the colour planes ("4:2:0").
         quality: JPEG quality of all exemplars, for good; without it selection finds one.
-        fields: the columns that every exemplar has beside its image, by name.
+        fields: the columns that every exemplar has beside its image, by name, as `{"logits": "float16 [100]"}`.
 
     Raises:
         NotFound: there is no buffer in the folder, and no budget to make one.
@@ -95,7 +94,7 @@ class LocalBuffer:
             "share_by": share_by,
             "subsampling": subsampling,
             "quality": quality,
-            "fields": None if fields is None else dict(fields),
+            "fields": None if fields is None else Schema.declare(fields).declared,
         }
         given = {name: value for name, value in given.items() if value is not None}
         saved = state.read(self.folder)
@@ -210,6 +209,7 @@ class LocalBuffer:
         images_NHWC: npt.NDArray[np.uint8],
         class_ids_N: npt.ArrayLike,
         *,
+        fields: Mapping[str, Any] | None = None,
         options: IngestOptions | None = None,
         embed: Embed | None = None,
         embed_name: str | None = None,
@@ -222,6 +222,8 @@ class LocalBuffer:
             images_NHWC: uint8 RGB or grey; `[N, H, W]` is grey.
             class_ids_N: N integers, which are class ids, or N strings, which are names: those that the buffer knows
                 stand for the ids that they have there, new ones get new ids.
+            fields: the columns that the buffer declares, by name: arrays `[N, ...]`, lists of N arrays where they are
+                ragged, lists of N texts.
             options: how images are ranked and measured, as for an upload to a service.
             embed: makes features float32 `[n, D]` of images uint8 `[n, H, W, C]`; None: the built-in embedding.
             embed_name: which function that is. Means of images are continued only under the name they were made under.
@@ -229,6 +231,7 @@ class LocalBuffer:
 
         Raises:
             ValueError: arrays of another type or shape, or of no images; a function without a name, or bad features.
+            BadUpload: fields that are not what the buffer declares.
             BudgetExceeded: not one exemplar of the task fits.
             Conflict: the buffer is frozen, has images of another shape, or is just being changed by another process.
             InvalidRequest: the task is out of range, or the options name an extractor of a service.
@@ -242,7 +245,8 @@ class LocalBuffer:
         options = options or IngestOptions()
         if options.extractor is not None:
             raise InvalidRequest("extractor: models are registered with a service; give `embed` to a local buffer")
-        images = ArrayImages(images_NHWC, class_ids_N)
+        columns = Schema.declare(self.manifest.fields).columns(fields or {}, len(images_NHWC))
+        images = ArrayImages(images_NHWC, class_ids_N, columns)
         embedder: Embedder = BuiltinEmbedder(images.shape)
         if embed is not None:
             if not embed_name:
@@ -252,6 +256,50 @@ class LocalBuffer:
         advance = progress or (lambda count: None)
         self._change(partial(memory.add, upload=upload, embedder=embedder, advance=advance))
         return self.task(task)
+
+    def remove(
+        self,
+        *,
+        task: int | None = None,
+        class_id: int | None = None,
+        key: str | None = None,
+        exemplar: tuple[str, int] | None = None,
+        generation: int | None = None,
+    ) -> None:
+        """Some exemplars are gone, in a new generation, as if they had never come.
+
+        Args:
+            task: only of this task; `delete_task` deletes a whole one.
+            class_id: of this class.
+            key: with this value of the field `key`.
+            exemplar: one exemplar, as (pack, row) of this generation, and nothing else.
+            generation: the generation this change was decided on; None changes any.
+
+        Raises:
+            NotFound: there is nothing that is named so.
+            InvalidRequest: neither a class, a key nor an exemplar is named.
+            Conflict: the buffer is frozen, at another generation, or is just being changed by another process.
+        """
+        where, generation = self._named(task, class_id, key, exemplar, generation)
+        self._change(partial(memory.remove, where=where), generation)
+
+    def relabel(
+        self,
+        to_class_id: int,
+        *,
+        task: int | None = None,
+        class_id: int | None = None,
+        key: str | None = None,
+        exemplar: tuple[str, int] | None = None,
+        generation: int | None = None,
+    ) -> None:
+        """Some exemplars, named as in `remove`, are in another class of their tasks.
+
+        Raises:
+            NotFound, InvalidRequest, Conflict: as `remove`.
+        """
+        where, generation = self._named(task, class_id, key, exemplar, generation)
+        self._change(partial(memory.relabel, where=where, class_id=to_class_id), generation)
 
     def delete_task(self, task: int) -> None:
         """The task's exemplars are gone, in a new generation; what its classes were named stays known.
@@ -314,29 +362,22 @@ class LocalBuffer:
             _validated({"budget_bytes": budget_bytes})
         with state.writing(target):
             state.check_empty(target)
-            for _ in range(_ATTEMPTS):
-                saved = state.newest(self.folder)
-                _check_generation(saved, generation)
-                try:
-                    _share(self._packs, target / "packs", saved.manifest)
-                    break
-                except FileNotFoundError:
-                    # Another process has made a new generation meanwhile, or somebody took the pack away.
-                    if state.newest(self.folder).manifest.generation == saved.manifest.generation:
-                        raise state.missing(self._packs, saved.manifest) from None
-            else:
-                raise Conflict(f"{_ATTEMPTS} changes of {self.folder} came first, one after the other; try again")
-            local = state.local_of(self.folder, saved)
-            saved = saved.model_copy(
-                update={
+            try:
+                saved = self._shared(target, generation)
+                local = state.local_of(self.folder, saved)
+                begun = {
                     "created_at": datetime.now(UTC),
                     "manifest": saved.manifest.model_copy(update={"buffer": target.resolve().name}),
                     "local": local.model_copy(update={"is_frozen": frozen}),
                 }
-            )
-            before = state.content_of(target, saved)
-            after = before if budget_bytes is None else memory.reshare(before, budget_bytes=budget_bytes)
-            state.publish(target, state.after_change(target, saved, before, after, saved.manifest.generation))
+                saved = saved.model_copy(update=begun)
+                before = state.content_of(target, saved)
+                after = before if budget_bytes is None else memory.reshare(before, budget_bytes=budget_bytes)
+                state.publish(target, state.after_change(target, saved, before, after, saved.manifest.generation))
+            except BaseException:
+                if not (target / "manifest.json").exists():
+                    _unshare(target / "packs")
+                raise
         return LocalBuffer(target)
 
     # Replay
@@ -411,6 +452,53 @@ class LocalBuffer:
             saved = state.new(self.folder.resolve().name, wanted)
             state.publish(self.folder, saved)
             return saved
+
+    def _named(
+        self,
+        task: int | None,
+        class_id: int | None,
+        key: str | None,
+        exemplar: tuple[str, int] | None,
+        generation: int | None,
+    ) -> tuple[Where, int | None]:
+        """Which exemplars are meant, and the generation in which that is so."""
+        if exemplar is None:
+            return Where(task=task, class_id=class_id, key=key), generation
+        if (task, class_id, key) != (None, None, None):
+            raise InvalidRequest("one exemplar is named by its pack and row, not by task, class or key as well")
+        digest, row = exemplar
+        manifest = self.manifest
+        for entry in manifest.packs:
+            rank = row
+            for held, count in entry.runs if entry.digest == digest and row >= 0 else ():
+                if rank < count:
+                    where = Where(task=entry.task, class_id=held, rank=rank)
+                    return where, manifest.generation if generation is None else generation
+                rank -= count
+        raise NotFound(
+            f"generation {manifest.generation} of {self.folder} has no row {row} in a pack {digest!r}",
+            digest=digest,
+            row=row,
+        )
+
+    def _shared(self, target: Path, generation: int | None) -> Saved:
+        """What this folder holds now, its packs shared with the other folder.
+
+        Raises:
+            Conflict: it is at another generation than this, or others changed it again and again.
+            StripCorrupt: a pack is gone.
+        """
+        for _ in range(_ATTEMPTS):
+            saved = state.newest(self.folder)
+            _check_generation(saved, generation)
+            try:
+                _share(self._packs, target / "packs", saved.manifest)
+                return saved
+            except FileNotFoundError:
+                # Another process has made a new generation meanwhile, or somebody took the pack away.
+                if state.newest(self.folder).manifest.generation == saved.manifest.generation:
+                    raise state.missing(self._packs, saved.manifest) from None
+        raise Conflict(f"{_ATTEMPTS} changes of {self.folder} came first, one after the other; try again")
 
     def _change(self, change: Callable[[Content], Content], generation: int | None = None) -> None:
         """The buffer's content is what `change` makes of it, in a new generation.
@@ -489,22 +577,23 @@ def _share(source: Path, target: Path, manifest: Manifest) -> None:
     Raises:
         FileNotFoundError: a pack is gone.
     """
+    _unshare(target)
     target.mkdir(exist_ok=True)
-    named = {entry.digest for entry in manifest.packs}
-    for path in target.iterdir():
-        if path.name not in named:
-            path.unlink()
-    for digest in named:
+    for digest in {entry.digest for entry in manifest.packs}:
         try:
             os.link(source / digest, target / digest)
-        except (FileNotFoundError, FileExistsError):
-            if not (target / digest).exists():
-                raise
+        except FileNotFoundError:
+            raise
         except OSError:
             # Another file system, or one without links.
             files.write_durably(target / digest, (source / digest).read_bytes())
     files.fsync_path(target)
     files.fsync_path(target.parent)
+
+
+def _unshare(packs: Path) -> None:
+    for path in packs.glob("*"):
+        path.unlink(missing_ok=True)
 
 
 def _snapshot_of(packs: Path, manifest: Manifest, known: Snapshot | None) -> Snapshot:

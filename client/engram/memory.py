@@ -227,7 +227,8 @@ def relabel(content: Content, where: Where, class_id: int) -> Content:
         exemplars = None if held.exemplars is None else replace(held.exemplars, class_ids=class_ids)
         changed = _regrouped(task, seen, exemplars, np.lexsort((is_moved, class_ids)))
         tasks[number] = replace(changed, means=_means(changed.means, {*changed.seen} - {class_id}))
-    return _within(replace(content, tasks=tasks), was_roomy=content.is_roomy)
+    above = max(content.next_class_id, class_id + 1)
+    return _within(replace(content, tasks=tasks, next_class_id=above), was_roomy=content.is_roomy)
 
 
 @dataclass(frozen=True)

@@ -61,8 +61,11 @@ def renamed(known: Mapping[int, str], given: Mapping[int, str]) -> dict[int, str
 
     Raises:
         Conflict: a name belongs to another id.
-        InvalidRequest: what is given is no name.
+        InvalidRequest: what is given is no name, or is given to no class id.
     """
+    outside = [class_id for class_id in given if not 0 <= class_id <= MAX_CLASS_ID]
+    if outside:
+        raise InvalidRequest(f"class ids lie in 0..{MAX_CLASS_ID}, {outside[0]} does not")
     try:
         after = {**known, **{class_id: class_name(name) for class_id, name in given.items()}}
     except ValueError as error:

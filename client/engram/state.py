@@ -28,6 +28,7 @@ import pydantic
 from engram import files, pack, shares
 from engram.content import Content, Means, Policy, Task
 from engram.errors import Conflict, NotFound, StripCorrupt
+from engram.fields import Schema
 from engram.schemas import (
     Answer,
     BufferCreate,
@@ -83,7 +84,11 @@ class Saved(Answer):
 
 
 def new(name: str, wanted: BufferCreate) -> Saved:
-    """An empty buffer at generation 0."""
+    """An empty buffer at generation 0.
+
+    Raises:
+        InvalidRequest: it declares fields that there cannot be.
+    """
     return Saved(
         created_at=datetime.now(UTC),
         manifest=Manifest(
@@ -92,7 +97,7 @@ def new(name: str, wanted: BufferCreate) -> Saved:
             used_bytes=0,
             limit_bytes=shares.limit(wanted.budget_bytes, per=wanted.per, classes=0),
             image_shape=None,
-            fields=wanted.fields,
+            fields=Schema.declare(wanted.fields).declared,
             packs=[],
         ),
         local=LocalState(
@@ -253,6 +258,7 @@ def content_of(folder: Path, saved: Saved) -> Content:
         quality=local.quality,
         is_provisional=local.quality_is == "provisional",
         shape=manifest.image_shape,
+        schema=Schema.declare(manifest.fields),
         class_names=manifest.class_names,
         next_class_id=local.next_class_id,
     )
@@ -322,10 +328,10 @@ def publish(folder: Path, saved: Saved) -> None:
     files.write_durably(folder / "manifest.json", data)
     files.write_whole(folder / "manifest.copy.json", data)
     named = {entry.digest for entry in saved.manifest.packs}
-    for path in (folder / "packs").iterdir():
-        # An index lies beside its pack; nobody else is writing here, so a temporary file is one that was left.
-        if path.name.partition(".")[0] not in named:
-            path.unlink(missing_ok=True)
+    # An index lies beside its pack. Nobody else is writing here, so a temporary file is one that a killed process left.
+    unnamed = [path for path in (folder / "packs").iterdir() if path.name.partition(".")[0] not in named]
+    for path in [*unnamed, *folder.glob(".manifest.*.tmp")]:
+        path.unlink(missing_ok=True)
 
 
 def _put(packs: Path, task: int, exemplars: Exemplars) -> PackEntry:

@@ -109,7 +109,7 @@ def live_packs(session: Session, name: str, generation: int | None = None) -> Se
 
 
 def manifest(session: Session, name: str, generation: int | None = None) -> Manifest:
-    """The exact content of a generation, None being the current one. `limit_bytes` is the limit as it is now.
+    """The exact content of a generation, None being the current one. Limit and class names are as they are now.
 
     Raises:
         NotFound: there is no such buffer, or the generation is yet to come or collected already.

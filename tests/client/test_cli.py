@@ -152,3 +152,46 @@ def test_a_service_that_is_not_there_is_one_line_too() -> None:
     assert failed.exit_code == 1
     assert "is it running?" in failed.stderr
     assert failed.stderr.count("\n") == 1
+
+
+def test_names_are_shown_and_changed_and_a_buffer_is_forked(engram_client: Client, url: str, name: str) -> None:
+    engram_client.create_buffer(name, budget_bytes=10**6)
+    engram_client.wait(engram_client.upload(name, 0, pictures(0, 10), [f"kind {n}" for n in range(10)]))
+    assert words(run(url, "show", name).stdout)[-1][4:] == (
+        [
+            "kind",
+            "0,",
+            "kind",
+            "1,",
+            "kind",
+            "2,",
+            "kind",
+            "3,",
+            "kind",
+            "4,",
+            "kind",
+            "5,",
+            "kind",
+            "6,",
+            "kind",
+            "7",
+            "and",
+            "2",
+            "more",
+        ]
+    )
+    renamed = run(url, "rename", name, "0=[red]", "11=not yet seen")
+    assert words(renamed.stdout)[0] == ["0:", "[red]"]
+    assert words(renamed.stdout)[-1] == ["11:", "not", "yet", "seen"]
+    assert words(run(url, "task", name, "0").stdout)[2][-1] == "[red]"
+    taken = run(url, "rename", name, "3=kind 4")
+    assert taken.exit_code == 1
+    assert "class 3 cannot be named 'kind 4': that is the name of class 4" in taken.stderr
+    assert "is not ID=NAME" in run(url, "rename", name, "cat").stderr
+    made = run(url, "fork", name, f"{name}-s", "--budget", "5kB", "--frozen")
+    assert made.stdout.startswith(f"snapshot {name}-s: generation 2 of {name}, "), made.stderr
+    assert "frozen" in run(url, "show", f"{name}-s").stdout
+    refused = run(url, "delete", f"{name}-s", "--task", "0", "--yes")
+    assert refused.exit_code == 1
+    assert "frozen" in refused.stderr
+    assert run(url, "delete", f"{name}-s", "--yes").exit_code == 0

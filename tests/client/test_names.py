@@ -79,6 +79,12 @@ def test_a_class_is_not_renamed_to_the_name_of_another() -> None:
     assert memory.rename(content, {0: "dog", 1: "cat"}).class_names == {0: "dog", 1: "cat"}
 
 
+@pytest.mark.parametrize("class_id", [-1, 2**31])
+def test_only_a_class_id_is_given_a_name(class_id: int) -> None:
+    with pytest.raises(InvalidRequest, match=str(class_id)):
+        memory.rename(EMPTY, {class_id: "cat"})
+
+
 @pytest.mark.parametrize("text", ["", " ", "x" * 201, "a\tb", "a\x00", "-1", "1.5", "1 2", "1e5", "٣", "007"])
 def test_what_is_no_name_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="class"):

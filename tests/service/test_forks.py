@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import httpx
 import numpy as np
@@ -139,10 +140,7 @@ def test_an_empty_buffer_can_be_forked(database: Database, store: PackStore) -> 
     assert fork(database, store, "b", ForkCreate(name="c", budget_bytes=77)).budget_bytes == 77
 
 
-@pytest.mark.parametrize("budget_bytes", [None, 3000])
-def test_forks_made_while_uploads_go_on_are_complete_generations(
-    database: Database, store: PackStore, budget_bytes: int | None
-) -> None:
+def fork_while_uploads_go_on(database: Database, store: PackStore, budget_bytes: int | None) -> None:
     create(database, budget_bytes=4000)
     changes = 12
 
@@ -166,8 +164,15 @@ def test_forks_made_while_uploads_go_on_are_complete_generations(
             assert named == digests(database, "b", found.generation)
 
 
-def test_a_name_is_looked_up_again_after_a_lost_race(database: Database, store: PackStore) -> None:
-    create(database)
+@pytest.mark.parametrize("budget_bytes", [None, 3000])
+def test_forks_made_while_uploads_go_on_are_complete_generations(
+    database: Database, store: PackStore, budget_bytes: int | None
+) -> None:
+    fork_while_uploads_go_on(database, store, budget_bytes)
+
+
+def lose_races_for_names(database: Database, store: PackStore, buffer: str) -> None:
+    create(database, buffer)
 
     def named(task: int, name: str) -> partial[Content]:
         images = ArrayImages(pictures(task, 2), np.zeros(2, np.int64))
@@ -178,12 +183,16 @@ def test_a_name_is_looked_up_again_after_a_lost_race(database: Database, store: 
 
     def overtaken(before: Content) -> Content:
         if rivals:
-            commit(database, store, "b", named(len(rivals), rivals.pop()))
+            commit(database, store, buffer, named(len(rivals), rivals.pop()))
         return named(0, "cat")(before)
 
-    commit(database, store, "b", overtaken)
-    assert content(database, store, "b").class_names == {0: "dog", 1: "cat"}
-    assert content(database, store, "b").classes() == {0: [1], 1: [1], 2: [0]}
+    commit(database, store, buffer, overtaken)
+    assert content(database, store, buffer).class_names == {0: "dog", 1: "cat"}
+    assert content(database, store, buffer).classes() == {0: [1], 1: [1], 2: [0]}
+
+
+def test_a_name_is_looked_up_again_after_a_lost_race(database: Database, store: PackStore) -> None:
+    lose_races_for_names(database, store, "b")
 
 
 def test_forks_and_names_over_http(client: httpx.Client, served: ServiceThread) -> None:
@@ -219,3 +228,18 @@ def test_forks_and_names_over_http(client: httpx.Client, served: ServiceThread) 
     assert client.delete("/v1/buffers/s").status_code == 204
     with state.database.reading() as session:
         assert {row.buffer for row in session.scalars(select(PackRow))} == {"b"}
+
+
+@pytest.mark.services
+def test_forks_in_postgresql_are_complete_generations(postgres_url: str, tmp_path: Path) -> None:
+    config = Settings(data_dir=tmp_path / "data", database_url=postgres_url)
+    config.make_folders()
+    database = Database(config)
+    database.migrate()
+    store = PackStore(config.packs_dir)
+    try:
+        fork_while_uploads_go_on(database, store, 3000)
+        fork(database, store, "b", ForkCreate(name="c", frozen=True))
+        lose_races_for_names(database, store, "n")
+    finally:
+        database.close()

@@ -115,6 +115,9 @@ def test_a_buffer_without_packs_comes_along_and_its_quality_is_open(first_schema
     assert (buffer.quality, buffer.quality_is) == (None, "provisional")
     assert row is not None
     assert (row.seen, row.decision, row.means) == ({"7": 12}, None, None)
+    assert (buffer.class_names, buffer.is_frozen) == ({}, False)
+    with first_schema.reading() as session:
+        assert buffers.find(session, "b").next_class_id == 8
     assert (waiting.state, waiting.options) == ("received", IngestOptions(candidates=(10, 50), ranking="ring", seed=3))
 
 

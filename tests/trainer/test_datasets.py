@@ -122,6 +122,21 @@ def test_a_folder_of_class_folders_is_read_with_its_names(tmp_path: Path, channe
     assert len(found.test_images) == 4
 
 
+def test_integer_folders_are_their_class_ids_in_numeric_order(tmp_path: Path) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (3, 5, 4, 1), dtype=np.uint8)
+    for split in ("train", "test"):
+        for name, image in zip(("10", "9", "2"), images, strict=True):
+            (tmp_path / split / name).mkdir(parents=True)
+            Image.fromarray(image[..., 0]).save(tmp_path / split / name / "0.png")
+    found = load(str(tmp_path))
+    assert (found.classes, found.class_names) == ((2, 9, 10), ())
+    assert found.train_class_ids.tolist() == found.test_class_ids.tolist() == [2, 9, 10]
+    np.testing.assert_array_equal(found.train_images, images[::-1])
+    (tmp_path / "train" / "cat").mkdir()
+    with pytest.raises(BadUpload, match="'10' and 'cat'"):
+        load(str(tmp_path))
+
+
 def test_grey_pictures_among_coloured_ones_become_rgb(tmp_path: Path) -> None:
     write_folder(tmp_path, tiny(1))
     Image.new("RGB", (4, 5), (1, 2, 3)).save(tmp_path / "train" / "cat" / "colour.png")
