@@ -49,6 +49,7 @@ CLIENT = (
     "reading",
     "client",
     "folder",
+    "state",
     "mirror",
     "local",
     "sources",

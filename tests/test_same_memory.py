@@ -153,7 +153,7 @@ class Both:
             tasks = [buffers.task(session, self.name, number) for number in described.tasks]
         assert [entry.digest for entry in self.local.manifest.packs] == [entry.digest for entry in expected.packs]
         assert self.local.manifest == expected
-        assert {path.name for path in (self.local.folder / "packs").iterdir()} == {e.digest for e in expected.packs}
+        assert {path.stem for path in (self.local.folder / "packs").iterdir()} == {e.digest for e in expected.packs}
         assert self.local.describe().model_dump(exclude={"created_at"}) == described.model_dump(exclude={"created_at"})
         own = [self.local.task(number) for number in self.local.tasks]
         no_time: Any = {"decision": {"seconds"}}

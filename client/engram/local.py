@@ -11,25 +11,30 @@ changes the folder at a time, and a second one is refused at once; any number ma
 
 from __future__ import annotations
 
-import os
+import threading
+import weakref
+from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pydantic
 
-from engram import files, memory, pack, state, tar
+from engram import files, forks, memory, state, tar
 from engram.batch import Batch
 from engram.content import Content, shares_of
 from engram.draw import Layout, Request
-from engram.errors import Conflict, InvalidRequest, NotFound, StripCorrupt
+from engram.errors import Conflict, InvalidRequest, NotFound, StripCorrupt, Unavailable
 from engram.fields import Schema
 from engram.memory import Where
-from engram.mirror import Snapshot
+from engram.mirror import Snapshot, at_once
+from engram.packs import LoadedPack, PackCache, PackFolder
 from engram.schemas import (
     MAX_TASK,
     Buffer,
@@ -66,6 +71,7 @@ class LocalBuffer:
         subsampling: of the colour planes ("4:2:0").
         quality: JPEG quality of all exemplars, for good; without it selection finds one.
         fields: the columns that every exemplar has beside its image, by name, as `{"logits": "float16 [100]"}`.
+        cache_bytes: of packs in memory; None: 1 GiB, or a quarter of the memory of this process if that is less.
 
     Raises:
         NotFound: there is no buffer in the folder, and no budget to make one.
@@ -84,10 +90,16 @@ class LocalBuffer:
         subsampling: Subsampling | None = None,
         quality: int | None = None,
         fields: Mapping[str, str] | None = None,
+        cache_bytes: int | None = None,
     ) -> None:
         self.folder = Path(folder)
-        self._packs = self.folder / "packs"
+        self._store = PackFolder(self.folder / "packs")
+        self._cache = PackCache(self._store, cache_bytes, eager=True)
         self._snapshot: Snapshot | None = None
+        self._given_away: Counter[str] = Counter()
+        self._unused: deque[tuple[list[str], bool]] = deque()
+        self._lock = threading.Lock()
+        forks.register(self)
         given: dict[str, Any] = {
             "budget_bytes": budget_bytes,
             "per": per,
@@ -104,9 +116,13 @@ class LocalBuffer:
             _check_settings(self.folder, saved, given)
         self._saved = saved
 
-    def __reduce__(self) -> tuple[type[Self], tuple[Path]]:
+    def __reduce__(self) -> tuple[Callable[[Path], LocalBuffer], tuple[Path]]:
         """Another process opens the folder and reads the newest generation."""
-        return type(self), (self.folder,)
+        return partial(type(self), cache_bytes=self._cache.max_bytes), (self.folder,)
+
+    def after_fork(self) -> None:
+        """In a forked process: no thread of the parent's holds the lock here."""
+        self._lock = threading.Lock()
 
     # What is there
 
@@ -376,7 +392,7 @@ class LocalBuffer:
                 state.publish(target, state.after_change(target, saved, before, after, saved.manifest.generation))
             except BaseException:
                 if not (target / "manifest.json").exists():
-                    _unshare(target / "packs")
+                    _unshare(PackFolder(target / "packs"))
                 raise
         return LocalBuffer(target)
 
@@ -400,29 +416,123 @@ class LocalBuffer:
             NotFound: a task named in `tasks` holds no exemplar.
             Conflict: the buffer is empty, or has nothing but the excluded tasks.
             InvalidRequest: a number is out of range.
-            StripCorrupt: a pack is damaged.
+            StripCorrupt: a pack is damaged or gone.
         """
         chosen = None if tasks is None else tuple(tasks)
         request = Request(size, seed, step, strategy, chosen, tuple(exclude_tasks), rank, world_size)
-        return self.snapshot().draw(request)
+        while True:
+            try:
+                return self._current().draw(request)
+            except Unavailable:
+                # Packs that did not fit in memory may be gone with a generation that another process replaced.
+                if not self.refresh():
+                    raise
 
     def snapshot(self) -> Snapshot:
         """This generation, which stays as it is when the buffer goes on.
 
+        Changes made through this object leave its packs where they are. Those that do not fit in memory may be removed
+        by a change that another process makes; a fork is safe from that.
+
         Raises:
             StripCorrupt: a pack is damaged or gone.
         """
+        given = replace(self._current())
+        self._hold(given, is_given_away=True)
+        return given
+
+    def _current(self) -> Snapshot:
         for _ in range(_ATTEMPTS):
             saved, known = self._saved, self._snapshot
             if known is not None and known.manifest is saved.manifest:
                 return known
             try:
-                self._snapshot = _snapshot_of(self._packs, saved.manifest, known)
+                self._snapshot = self._open(saved.manifest)
             except FileNotFoundError:
                 # Another process has made a new generation and removed what it does not need: that one is read.
                 if not self.refresh():
                     break
-        raise state.missing(self._packs, self.manifest)
+        raise state.missing(self._store.folder, self.manifest)
+
+    def _open(self, manifest: Manifest) -> Snapshot:
+        """The generation, its packs open and held.
+
+        Raises:
+            FileNotFoundError: a pack is gone.
+            StripCorrupt: a pack is damaged.
+        """
+        self._let_go()
+        digests = [entry.digest for entry in manifest.packs]
+        self._cache.hold(digests)
+        try:
+            opened = at_once(self._intact, manifest.packs)
+            exemplars = [found.exemplars for found in opened if found.exemplars is not None]
+            in_memory = all(found.in_memory for found in opened)
+            snapshot = Snapshot(manifest, Layout(manifest.packs), exemplars, self._repair, in_memory)
+            self._hold(snapshot)
+        finally:
+            self._cache.release(digests)
+        return snapshot
+
+    def _hold(self, snapshot: Snapshot, *, is_given_away: bool = False) -> None:
+        """Its packs stay open as long as it lives, and where they are if it was given away."""
+        digests = [entry.digest for entry in snapshot.manifest.packs]
+        self._cache.hold(digests)
+        if is_given_away:
+            with self._lock:
+                self._given_away.update(digests)
+        # Only noted: it may die inside a lock of the cache's.
+        weakref.finalize(snapshot, self._unused.append, (digests, is_given_away)).atexit = False
+
+    def _let_go(self) -> None:
+        """Packs of snapshots that live no longer are not held any more."""
+        while self._unused:
+            digests, is_given_away = self._unused.popleft()
+            self._cache.release(digests)
+            if is_given_away:
+                with self._lock:
+                    self._given_away.subtract(digests)
+
+    def _intact(self, entry: PackEntry) -> LoadedPack:
+        """A pack that is what its name says, as far as that is known without reading it.
+
+        Raises:
+            FileNotFoundError: it is gone.
+            StripCorrupt: it is damaged.
+        """
+        known = self._cache.peek([entry.digest])
+        return self._checked(entry, known[0] if known else self._cache.get(entry.digest, entry.exemplars))
+
+    def _repair(self, entry: PackEntry) -> Exemplars:
+        """The pack, read whole, after a draw has met something else than its index promises.
+
+        Raises:
+            Unavailable: it is gone, with its generation.
+            StripCorrupt: it is damaged.
+        """
+        try:
+            found = self._checked(entry, self._cache.reload(entry.digest, entry.exemplars))
+        except FileNotFoundError:
+            raise Unavailable(
+                f"{self._store.path(entry.digest)}, the pack of task {entry.task}, is gone with its generation, which "
+                "another process has replaced: refresh, or fork what must stay"
+            ) from None
+        assert found.exemplars is not None, "an intact pack holds some"
+        return found.exemplars
+
+    def _checked(self, entry: PackEntry, found: LoadedPack) -> LoadedPack:
+        path = self._store.path(entry.digest)
+        if not found.is_damaged:
+            return found
+        if not path.exists():
+            raise FileNotFoundError(path)
+        intact = 0 if found.rows is None else len(found.rows)
+        raise StripCorrupt(
+            f"{path}, the pack of task {entry.task}, does not match its name: {intact} of its {entry.exemplars} "
+            "exemplars are intact. Restore it from a backup or a fork; a change of the task keeps what is intact",
+            digest=entry.digest,
+            task=entry.task,
+        )
 
     def refresh(self) -> bool:
         """What other processes have changed is seen from here on; true if there is another generation than before.
@@ -448,7 +558,7 @@ class LocalBuffer:
                 _check_settings(self.folder, found, given)
                 return found
             state.check_empty(self.folder)
-            self._packs.mkdir(exist_ok=True)
+            self._store.folder.mkdir(exist_ok=True)
             saved = state.new(self.folder.resolve().name, wanted)
             state.publish(self.folder, saved)
             return saved
@@ -492,12 +602,12 @@ class LocalBuffer:
             saved = state.newest(self.folder)
             _check_generation(saved, generation)
             try:
-                _share(self._packs, target / "packs", saved.manifest)
+                _share(self._store, PackFolder(target / "packs"), saved.manifest)
                 return saved
             except FileNotFoundError:
                 # Another process has made a new generation meanwhile, or somebody took the pack away.
                 if state.newest(self.folder).manifest.generation == saved.manifest.generation:
-                    raise state.missing(self._packs, saved.manifest) from None
+                    raise state.missing(self._store.folder, saved.manifest) from None
         raise Conflict(f"{_ATTEMPTS} changes of {self.folder} came first, one after the other; try again")
 
     def _change(self, change: Callable[[Content], Content], generation: int | None = None) -> None:
@@ -518,7 +628,10 @@ class LocalBuffer:
             before = state.content_of(self.folder, saved)
             after = change(before)
             saved = state.after_change(self.folder, saved, before, after, saved.manifest.generation + 1)
-            state.publish(self.folder, saved)
+            self._let_go()
+            with self._lock:
+                keep = {*+self._given_away}
+            state.publish(self.folder, saved, keep=keep)
         self._saved = saved
 
 
@@ -571,60 +684,32 @@ def _validated(settings: Mapping[str, Any]) -> BufferCreate:
         raise InvalidRequest(first_fault(error)) from error
 
 
-def _share(source: Path, target: Path, manifest: Manifest) -> None:
+def _share(source: PackFolder, target: PackFolder, manifest: Manifest) -> None:
     """The manifest's packs are in the other folder too, durably, and nothing else is.
 
     Raises:
         FileNotFoundError: a pack is gone.
     """
     _unshare(target)
-    target.mkdir(exist_ok=True)
+    target.folder.mkdir(exist_ok=True)
     for digest in {entry.digest for entry in manifest.packs}:
-        try:
-            os.link(source / digest, target / digest)
-        except FileNotFoundError:
-            raise
-        except OSError:
-            # Another file system, or one without links.
-            files.write_durably(target / digest, (source / digest).read_bytes())
-    files.fsync_path(target)
-    files.fsync_path(target.parent)
+        _link(source.path(digest), target.path(digest))
+        with suppress(FileNotFoundError):  # whoever reads the pack makes its index
+            _link(source.index_path(digest), target.index_path(digest))
+    files.fsync_path(target.folder)
+    files.fsync_path(target.folder.parent)
 
 
-def _unshare(packs: Path) -> None:
-    for path in packs.glob("*"):
+def _link(source: Path, target: Path) -> None:
+    try:
+        target.hardlink_to(source)
+    except FileNotFoundError:
+        raise
+    except OSError:
+        # Another file system, or one without links.
+        files.write_durably(target, source.read_bytes())
+
+
+def _unshare(store: PackFolder) -> None:
+    for path in store.folder.glob("*"):
         path.unlink(missing_ok=True)
-
-
-def _snapshot_of(packs: Path, manifest: Manifest, known: Snapshot | None) -> Snapshot:
-    """The generation, ready to draw from; packs that another snapshot holds are taken from there.
-
-    Raises:
-        FileNotFoundError: a pack is gone.
-        StripCorrupt: a pack is damaged.
-    """
-    held = (
-        {} if known is None else dict(zip([entry.digest for entry in known.manifest.packs], known.packs, strict=True))
-    )
-    opened = tuple(held.get(entry.digest) or _verified(packs, entry) for entry in manifest.packs)
-    return Snapshot(manifest, Layout(manifest.packs), opened)
-
-
-def _verified(packs: Path, entry: PackEntry) -> Exemplars:
-    """A pack that is what its name says.
-
-    Raises:
-        FileNotFoundError: it is gone.
-        StripCorrupt: it is damaged.
-    """
-    path = packs / entry.digest
-    data = path.read_bytes()
-    if pack.digest(data) != entry.digest:
-        _, rows = pack.salvage(data, entry.exemplars)
-        raise StripCorrupt(
-            f"{path}, the pack of task {entry.task}, does not match its name: {len(rows)} of its {entry.exemplars} "
-            "exemplars are intact. Restore it from a backup or a fork; a change of the task keeps what is intact",
-            digest=entry.digest,
-            task=entry.task,
-        )
-    return pack.parse(data)

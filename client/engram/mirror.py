@@ -220,11 +220,11 @@ class Mirror:
     def _bring(self, manifest: Manifest) -> list[LoadedPack]:
         """The packs of a manifest: from memory, from the folder, from packs that are here, from the service."""
         entries = manifest.packs
-        opened = dict(enumerate(_at_once(self._local, entries)))
+        opened = dict(enumerate(at_once(self._local, entries)))
         for at, entry in enumerate(entries):
             opened[at] = opened[at] or self._derive(entry)
         missing = [at for at in opened if opened[at] is None]
-        opened |= zip(missing, _at_once(self._download, [entries[at] for at in missing]), strict=True)
+        opened |= zip(missing, at_once(self._download, [entries[at] for at in missing]), strict=True)
         return [found for found in opened.values() if found is not None]
 
     def _local(self, entry: PackEntry) -> LoadedPack | None:
@@ -268,7 +268,7 @@ class Mirror:
         entries = saved.manifest.packs
         digests = [entry.digest for entry in entries]
         self._cache.hold(digests)
-        opened = [found for found in _at_once(self._local, entries) if found is not None]
+        opened = [found for found in at_once(self._local, entries) if found is not None]
         if len(opened) < len(entries):
             self._cache.release(digests)
             return
@@ -312,7 +312,7 @@ def _nothing(buffer: str) -> Manifest:
     return Manifest(buffer=buffer, generation=-1, used_bytes=0, limit_bytes=0, image_shape=None, packs=[])
 
 
-def _at_once(work: Callable[[PackEntry], _T], entries: Sequence[PackEntry]) -> list[_T]:
+def at_once(work: Callable[[PackEntry], _T], entries: Sequence[PackEntry]) -> list[_T]:
     """What `work` gives for each entry, several at a time; after a failure no other one is begun."""
     if len(entries) < 2:
         return [work(entry) for entry in entries]

@@ -106,7 +106,7 @@ def main(scratch: Path, points: int | None) -> None:
             assert contents(folder) == expected[-1]
             # The next change removes what the dead one left.
             LocalBuffer(folder).change_budget(1500)
-            assert {path.name for path in (folder / "packs").iterdir()} == set(expected[-1][1])
+            assert {path.stem for path in (folder / "packs").iterdir()} == set(expected[-1][1])
             assert {path.name for path in folder.iterdir()} == {path.name for path in whole.iterdir()}
     print(f"{len(list(chosen))} deaths, generations {sorted(seen)}")
 

@@ -30,11 +30,12 @@ from engram import (
     StorageFull,
     StripCorrupt,
 )
-from engram.draw import STRATEGIES
+from engram.draw import STRATEGIES, Request
 from tests.client.conftest import Filled
 from tests.contents import pictures
-from tests.servers import ROOT, environment
+from tests.servers import environment
 
+ROOT = Path(__file__).parents[2]
 RING = IngestOptions(ranking="ring")
 
 
@@ -48,7 +49,7 @@ def grow(buffer: LocalBuffer, task: int, *, images: int = 20) -> None:
 
 
 def digests(folder: Path) -> set[str]:
-    return {path.name for path in (folder / "packs").iterdir()}
+    return {path.name for path in (folder / "packs").iterdir() if path.suffix != ".index"}
 
 
 @pytest.fixture
@@ -363,6 +364,19 @@ def test_readers_see_complete_generations_while_a_writer_goes_on(folder: Path) -
     assert len(seen) > 1
 
 
+def test_a_snapshot_outlives_its_generation_even_where_nothing_is_kept_in_memory(filled_folder: Path) -> None:
+    buffer, other = LocalBuffer(filled_folder, cache_bytes=0), LocalBuffer(filled_folder, cache_bytes=0)
+    snapshot, request = buffer.snapshot(), Request(30, seed=2)
+    before, packs = snapshot.draw(request), digests(filled_folder)
+    buffer.change_budget(2000)
+    assert not packs & {entry.digest for entry in buffer.manifest.packs}
+    assert same(snapshot.draw(request), before)
+    del snapshot
+    buffer.change_budget(1900)
+    assert digests(filled_folder) == {entry.digest for entry in buffer.manifest.packs}
+    assert same(other.draw(30, seed=2), buffer.draw(30, seed=2)), "a reader goes on with what is there"
+
+
 # Damage
 
 
@@ -427,6 +441,8 @@ def test_a_later_version_is_not_changed(filled_folder: Path) -> None:
 def test_a_damaged_pack_is_named_and_a_change_keeps_what_is_intact(filled_folder: Path) -> None:
     buffer = LocalBuffer(filled_folder)
     (entry,) = [entry for entry in buffer.manifest.packs if entry.task == 1]
+    assert len(buffer.draw(9)) == 9
+    buffer = LocalBuffer(filled_folder)
     path = filled_folder / "packs" / entry.digest
     path.write_bytes(path.read_bytes()[:-40])
     with pytest.raises(StripCorrupt, match="the pack of task 1") as caught:
@@ -467,7 +483,7 @@ def test_a_fork_shares_packs_and_goes_its_own_way(filled_folder: Path, tmp_path:
 
 def test_a_fork_with_a_smaller_budget_is_within_it(filled_folder: Path, tmp_path: Path) -> None:
     fork = LocalBuffer(filled_folder).fork(tmp_path / "fork", budget_bytes=2000)
-    stored = sum(path.stat().st_size for path in (tmp_path / "fork" / "packs").iterdir())
+    stored = sum((tmp_path / "fork" / "packs" / digest).stat().st_size for digest in digests(tmp_path / "fork"))
     assert stored == fork.manifest.used_bytes <= fork.manifest.limit_bytes == 2000
     assert LocalBuffer(filled_folder).describe().budget_bytes == 5000
 
