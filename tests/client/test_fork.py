@@ -162,6 +162,17 @@ def test_a_draw_that_was_asked_for_before_a_fork_is_fetched_by_both(
     assert digest(pending.finish()) == expected
 
 
+def test_a_lock_that_was_held_at_the_fork_does_not_stop_the_child(
+    filled: Filled, mirror: Mirror, connect: Make
+) -> None:
+    client = used(connect(filled.client.url), filled.name)
+    pool = client._http._httpx()._pool  # type: ignore[attr-defined]
+    # In the child these stay locked for ever, as the locks of threads that it does not have.
+    with pool._optional_thread_lock, client._http._making_transport, mirror._refreshing:
+        found = in_child(lambda: (client.buffer(filled.name).name, mirror.refresh()))
+    assert found == (filled.name, False)
+
+
 def test_closing_in_the_child_leaves_the_parents_connections_open(filled: Filled, connect: Make) -> None:
     with faulty(filled.client.url) as proxy:
         client = used(connect(proxy.url), filled.name)
