@@ -647,7 +647,9 @@ class PackCache:
         if self.bytes + loaded.pack_bytes <= self.max_bytes:
             with _Breath(self._is_closed):
                 found = self._read(digest, count, gently=True)
-            self._keep(found or self._load(digest, count))
+            # A pack that was collected is drawn from to the end by whoever has it open.
+            if found or self.store.exists(digest):
+                self._keep(found or self._load(digest, count))
         elif not self._matches_on_disk(loaded):
             self._keep(self._load(digest, count))
 
