@@ -453,6 +453,18 @@ def test_a_damaged_pack_is_named_and_a_change_keeps_what_is_intact(filled_folder
     buffer.draw(9)
 
 
+@pytest.mark.parametrize("left", [None, 0, 60])
+def test_an_index_that_is_cut_short_or_gone_is_made_anew(filled_folder: Path, left: int | None) -> None:
+    before = LocalBuffer(filled_folder).draw(9)
+    indexes = sorted((filled_folder / "packs").glob("*.index"))
+    assert len(indexes) == 3
+    whole = [path.read_bytes() for path in indexes]
+    for path in indexes:
+        path.unlink() if left is None else os.truncate(path, left)
+    assert same(LocalBuffer(filled_folder).draw(9), before)
+    assert [path.read_bytes() for path in indexes] == whole
+
+
 def test_a_pack_that_is_gone_is_named(filled_folder: Path) -> None:
     buffer = LocalBuffer(filled_folder)
     (filled_folder / "packs" / buffer.manifest.packs[0].digest).unlink()
