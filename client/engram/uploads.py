@@ -9,7 +9,7 @@ import base64
 import hashlib
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Final
@@ -47,7 +47,7 @@ class Uploads:
         images_NHWC: npt.NDArray[np.uint8],
         class_ids_N: npt.ArrayLike,
         *,
-        fields: Mapping[str, Sequence[Any] | npt.NDArray[Any]] | None = None,
+        fields: Mapping[str, Any] | None = None,
         options: IngestOptions | None = None,
         idempotency_key: str | None = None,
     ) -> Ingest:
