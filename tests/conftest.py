@@ -1,4 +1,4 @@
-"""Fixtures of all tests: migrated data folders, stores, real services. Nothing is mocked."""
+"""Fixtures of all tests: migrated data folders, stores, real services."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from pathlib import Path
 from secrets import token_hex
 
 import httpx
+import hypothesis
 import pytest
+from hypothesis import HealthCheck
 from sqlalchemy import create_engine, text
 
 from engram_service.database import Database
@@ -24,6 +26,10 @@ for name in [name for name in os.environ if name.startswith("ENGRAM_")]:
 
 # httpx reads all certificate authorities for every client, 40 ms of CPU each, and no test speaks TLS: one will do.
 os.environ["SSL_CERT_FILE"] = str(Path(__file__).parent / "authority.pem")
+
+# How long an example takes says nothing about it while other tests run beside it.
+hypothesis.settings.register_profile("beside others", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+hypothesis.settings.load_profile("beside others")
 
 SLOW_TIMEOUT_S = 600
 

@@ -1,9 +1,10 @@
-"""Content for tests: pictures that compress like photographs, and buffers filled without a worker."""
+"""Content for tests: pictures that compress like photographs, and contents and buffers filled without a worker."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -11,7 +12,7 @@ import numpy.typing as npt
 from engram import memory
 from engram.content import Content
 from engram.schemas import BufferCreate, IngestOptions, Ranking
-from engram.selection.embedding import BuiltinEmbedder
+from engram.selection.embedding import BuiltinEmbedder, Embedder
 from engram.selection.images import ArrayImages
 from engram_service import buffers, ingest
 from engram_service.commit import commit, read_content
@@ -31,6 +32,21 @@ def pictures(seed: int, count: int, shape: tuple[int, int, int] = (16, 16, 3)) -
     grown = coarse.repeat(-(-height // 4), axis=1).repeat(-(-width // 4), axis=2)[:, :height, :width]
     images: UInt8Array = np.clip(grown + generator.integers(-16, 16, grown.shape), 0, 255).astype(np.uint8)
     return images
+
+
+def put(
+    content: Content,
+    images: UInt8Array,
+    class_ids: npt.ArrayLike = 0,
+    *,
+    task: int = 0,
+    embedder: Embedder | None = None,
+    **options: Any,
+) -> Content:
+    """The content with one more upload; where there are fewer class ids than images they take turns."""
+    arrays = ArrayImages(images, np.resize(np.asarray(class_ids, np.int64), len(images)))
+    upload = memory.Upload(task, arrays, IngestOptions(**options))
+    return memory.add(content, upload, embedder or BuiltinEmbedder(arrays.shape))
 
 
 def create(database: Database, name: str = "b", *, budget_bytes: int = 10**6, quality: int | None = 50) -> None:

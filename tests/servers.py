@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,9 @@ from engram_service.cli import Server, listen, uvicorn_config
 from engram_service.settings import Settings
 from engram_trainer.local_service import START_S, LocalService, environment
 
-__all__ = ["ServiceProcess", "ServiceThread", "environment", "http"]
+__all__ = ["ServiceProcess", "ServiceThread", "environment", "eventually", "http"]
+
+PATIENCE_S = 30.0
 
 
 class ServiceProcess(LocalService):
@@ -59,6 +61,16 @@ class ServiceThread:
         """Its thread and its database connections are gone."""
         self._server.should_exit = True
         self._thread.join(START_S)
+
+
+def eventually(condition: Callable[[], bool]) -> bool:
+    """Whether the condition comes true within the time in which anything does."""
+    deadline = time.monotonic() + PATIENCE_S
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.01)
+    return True
 
 
 @contextmanager

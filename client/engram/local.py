@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 import pydantic
 
-from engram import files, memory, pack, state, tar
+from engram import files, memory, state, tar
 from engram.batch import Batch
 from engram.content import Content, shares_of
 from engram.draw import Layout, Request
@@ -30,6 +30,7 @@ from engram.errors import Conflict, InvalidRequest, NotFound, StripCorrupt
 from engram.fields import Schema
 from engram.memory import Where
 from engram.mirror import Snapshot
+from engram.packs import LoadedPack, PackCache, PackFolder
 from engram.schemas import (
     MAX_TASK,
     Buffer,
@@ -66,6 +67,7 @@ class LocalBuffer:
         subsampling: of the colour planes ("4:2:0").
         quality: JPEG quality of all exemplars, for good; without it selection finds one.
         fields: the columns that every exemplar has beside its image, by name, as `{"logits": "float16 [100]"}`.
+        cache_bytes: of packs in memory; None: 1 GiB, or a quarter of the memory of this process if that is less.
 
     Raises:
         NotFound: there is no buffer in the folder, and no budget to make one.
@@ -84,9 +86,11 @@ class LocalBuffer:
         subsampling: Subsampling | None = None,
         quality: int | None = None,
         fields: Mapping[str, str] | None = None,
+        cache_bytes: int | None = None,
     ) -> None:
         self.folder = Path(folder)
-        self._packs = self.folder / "packs"
+        self._store = PackFolder(self.folder / "packs")
+        self._cache = PackCache(self._store, cache_bytes, eager=True)
         self._snapshot: Snapshot | None = None
         given: dict[str, Any] = {
             "budget_bytes": budget_bytes,
@@ -104,9 +108,9 @@ class LocalBuffer:
             _check_settings(self.folder, saved, given)
         self._saved = saved
 
-    def __reduce__(self) -> tuple[type[Self], tuple[Path]]:
+    def __reduce__(self) -> tuple[Callable[[Path], Self], tuple[Path]]:
         """Another process opens the folder and reads the newest generation."""
-        return type(self), (self.folder,)
+        return partial(type(self), cache_bytes=self._cache.max_bytes), (self.folder,)
 
     # What is there
 
@@ -417,12 +421,63 @@ class LocalBuffer:
             if known is not None and known.manifest is saved.manifest:
                 return known
             try:
-                self._snapshot = _snapshot_of(self._packs, saved.manifest, known)
+                self._snapshot = self._open(saved.manifest)
             except FileNotFoundError:
                 # Another process has made a new generation and removed what it does not need: that one is read.
                 if not self.refresh():
                     break
-        raise state.missing(self._packs, self.manifest)
+                continue
+            if known is not None:
+                self._cache.release(entry.digest for entry in known.manifest.packs)
+            return self._snapshot
+        raise state.missing(self._store.folder, self.manifest)
+
+    def _open(self, manifest: Manifest) -> Snapshot:
+        """The generation, ready to draw from; its packs are held.
+
+        Raises:
+            FileNotFoundError: a pack is gone.
+            StripCorrupt: a pack is damaged.
+        """
+        digests = [entry.digest for entry in manifest.packs]
+        self._cache.hold(digests)
+        try:
+            opened = [self._intact(entry, self._cache.get(entry.digest, entry.exemplars)) for entry in manifest.packs]
+        except BaseException:
+            self._cache.release(digests)
+            raise
+        is_in_memory = all(found.in_memory for found in opened)
+        packs = [found.exemplars for found in opened if found.exemplars is not None]
+        return Snapshot(manifest, Layout(manifest.packs), packs, self._repair, is_in_memory)
+
+    def _intact(self, entry: PackEntry, found: LoadedPack) -> LoadedPack:
+        """The pack.
+
+        Raises:
+            FileNotFoundError: it is gone.
+            StripCorrupt: it is damaged.
+        """
+        path = self._store.path(entry.digest)
+        if found.rows is None:
+            return found
+        if not path.exists():
+            raise FileNotFoundError(path)
+        raise StripCorrupt(
+            f"{path}, the pack of task {entry.task}, does not match its name: {len(found.rows)} of its "
+            f"{entry.exemplars} exemplars are intact. Restore it from a backup or a fork; a change of the task keeps "
+            "what is intact",
+            digest=entry.digest,
+            task=entry.task,
+        )
+
+    def _repair(self, entry: PackEntry) -> Exemplars:
+        """A pack that turned out to be damaged, if the disk gives it now."""
+        try:
+            found = self._intact(entry, self._cache.reload(entry.digest, entry.exemplars))
+        except FileNotFoundError:
+            raise state.missing(self._store.folder, self.manifest) from None
+        assert found.exemplars is not None, "an intact pack holds some"
+        return found.exemplars
 
     def refresh(self) -> bool:
         """What other processes have changed is seen from here on; true if there is another generation than before.
@@ -448,7 +503,7 @@ class LocalBuffer:
                 _check_settings(self.folder, found, given)
                 return found
             state.check_empty(self.folder)
-            self._packs.mkdir(exist_ok=True)
+            self._store.folder.mkdir(exist_ok=True)
             saved = state.new(self.folder.resolve().name, wanted)
             state.publish(self.folder, saved)
             return saved
@@ -492,12 +547,12 @@ class LocalBuffer:
             saved = state.newest(self.folder)
             _check_generation(saved, generation)
             try:
-                _share(self._packs, target / "packs", saved.manifest)
+                _share(self._store.folder, target / "packs", saved.manifest)
                 return saved
             except FileNotFoundError:
                 # Another process has made a new generation meanwhile, or somebody took the pack away.
                 if state.newest(self.folder).manifest.generation == saved.manifest.generation:
-                    raise state.missing(self._packs, saved.manifest) from None
+                    raise state.missing(self._store.folder, saved.manifest) from None
         raise Conflict(f"{_ATTEMPTS} changes of {self.folder} came first, one after the other; try again")
 
     def _change(self, change: Callable[[Content], Content], generation: int | None = None) -> None:
@@ -594,37 +649,3 @@ def _share(source: Path, target: Path, manifest: Manifest) -> None:
 def _unshare(packs: Path) -> None:
     for path in packs.glob("*"):
         path.unlink(missing_ok=True)
-
-
-def _snapshot_of(packs: Path, manifest: Manifest, known: Snapshot | None) -> Snapshot:
-    """The generation, ready to draw from; packs that another snapshot holds are taken from there.
-
-    Raises:
-        FileNotFoundError: a pack is gone.
-        StripCorrupt: a pack is damaged.
-    """
-    held = (
-        {} if known is None else dict(zip([entry.digest for entry in known.manifest.packs], known.packs, strict=True))
-    )
-    opened = tuple(held.get(entry.digest) or _verified(packs, entry) for entry in manifest.packs)
-    return Snapshot(manifest, Layout(manifest.packs), opened)
-
-
-def _verified(packs: Path, entry: PackEntry) -> Exemplars:
-    """A pack that is what its name says.
-
-    Raises:
-        FileNotFoundError: it is gone.
-        StripCorrupt: it is damaged.
-    """
-    path = packs / entry.digest
-    data = path.read_bytes()
-    if pack.digest(data) != entry.digest:
-        _, rows = pack.salvage(data, entry.exemplars)
-        raise StripCorrupt(
-            f"{path}, the pack of task {entry.task}, does not match its name: {len(rows)} of its {entry.exemplars} "
-            "exemplars are intact. Restore it from a backup or a fork; a change of the task keeps what is intact",
-            digest=entry.digest,
-            task=entry.task,
-        )
-    return pack.parse(data)

@@ -296,6 +296,11 @@ class _Handles:
             self._open.pop(source, None)
             source.file = None
 
+    def let_go(self, source: _OnDisk) -> None:
+        """It is closed with the last snapshot that reads from it, for its file may be gone soon."""
+        with self._lock:
+            self._open.pop(source, None)
+
     def with_room(self, work: Callable[[], _T]) -> _T:
         """What `work` gives, which opens a file; where the process may open no more, half of ours are closed first.
 
@@ -608,7 +613,7 @@ class PackCache:
             self.bytes -= dropped.bytes
             self.index_bytes -= dropped.index_bytes
             if not dropped.in_memory and dropped.exemplars is not None:
-                self._handles.close(cast(_OnDisk, dropped.exemplars.data))
+                self._handles.let_go(cast(_OnDisk, dropped.exemplars.data))
 
     def _read_later(self, digest: str) -> None:
         if self._is_closed.is_set() or self.eager:
@@ -642,7 +647,9 @@ class PackCache:
         if self.bytes + loaded.pack_bytes <= self.max_bytes:
             with _Breath(self._is_closed):
                 found = self._read(digest, count, gently=True)
-            self._keep(found or self._load(digest, count))
+            # A pack that was collected is drawn from to the end by whoever has it open.
+            if found or self.store.exists(digest):
+                self._keep(found or self._load(digest, count))
         elif not self._matches_on_disk(loaded):
             self._keep(self._load(digest, count))
 

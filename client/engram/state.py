@@ -13,7 +13,6 @@ A mirror's folder is the same without `local`, without the copy and without the 
 from __future__ import annotations
 
 import fcntl
-import logging
 import os
 from base64 import b64decode, b64encode
 from collections.abc import Iterator
@@ -29,6 +28,7 @@ from engram import files, pack, shares
 from engram.content import Content, Means, Policy, Task
 from engram.errors import Conflict, NotFound, StripCorrupt
 from engram.fields import Schema
+from engram.packs import PackFolder
 from engram.schemas import (
     Answer,
     BufferCreate,
@@ -41,8 +41,6 @@ from engram.schemas import (
     Subsampling,
 )
 from engram.strip import Exemplars, runs_of
-
-logger = logging.getLogger(__name__)
 
 VERSION = 1
 """Of what manifest.json says beside the manifest. A later one is not changed by this library."""
@@ -244,7 +242,7 @@ def local_of(folder: Path, saved: Saved) -> LocalState:
 
 def content_of(folder: Path, saved: Saved) -> Content:
     """The buffer as `engram.memory` changes it; packs are read when a task's exemplars are asked for."""
-    local, manifest = local_of(folder, saved), saved.manifest
+    local, manifest, packs = local_of(folder, saved), saved.manifest, PackFolder(folder / "packs")
     entries = {entry.task: entry for entry in manifest.packs}
     return Content(
         Policy(
@@ -254,7 +252,7 @@ def content_of(folder: Path, saved: Saved) -> Content:
             local.subsampling,
             quality=local.quality if local.quality_is == "fixed" else None,
         ),
-        tasks={number: _task(folder / "packs", task, entries.get(number)) for number, task in local.tasks.items()},
+        tasks={number: _task(packs, task, entries.get(number)) for number, task in local.tasks.items()},
         quality=local.quality,
         is_provisional=local.quality_is == "provisional",
         shape=manifest.image_shape,
@@ -264,12 +262,12 @@ def content_of(folder: Path, saved: Saved) -> Content:
     )
 
 
-def _task(packs: Path, state: TaskState, entry: PackEntry | None) -> Task:
+def _task(packs: PackFolder, state: TaskState, entry: PackEntry | None) -> Task:
     return Task(
         seen=state.seen,
         kept={} if entry is None else dict(entry.runs),
         pack_bytes=0 if entry is None else entry.bytes,
-        load=lambda: None if entry is None else _load(packs, entry),
+        load=lambda: None if entry is None else packs.load(entry.digest, entry.exemplars)[0],
         decision=state.decision,
         means=None if state.means is None else Means.from_bytes(b64decode(state.means)),
     )
@@ -288,7 +286,7 @@ def after_change(folder: Path, saved: Saved, before: Content, after: Content, ge
         exemplars, sizes = task.load(), list[int]()
         entries.pop(number, None)
         if exemplars is not None and len(exemplars):
-            entries[number] = _put(folder / "packs", number, exemplars)
+            entries[number] = _put(PackFolder(folder / "packs"), number, exemplars)
             firsts = np.cumsum([0, *(count for _, count in entries[number].runs[:-1])])
             sizes = np.add.reduceat(exemplars.sizes, firsts).tolist()
         means = None if task.means is None else b64encode(task.means.to_bytes()).decode("ascii")
@@ -334,13 +332,11 @@ def publish(folder: Path, saved: Saved) -> None:
         path.unlink(missing_ok=True)
 
 
-def _put(packs: Path, task: int, exemplars: Exemplars) -> PackEntry:
+def _put(packs: PackFolder, task: int, exemplars: Exemplars) -> PackEntry:
     """The manifest's line of a pack that is durable."""
     data = pack.to_bytes(exemplars)
-    digest = pack.digest(data)
-    path = packs / digest
-    # A file of that name may be a damaged one, or what a process left that was killed before it was durable.
-    files.write_durably(path, data)
+    digest = packs.put(data)
+    packs.write_index(digest, pack.parse(data))
     return PackEntry(
         digest=digest,
         task=task,
@@ -349,17 +345,3 @@ def _put(packs: Path, task: int, exemplars: Exemplars) -> PackEntry:
         quality=exemplars.form.quality,
         runs=runs_of(exemplars.class_ids),
     )
-
-
-def _load(packs: Path, entry: PackEntry) -> Exemplars | None:
-    """The exemplars of a pack; of a damaged one those that are intact, None if none is."""
-    try:
-        data = (packs / entry.digest).read_bytes()
-    except FileNotFoundError:
-        logger.error("pack %s has no file; its %d exemplars are dropped", entry.digest, entry.exemplars)
-        return None
-    if pack.digest(data) == entry.digest:
-        return pack.parse(data)
-    exemplars, rows = pack.salvage(data, entry.exemplars)
-    logger.error("pack %s is damaged; %d of its %d exemplars are kept", entry.digest, len(rows), entry.exemplars)
-    return exemplars if len(rows) else None

@@ -12,13 +12,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import count
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from engram.batch import Batch
 from engram.draw import Request
+from engram.fields import Column
 from engram.schemas import Strategy
 from engram.sources import Pinned, Source, draw_ahead, pin
 
@@ -28,13 +32,17 @@ try:
 except ImportError as error:
     raise ImportError("engram.torch needs PyTorch: `pip install torch`, 2.4 or newer") from error
 
+FieldTensors = torch.Tensor | list[torch.Tensor | str]
+"""A field's values: [N, ...], or one for each exemplar."""
+
 
 @dataclass(frozen=True, eq=False)
 class TensorBatch:
     """One replay minibatch as tensors on the CPU, aligned by exemplar; `step` is the step it was drawn for.
 
     `images` is uint8 [N, H, W, C] (RGB or grey), or [N, C, H, W] where that was asked for. It shares memory with what
-    was decoded and may have gaps between its rows. Class ids, tasks and rows are int64 [N].
+    was decoded and may have gaps between its rows. Class ids, tasks and rows are int64 [N]. `fields` has the buffer's
+    fields by name: a tensor [N, ...], a list of N tensors where they are ragged, a list of N texts.
     """
 
     images: torch.Tensor
@@ -42,6 +50,7 @@ class TensorBatch:
     tasks: torch.Tensor
     rows: torch.Tensor
     step: int
+    fields: dict[str, FieldTensors] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.class_ids)
@@ -55,8 +64,18 @@ class TensorBatch:
         return self._each(torch.Tensor.pin_memory)
 
     def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> TensorBatch:
+        def each(column: FieldTensors) -> FieldTensors:
+            if isinstance(column, torch.Tensor):
+                return change(column)
+            return [change(cell) if isinstance(cell, torch.Tensor) else cell for cell in column]
+
         return TensorBatch(
-            change(self.images), change(self.class_ids), change(self.tasks), change(self.rows), self.step
+            change(self.images),
+            change(self.class_ids),
+            change(self.tasks),
+            change(self.rows),
+            self.step,
+            {name: each(column) for name, column in self.fields.items()},
         )
 
 
@@ -150,7 +169,19 @@ class ReplayDataset(IterableDataset[TensorBatch]):
         if self.channels_first:
             images = images.permute(0, 3, 1, 2)
         class_ids, tasks, rows = map(torch.from_numpy, (batch.class_ids, batch.tasks, batch.rows))
-        return TensorBatch(images, class_ids, tasks, rows, step)
+        fields = {name: _column(column) for name, column in batch.fields.items()}
+        return TensorBatch(images, class_ids, tasks, rows, step, fields)
+
+
+def _column(column: Column) -> FieldTensors:
+    """A field's values as tensors; texts stay texts."""
+    if isinstance(column, np.ndarray):
+        return _tensor(column)
+    return [cell if isinstance(cell, str) else _tensor(cell) for cell in column]
+
+
+def _tensor(array: npt.NDArray[Any]) -> torch.Tensor:
+    return torch.from_numpy(array if array.flags.writeable else array.copy())
 
 
 def _place(rank: int | None, world_size: int | None) -> tuple[int, int]:

@@ -18,6 +18,7 @@ import socket
 import time
 import weakref
 from collections import deque
+from contextlib import suppress
 from typing import Final, NamedTuple
 
 import httpx
@@ -65,7 +66,8 @@ class Connections:
         """
         self._idle = deque()
         for connection in list(self._all):
-            connection.close()
+            with suppress(OSError):
+                connection.close()
 
     def start(self, head: bytes) -> Started:
         """Send a request, to fetch its answer later; what goes wrong is raised then.

@@ -18,6 +18,9 @@ from tests.client.conftest import Filled, Make
 from tests.client.drawers import HANGS_S, digest, draw_each, in_child
 from tests.client.faults import faulty
 
+# Python 3.12 warns of every fork of a process with threads. That is what is tested here.
+pytestmark = pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
+
 
 @pytest.fixture
 def mirror(filled: Filled, tmp_path: Path) -> Mirror:
@@ -152,11 +155,22 @@ def test_a_process_that_is_forked_again_and_again_while_threads_draw_never_sees_
 def test_a_draw_that_was_asked_for_before_a_fork_is_fetched_by_both(
     filled: Filled, mirror: Mirror, connect: Make
 ) -> None:
-    client = used(connect(filled.client.url), filled.name)
+    client = used(connect(filled.client.url, retries=0, read_timeout_s=10.0), filled.name)
     pending = client.ask(filled.name, 64, seed=3, step=7)
     expected = right(mirror, range(7, 8))[7]
     assert in_child(lambda: digest(pending.finish())) == expected
     assert digest(pending.finish()) == expected
+
+
+def test_a_lock_that_was_held_at_the_fork_does_not_stop_the_child(
+    filled: Filled, mirror: Mirror, connect: Make
+) -> None:
+    client = used(connect(filled.client.url), filled.name)
+    pool = client._http._httpx()._pool  # type: ignore[attr-defined]
+    # In the child these stay locked for ever, as the locks of threads that it does not have.
+    with pool._optional_thread_lock, client._http._making_transport, mirror._refreshing:
+        found = in_child(lambda: (client.buffer(filled.name).name, mirror.refresh()))
+    assert found == (filled.name, False)
 
 
 def test_closing_in_the_child_leaves_the_parents_connections_open(filled: Filled, connect: Make) -> None:
@@ -170,9 +184,12 @@ def test_closing_in_the_child_leaves_the_parents_connections_open(filled: Filled
 
 
 @pytest.mark.parametrize("threads", [0, 2])
-def test_a_loader_goes_on_in_the_child_and_in_the_parent(filled: Filled, mirror: Mirror, threads: int) -> None:
+def test_a_loader_goes_on_in_the_child_and_in_the_parent(
+    filled: Filled, mirror: Mirror, connect: Make, threads: int
+) -> None:
     expected = list(right(mirror, range(12)).values())
-    for source in ((filled.client, filled.name), mirror):
+    client = used(connect(filled.client.url, retries=0, read_timeout_s=10.0), filled.name)
+    for source in ((client, filled.name), mirror):
         with ReplayLoader(source, 64, seed=3, steps=12, threads=threads) as loader:
             begun = [digest(next(loader)) for _ in range(4)]
             assert begun + in_child(lambda loader=loader: [digest(batch) for batch in loader]) == expected  # type: ignore[misc]

@@ -33,8 +33,9 @@ from engram import (
 from engram.draw import STRATEGIES
 from tests.client.conftest import Filled
 from tests.contents import pictures
-from tests.servers import ROOT, environment
+from tests.servers import environment
 
+ROOT = Path(__file__).parents[2]
 RING = IngestOptions(ranking="ring")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tracemalloc
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, get_args
@@ -20,9 +20,10 @@ from engram.content import Content, Policy, shares_of
 from engram.errors import BudgetExceeded, Cancelled, Conflict, InvalidRequest, NotFound
 from engram.memory import Upload, add, reshare
 from engram.schemas import IngestOptions, Per, Ranking, ShareBy
-from engram.selection.embedding import BuiltinEmbedder, Embedder, Shape
+from engram.selection.embedding import BuiltinEmbedder, Shape
 from engram.selection.images import ArrayImages
 from engram.strip import Exemplars, runs_of
+from tests.contents import put
 from tests.photos import UInt8Array, mosaics, photos, shades, shades_of
 
 IntArray = npt.NDArray[np.int64]
@@ -36,20 +37,6 @@ class Extractor(BuiltinEmbedder):
 
     def __init__(self, shape: Shape) -> None:
         super().__init__(shape, dimensions=24)
-
-
-def put(
-    content: Content,
-    images: UInt8Array,
-    class_ids: Sequence[int] | IntArray,
-    *,
-    task: int = 0,
-    embedder: Embedder | None = None,
-    **options: Any,
-) -> Content:
-    """The content with one more upload."""
-    arrays = ArrayImages(images, np.asarray(class_ids, np.int64))
-    return add(content, Upload(task, arrays, IngestOptions(**options)), embedder or BuiltinEmbedder(arrays.shape))
 
 
 def packs(content: Content) -> dict[int, Exemplars]:

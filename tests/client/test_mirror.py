@@ -99,16 +99,18 @@ def test_a_pack_of_version_1_in_the_folder_is_fetched_again(filled: Filled, tmp_
     expected = Mirror(filled.client, filled.name, tmp_path).draw(20)
     old = (Path(__file__).parents[1] / "golden" / "version_1.strip.jpg").read_bytes()
     saved = tmp_path / "manifest.json"
-    current = sorted((tmp_path / "packs").iterdir())[0].name
+    current = next(path.name for path in sorted((tmp_path / "packs").iterdir()) if not path.suffix)
     (tmp_path / "packs" / pack.digest(old)).write_bytes(old)
     saved.write_text(saved.read_text().replace(current, pack.digest(old)))
     assert same(Mirror(filled.client, filled.name, tmp_path).draw(20), expected)
 
 
-@pytest.mark.parametrize("what", ["flipped", "cut", "missing", "no manifest", "bad manifest"])
+@pytest.mark.parametrize(
+    "what", ["flipped", "cut", "missing", "no index", "bad index", "no manifest", "bad manifest", "empty manifest"]
+)
 def test_a_folder_that_was_damaged_heals(filled: Filled, tmp_path: Path, what: str) -> None:
     expected = Mirror(filled.client, filled.name, tmp_path).draw(20)
-    victim = sorted((tmp_path / "packs").iterdir())[0]
+    victim = next(path for path in sorted((tmp_path / "packs").iterdir()) if not path.suffix)
     content = victim.read_bytes()
     match what:
         case "flipped":
@@ -117,10 +119,16 @@ def test_a_folder_that_was_damaged_heals(filled: Filled, tmp_path: Path, what: s
             victim.write_bytes(content[:100])
         case "missing":
             victim.unlink()
+        case "no index":
+            victim.with_name(f"{victim.name}.index").unlink()
+        case "bad index":
+            victim.with_name(f"{victim.name}.index").write_bytes(b"ENGRIDX1 and nothing of it")
         case "no manifest":
             (tmp_path / "manifest.json").unlink()
         case "bad manifest":
             (tmp_path / "manifest.json").write_text('{"created_at": "2020-')
+        case "empty manifest":
+            (tmp_path / "manifest.json").write_bytes(b"")
     assert same(Mirror(filled.client, filled.name, tmp_path).draw(20), expected)
     assert victim.read_bytes() == content
 
@@ -175,6 +183,130 @@ def test_a_snapshot_stays_while_the_mirror_goes_on(engram_client: Client, name: 
     shutil.rmtree(tmp_path)
     assert same(snapshot.draw(Request(2)), before)
     assert len(mirror.draw(4, strategy="epoch")) == 4
+
+
+def shrinking(client: Client, name: str, classes: list[list[int]], budget_bytes: int = 6000) -> None:
+    """A full buffer: tasks of 30 pictures, of these classes; each one that comes makes those before it smaller."""
+    client.create_buffer(name, budget_bytes=budget_bytes, quality=50)
+    for task, held in enumerate(classes):
+        send(client, name, task, sorted(held * (30 // len(held))))
+
+
+def test_packs_that_only_shrink_are_made_here_and_only_the_new_one_is_fetched(
+    engram_client: Client, connect: Make, name: str, tmp_path: Path
+) -> None:
+    shrinking(engram_client, name, [[0, 1, 2], [3], [4, 5]])
+    with faulty(engram_client.url) as proxy:
+        mirror = Mirror(connect(proxy.url), name, tmp_path)
+        before = {entry.digest for entry in mirror.manifest.packs}
+        send(engram_client, name, 3, [6] * 15 + [7] * 15)
+        requests = proxy.requests
+        assert mirror.refresh()
+        assert proxy.requests == requests + 3, "the buffer, its manifest, one pack"
+    entries = mirror.manifest.packs
+    assert len(entries) == 4
+    assert not before & {entry.digest for entry in entries}, "every pack had to shrink"
+    for entry in entries:
+        assert (tmp_path / "packs" / entry.digest).read_bytes() == engram_client.pack(entry.digest)
+    for step in range(5):
+        assert same(mirror.draw(20, step=step), engram_client.draw(name, 20, step=step))
+
+
+def test_a_pack_that_lost_a_whole_class_is_made_here_too(
+    engram_client: Client, connect: Make, name: str, tmp_path: Path
+) -> None:
+    shrinking(engram_client, name, [[0, 1], [2, 3]], budget_bytes=4000)
+    with faulty(engram_client.url) as proxy:
+        mirror = Mirror(connect(proxy.url), name, tmp_path)
+        requests, changes = proxy.requests, 0
+        for budget in range(2000, 0, -100):
+            engram_client.change_budget(name, budget)
+            changes += mirror.refresh()
+            if any(len(entry.runs) == 1 for entry in mirror.manifest.packs):
+                break
+        assert any(len(entry.runs) == 1 for entry in mirror.manifest.packs)
+        assert proxy.requests == requests + 2 * changes, "the buffer and its manifest, each time"
+    assert same(mirror.draw(3), engram_client.draw(name, 3))
+
+
+def test_a_pack_that_grew_is_fetched(engram_client: Client, connect: Make, name: str, tmp_path: Path) -> None:
+    engram_client.create_buffer(name, budget_bytes=10**6, quality=50)
+    send(engram_client, name, 0, [0, 1])
+    with faulty(engram_client.url) as proxy:
+        mirror = Mirror(connect(proxy.url), name, tmp_path)
+        send(engram_client, name, 0, [0, 1, 2])
+        requests = proxy.requests
+        assert mirror.refresh()
+        assert proxy.requests == requests + 3
+    assert same(mirror.draw(5), engram_client.draw(name, 5))
+
+
+def test_of_several_packs_that_are_fetched_one_may_fail_and_the_mirror_is_as_it_was(
+    engram_client: Client, connect: Make, name: str, tmp_path: Path
+) -> None:
+    engram_client.create_buffer(name, budget_bytes=10**6)
+    send(engram_client, name, 0, [0, 1])
+    with faulty(engram_client.url) as proxy:
+        mirror = Mirror(connect(proxy.url, retries=0), name, tmp_path)
+        expected = mirror.draw(2)
+        for task in range(1, 8):
+            send(engram_client, name, task, [2 * task, 2 * task + 1])
+        proxy.faults += [None, None, None, "cut the answer", None]
+        with pytest.raises(engram.Unavailable):
+            mirror.refresh()
+        assert (mirror.generation, same(mirror.draw(2), expected)) == (1, True)
+        requests = proxy.requests
+        assert mirror.refresh()
+        assert proxy.requests <= requests + 2 + 6, "what arrived is not fetched again"
+    assert len(mirror.draw(16, strategy="epoch")) == 16
+
+
+def test_a_mirror_that_does_not_fit_in_memory_draws_the_same(filled: Filled, mirror: Mirror, tmp_path: Path) -> None:
+    cramped = Mirror(filled.client, filled.name, tmp_path, cache_bytes=0)
+    again = Mirror(filled.client, filled.name, tmp_path, cache_bytes=0)
+    for step in range(5):
+        assert same(cramped.draw(30, step=step), mirror.draw(30, step=step))
+        assert same(again.draw(30, step=step), mirror.draw(30, step=step))
+
+
+@pytest.mark.parametrize("what", ["flipped", "cut", "missing"])
+def test_a_pack_on_disk_that_turns_out_to_be_damaged_is_fetched_again(
+    filled: Filled, mirror: Mirror, tmp_path: Path, what: str
+) -> None:
+    cramped = Mirror(filled.client, filled.name, tmp_path, cache_bytes=0)
+    snapshot = cramped.snapshot()
+    for entry in cramped.manifest.packs:
+        path = tmp_path / "packs" / entry.digest
+        content = path.read_bytes()
+        match what:
+            case "flipped":
+                path.write_bytes(content[:-9] + bytes([content[-9] ^ 1]) + content[-8:])
+            case "cut":
+                path.write_bytes(content[:100])
+            case "missing":
+                path.write_bytes(b"")
+                path.unlink()
+    assert same(cramped.draw(72, strategy="epoch"), mirror.draw(72, strategy="epoch"))
+    assert same(snapshot.draw(Request(72, strategy="epoch")), mirror.draw(72, strategy="epoch"))
+    assert all((tmp_path / "packs" / e.digest).stat().st_size == e.bytes for e in cramped.manifest.packs)
+
+
+def test_two_mirrors_share_a_folder_and_one_may_be_ahead(
+    engram_client: Client, connect: Make, name: str, tmp_path: Path
+) -> None:
+    shrinking(engram_client, name, [[0, 1], [2, 3]])
+    ahead, behind = (Mirror(engram_client, name, tmp_path, cache_bytes=0) for _ in range(2))
+    before = [behind.draw(20, step=step) for step in range(3)]
+    send(engram_client, name, 2, [4] * 30)
+    assert ahead.refresh()
+    # Its files are gone: what it has open is read, the rest comes from the service.
+    assert all(same(behind.draw(20, step=step), before[step]) for step in range(3))
+    with faulty(engram_client.url) as proxy:
+        late = Mirror(connect(proxy.url), name, tmp_path, cache_bytes=0)
+        assert proxy.requests == 2, "the packs are here"
+    assert behind.refresh()
+    assert same(behind.draw(20), ahead.draw(20))
+    assert same(late.draw(20), ahead.draw(20))
 
 
 def test_no_such_buffer_is_not_mirrored(engram_client: Client, name: str, tmp_path: Path) -> None:

@@ -12,13 +12,14 @@ import pytest
 
 from engram import pack, strip
 from engram.content import Content, Policy
-from engram.memory import Upload, add, reshare
+from engram.memory import reshare
 from engram.schemas import Candidate, Decision, Definition, IngestOptions, Rule
 from engram.selection.embedding import BuiltinEmbedder, Embedder
 from engram.selection.filling import fill
 from engram.selection.images import ArrayImages, Pool
 from engram.selection.quality import choose, is_enough, measure
 from engram.strip import runs_of
+from tests.contents import put
 from tests.photos import UInt8Array, mosaics, photos
 
 IntArray = npt.NDArray[np.int64]
@@ -251,21 +252,6 @@ def test_low_qualities_lose_volume_and_high_ones_keep_it() -> None:
 
 
 # The life of a memory
-
-
-def put(
-    content: Content,
-    images: UInt8Array,
-    classes: Sequence[int] = (0,),
-    *,
-    task: int = 0,
-    embedder: Embedder | None = None,
-    **options: Any,
-) -> Content:
-    """The content with these images, whose classes take turns."""
-    class_ids = np.resize(np.asarray(classes, np.int64), len(images))
-    upload = Upload(task, ArrayImages(images, class_ids), IngestOptions(**options))
-    return add(content, upload, embedder or BuiltinEmbedder(upload.images.shape))
 
 
 def said(content: Content, task: int = 0) -> Decision:

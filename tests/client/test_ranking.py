@@ -15,14 +15,14 @@ from hypothesis import strategies as st
 
 from engram import pack
 from engram.content import Content, Means, Policy
-from engram.memory import Upload, add, reshare
-from engram.schemas import IngestOptions, Ranking
+from engram.memory import reshare
+from engram.schemas import Ranking
 from engram.selection import ranking
-from engram.selection.embedding import BuiltinEmbedder, Embedder
-from engram.selection.images import ArrayImages
+from engram.selection.embedding import BuiltinEmbedder
 from engram.selection.ranking import FloatArray, order, rank
 from engram.strip import Exemplars
 from engram_trainer import datasets
+from tests.contents import put
 from tests.photos import UInt8Array, mosaics, photos, shades, shades_of
 
 IntArray = npt.NDArray[np.int64]
@@ -40,20 +40,6 @@ def unit_rows(n: int, d: int, seed: int = 0) -> FloatArray:
     rows = generator(seed).standard_normal((n, d)) + 0.3
     rows /= np.linalg.norm(rows, axis=1, keepdims=True)
     return rows.astype(np.float32)
-
-
-def put(
-    content: Content,
-    images: UInt8Array,
-    class_ids: Sequence[int] | IntArray | int = 0,
-    *,
-    embedder: Embedder | None = None,
-    **options: Any,
-) -> Content:
-    """Task 0 with these images."""
-    ids = np.resize(np.asarray(class_ids, np.int64), len(images))
-    upload = Upload(0, ArrayImages(images, ids), IngestOptions(**options))
-    return add(content, upload, embedder or BuiltinEmbedder(upload.images.shape))
 
 
 def kept(content: Content) -> Exemplars:

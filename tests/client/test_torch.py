@@ -19,6 +19,9 @@ from engram.torch import ReplayDataset, TensorBatch
 from tests.client.conftest import Filled, send
 from tests.client.drawers import in_child
 
+# Python 3.12 warns of every fork of a process with threads.
+pytestmark = pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
+
 
 @pytest.fixture
 def mirror(filled: Filled, tmp_path: Path) -> Mirror:

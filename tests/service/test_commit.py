@@ -620,3 +620,51 @@ def test_young_leftovers_are_spared(place: Place) -> None:
     found = collect(place.database, place.store, place.settings.model_copy(update={"grace_s": 3600}))
     assert (found.rows, found.packs) == (0, 0)
     assert unnamed in before == {digest for digest, _ in place.store.digests()}
+
+
+def test_retired_packs_are_bounded_in_bytes_and_the_oldest_generations_go_first(place: Place) -> None:
+    place.create(3000)
+    for number in range(8):
+        place.upload(number, {number: 12})
+    settings = place.settings.model_copy(update={"grace_s": 3600, "retired_bytes": 6000})
+
+    def retired_bytes() -> int:
+        live = {row.digest for row in place.rows()}
+        return sum(place.store.path(d).stat().st_size for d, _ in place.store.digests() if d not in live)
+
+    assert retired_bytes() > settings.retired_bytes
+    found = collect(place.database, place.store, settings)
+    assert found.packs > 0
+    assert retired_bytes() <= settings.retired_bytes
+    with place.database.reading() as session:
+        row = session.get(BufferRow, "b")
+        assert row is not None
+        assert 0 < row.oldest_generation < row.generation == 8
+        for generation in range(row.oldest_generation, 9):
+            for entry in buffers.manifest(session, "b", generation).packs:
+                assert place.store.exists(entry.digest)
+        with pytest.raises(NotFound):
+            buffers.manifest(session, "b", row.oldest_generation - 1)
+    assert collect(place.database, place.store, settings).rows == 0
+
+
+def test_the_generation_before_the_current_one_stays_for_its_grace_however_large(place: Place) -> None:
+    place.create(3000)
+    for number in range(3):
+        place.upload(number, {number: 12})
+    collect(place.database, place.store, place.settings.model_copy(update={"grace_s": 3600, "retired_bytes": 0}))
+    with place.database.reading() as session:
+        row = session.get(BufferRow, "b")
+        assert row is not None
+        assert (row.oldest_generation, row.generation) == (2, 3)
+        assert all(place.store.exists(entry.digest) for entry in buffers.manifest(session, "b", 2).packs)
+
+
+def test_every_pack_that_is_committed_has_an_index(place: Place) -> None:
+    place.create(3000)
+    place.upload(0, {0: 12, 1: 3})
+    (row,) = place.rows()
+    found = place.store.read_index(row.digest)
+    assert found is not None
+    assert found.is_sound
+    assert len(found) == row.exemplars

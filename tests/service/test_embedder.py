@@ -21,19 +21,10 @@ from onnx import TensorProto, helper
 from engram.errors import BadExtractor
 from engram_service import extractor_child
 from engram_service.embedder import ExtractorLimits, OnnxEmbedder, inspect
+from tests.photos import photos
 
 LIMITS = ExtractorLimits(memory_bytes=2 * 2**30, batch_s=20.0, max_bytes=2**20)
 UInt8Array = npt.NDArray[np.uint8]
-
-
-def photos(n: int, shape: tuple[int, int, int] = (32, 32, 3), seed: int = 0) -> UInt8Array:
-    """Smooth random pictures: a few waves each."""
-    rng = np.random.default_rng(seed)
-    h, w, c = shape
-    y, x = np.mgrid[0:h, 0:w]
-    fy, fx, phase = rng.uniform(0.05, 0.6, (3, n, 1, 1, c))
-    waves = np.sin(fy * y[None, :, :, None] + fx * x[None, :, :, None] + 10 * phase)
-    return np.asarray((waves + 1) * 127, np.uint8)
 
 
 def constant(name: str, values: npt.ArrayLike, dtype: type = np.float32) -> onnx.TensorProto:

@@ -38,7 +38,7 @@ from engram_service.settings import Settings
 from engram_service.storage import PackStore
 from engram_service.tables import IngestRow
 from tests.contents import create, pictures
-from tests.servers import ServiceThread, http
+from tests.servers import ServiceThread, eventually, http
 from tests.uploads import final, queue, tar_of_arrays
 
 PATH = "/v1/buffers/b/tasks/3/ingests"
@@ -72,15 +72,6 @@ def spooled(service: ServiceThread) -> list[str]:
 def rows(service: ServiceThread) -> list[str]:
     with service.state.database.reading() as session:
         return list(session.scalars(select(IngestRow.id)))
-
-
-def eventually(condition: Callable[[], bool]) -> bool:
-    deadline = time.monotonic() + 20
-    while not condition():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.01)
-    return True
 
 
 @contextmanager

@@ -7,7 +7,6 @@ import os
 import resource
 import signal
 import threading
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -32,20 +31,11 @@ from engram_service.worker import Heartbeat, Stopped, Supervisor
 from tests.contents import create, pictures
 from tests.models import model
 from tests.photos import photos
-from tests.servers import ServiceProcess, http
+from tests.servers import ServiceProcess, eventually, http
 from tests.uploads import encoded, final, pairs, queue, tar_of, tar_of_arrays, work_off
 
 PICTURES = pictures(1, 12)
 CLASS_IDS = np.arange(12) % 3
-
-
-def eventually(condition: Callable[[], bool]) -> bool:
-    deadline = time.monotonic() + 30
-    while not condition():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.02)
-    return True
 
 
 def generation(database: Database) -> int:
