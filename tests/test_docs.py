@@ -8,7 +8,6 @@ import subprocess
 import sys
 import tomllib
 from importlib import import_module
-from inspect import signature
 from pathlib import Path
 
 import pytest
@@ -152,9 +151,6 @@ client = Client()
 """What the reader of the page on fields has: images, a network, a client."""
 
 
-@pytest.mark.skipif(
-    "fields" not in signature(engram.Client.create_buffer).parameters, reason="needs fields in create_buffer"
-)
 def test_the_example_of_a_field_runs_against_a_real_service(service: ServiceProcess, tmp_path: Path) -> None:
     (example,) = code_blocks(FIELDS, "python")
     assert len(example.splitlines()) == 5
@@ -176,19 +172,6 @@ def run_python(program: str, folder: Path, url: str = "http://127.0.0.1:9") -> s
     )
     assert result.returncode == 0, result.stderr
     return result.stdout
-
-
-def test_the_session_of_the_page_on_fields_runs_against_a_real_service(service: ServiceProcess) -> None:
-    (session,) = code_blocks(ROOT / "docs" / "fields.md", "python")
-    assert len(session.split("Client() as client:\n")[1].splitlines()) <= 5
-    result = subprocess.run(
-        [sys.executable, "-W", "error", "-c", session],
-        env=environment() | {"ENGRAM_URL": service.url},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert (result.returncode, result.stdout) == (0, "(64, 10) float16\n"), result.stderr
 
 
 @pytest.mark.skipif(not all(map(shutil.which, ("bash", "curl", "tar"))), reason="needs bash, curl and tar")

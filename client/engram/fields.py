@@ -215,15 +215,15 @@ class Schema:
         values: dict[str, Column] = {}
         for each in self.fields:
             value = given[each.name]
-            if not hasattr(value, "__len__") or len(value) != count:
-                length = len(value) if hasattr(value, "__len__") else f"one {type(value).__name__}"
-                raise BadUpload(f"field {each.name!r} has {length} values for {count} exemplars", field=each.name)
+            length = length_of(value)
+            if length != count:
+                what = f"one {type(value).__name__}" if length is None else f"{length} values"
+                raise BadUpload(f"field {each.name!r} has {what} for {count} exemplars", field=each.name)
             values[each.name] = self._column(each, value)
         columns = Columns(self, values, count)
-        for each in self.ragged:
+        if self.ragged and len(self.fields) > 1:
             # One by one they are within bounds: `_cell` looked. Together they may not be.
-            if len(self.ragged) > 1 or self.fixed:
-                columns.check_sizes(each)
+            columns.check_sizes()
         return columns
 
     def record(self, given: Mapping[str, Any], where: str) -> bytes:
@@ -350,8 +350,8 @@ class Columns:
             parts.append([_stored_cell(each, cells[number]) for number in wanted.tolist()])
         return parts[0] if len(parts) == 1 else [b"".join(record) for record in zip(*parts, strict=True)]
 
-    def check_sizes(self, each: Field) -> None:
-        """Returns if no record is too large; `each` is the field that a message would name.
+    def check_sizes(self) -> None:
+        """Returns if no record is too large.
 
         Raises:
             BadUpload: one is.
@@ -363,7 +363,7 @@ class Columns:
             sizes += [len(str(cell).encode()) if is_text else np.asarray(cell).nbytes for cell in cells]
         if self.count and sizes.max() > MAX_RECORD_BYTES:
             number = int(sizes.argmax())
-            raise _too_large(f"field {each.name!r} with the others of exemplar {number}", int(sizes[number]))
+            raise _too_large(f"exemplar {number}", int(sizes[number]))
 
 
 NO_COLUMNS: Final = Columns(NO_FIELDS, {}, 0)
@@ -373,6 +373,16 @@ NO_COLUMNS: Final = Columns(NO_FIELDS, {}, 0)
 def array_key(number: int) -> str:
     """What an image of an array is called in a tar: its number."""
     return f"{number:010d}"
+
+
+def length_of(column: Any) -> int | None:
+    """How many values a column has, None if it is one value: a text has letters, but they are no values."""
+    if isinstance(column, (str, bytes, Mapping)):
+        return None
+    try:
+        return len(column)
+    except TypeError:
+        return None
 
 
 def _cell(each: Field, value: Any, where: str) -> Cell:
@@ -488,7 +498,7 @@ def _mismatch(each: Field, where: str, found: str) -> BadUpload:
 
 def _too_large(where: str, size: int) -> BadUpload:
     return BadUpload(
-        f"{where}: the record has {size} bytes, at most {MAX_RECORD_BYTES} are accepted",
+        f"the fields of {where} have {size} bytes together, at most {MAX_RECORD_BYTES} are accepted",
         max_record_bytes=MAX_RECORD_BYTES,
     )
 

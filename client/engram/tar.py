@@ -40,7 +40,7 @@ from PIL import Image
 
 from engram import npy
 from engram.errors import BadUpload, TooLarge
-from engram.fields import KEY, MAX_FIELDS, NO_FIELDS, TEXT, Cell, Schema, array_key
+from engram.fields import KEY, MAX_FIELDS, NO_FIELDS, TEXT, Cell, Schema, array_key, length_of
 from engram.names import MAX_CLASS_ID, class_name
 
 BLOCK: Final = 512
@@ -507,8 +507,10 @@ def _checked_fields(fields: Mapping[str, Any], count: int) -> tuple[dict[str, np
     for name, column in fields.items():
         if not _FIELD_NAME.fullmatch(name):
             raise ValueError(f"field {name!r}: a name must match {_FIELD_NAME.pattern}")
-        if len(column) != count:
-            raise ValueError(f"field {name!r} has {len(column)} values for {count} images")
+        length = length_of(column)
+        if length != count:
+            what = f"one {type(column).__name__}" if length is None else f"{length} values"
+            raise ValueError(f"field {name!r} has {what} for {count} images")
         try:
             array = None if any(isinstance(cell, str) for cell in column[:1]) else np.asarray(column)
         except ValueError:

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engram import batch, pack, strip
+from engram import batch, index, pack, strip
 from engram.draw import Plan
 from engram.errors import BadUpload, InvalidRequest, StripCorrupt
 from engram.fields import MAX_FIELDS, MAX_RECORD_BYTES, NO_FIELDS, Column, Schema
@@ -153,7 +153,9 @@ def test_one_exemplar_alone_has_the_record_that_it_has_among_others() -> None:
         ({"logits": [["a", "b", "c"]] * 4}, "'logits' of exemplar 0 is"),
         ({"logits": np.zeros((4, 3), np.complex64)}, "'logits' of exemplar 0 is complex64"),
         ({"weight": [1, 2, 3]}, "'weight' has 3 values for 4 exemplars"),
-        ({"weight": 5}, "'weight' has one int values for 4 exemplars"),
+        ({"weight": 5}, "'weight' has one int for 4 exemplars"),
+        ({"weight": np.array(5)}, "'weight' has one ndarray for 4 exemplars"),
+        ({"key": "abcd"}, "'key' has one str for 4 exemplars"),
         ({"weight": [1, 2, float("nan"), 4]}, "'weight' of exemplar 2 is nan"),
         ({"weight": [1, float("inf"), 3, 4]}, "'weight' of exemplar 1 is inf"),
         ({"weight": ["1", "2", "3", "4"]}, "'weight' of exemplar 0 is"),
@@ -294,8 +296,12 @@ def test_fields_survive_packs_selection_merging_prefixes_and_draws(
 ) -> None:
     columns = any_column(schema, count, count)
     stored = with_fields(schema, columns, count)
-    read = pack.parse(pack.to_bytes(stored))
-    assert_same(read.fields(), columns)
+    whole = pack.to_bytes(stored)
+    read = pack.parse(whole)
+    indexed = index.of(read, pack.digest(whole)).over(whole)
+    for found in (read, indexed):
+        assert_same(found.fields(), columns)
+        assert found.schema == schema
     assert pack.size(read.form, strip.runs_of(read.class_ids), read.sizes) == len(pack.to_bytes(stored))
 
     rows = data.draw(st.lists(st.integers(0, count - 1), min_size=1, max_size=12))
@@ -312,7 +318,7 @@ def test_fields_survive_packs_selection_merging_prefixes_and_draws(
     ids = read.class_ids[np.array(rows)]
     plan = Plan(np.array([0, 1] * len(rows))[: len(rows)], np.array(rows), ids, ids)
     plan = Plan(np.sort(plan.packs), *plan[1:])
-    parts = batch.collect([read, stored], plan)
+    parts = batch.collect([indexed, stored], plan)
     for got in (batch.decode(batch.assemble(parts)), batch.from_parts(parts)):
         assert_same(got.fields, picked(columns, rows))
         assert np.array_equal(got.images, stored.decode()[rows])

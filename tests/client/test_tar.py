@@ -530,6 +530,8 @@ def test_fields_of_one_image_are_bounded_before_they_are_kept() -> None:
     ("fields", "says"),
     [
         ({"logits": np.zeros((2, 3))}, "2 values for 3 images"),
+        ({"logits": 3}, "one int for 3 images"),
+        ({"note": "abc"}, "one str for 3 images"),
         ({"Logits": [1, 2, 3]}, "must match"),
         ({"logits": [None, None, None]}, "neither numbers nor a text"),
     ],
