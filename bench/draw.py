@@ -10,12 +10,16 @@ Everything is measured in rounds, and what is compared is measured in the same r
 Pillow decodes the exemplars of such draws as stand-alone JPEG files, one by one. CPU times are those of the
 processes, so they hold on a busy machine too: the sum of both, over the number of cores, bounds the rate.
 
+A first draw is that of a service process that has just started, its packs in the page cache, their indexes there: from
+the request to the last byte of the answer, on a connection that is open, the median of some restarts.
+
 Growth with tasks is measured without HTTP, which would hide it: the service's `Replay` makes a draw from its packs and
 `batch.decode` reads it, in turn from 100,000 exemplars in 10 tasks and the same in 1,000, ten classes a task.
 """
 
 from __future__ import annotations
 
+import http.client
 import io
 import multiprocessing
 import os
@@ -43,11 +47,13 @@ from engram import Client, IngestOptions, Mirror, ReplayLoader, batch, pack, str
 from engram.draw import Request
 from engram.mirror import Snapshot
 from engram.packs import PackCache
-from engram.schemas import Manifest, PackEntry, Strategy
+from engram.schemas import BufferCreate, Manifest, PackEntry, Strategy
+from engram_service import buffers
 from engram_service.database import Database
 from engram_service.replay import Replay, View
 from engram_service.settings import Settings
 from engram_service.storage import PackStore
+from engram_service.tables import PackRow
 
 UInt8Array = npt.NDArray[np.uint8]
 
@@ -70,16 +76,29 @@ class Plan:
     rounds: int
     rate_s: float
     single_draws: int
+    restarts: int
+
+
+class Counted(Client):
+    """A client that counts the bytes of the packs that it fetches."""
+
+    fetched_bytes = 0
+
+    def pack(self, digest: str) -> bytes:
+        """As `Client.pack`."""
+        content = super().pack(digest)
+        self.fetched_bytes += len(content)
+        return content
 
 
 def main() -> None:
     args = parse_args("how many images a second reach a trainer, from the service and from a mirror?")
-    plan = Plan(QUICK_LARGE, 3, 0.4, 60) if args.quick else Plan(LARGE, 7, 3.0, 400)
+    plan = Plan(QUICK_LARGE, 3, 0.4, 60, 1) if args.quick else Plan(LARGE, 7, 3.0, 400, 5)
     with tempfile.TemporaryDirectory() as folder, serving(Path(folder)) as (url, service), Client(url) as client:
-        buffers = {"small": SMALL, "large": plan.large}
-        for name, count in buffers.items():
+        sizes = {"small": SMALL, "large": plan.large}
+        for name, count in sizes.items():
             fill(client, name, count)
-        mirrors = {name: Mirror(client, name, Path(folder) / name) for name in buffers}
+        mirrors = {name: Mirror(client, name, Path(folder) / name) for name in sizes}
         rounds = [one_round(client, mirrors["small"], service, plan) for _ in range(plan.rounds)]
         print_rates(rounds)
         four = four_clients(url, Path(folder), plan)
@@ -89,8 +108,13 @@ def main() -> None:
             list(four.items()),
         )
         growth = growths(client, mirrors, plan)
+        firsts = {"first_draw_after_restart_ms": first_draw_ms(Path(folder), "large", plan)}
         with tempfile.TemporaryDirectory() as packs:
             by_tasks = growths_with_tasks(Path(packs), plan)
+            keep_buffer(Path(packs), plan)
+            firsts["first_draw_of_1000_packs_ms"] = first_draw_ms(Path(packs), "b", plan)
+        print_table(f"First draw after a restart, {plan.large:,} exemplars", ("", "ms"), list(firsts.items()))
+        refetched = refetch_ratio(url, Path(folder) / "large", plan)
     finish(
         args,
         {
@@ -100,6 +124,8 @@ def main() -> None:
             "growth_10k_to_1m": growth,
             "growth_is_to_exemplars": plan.large,
             **by_tasks,
+            **firsts,
+            "mirror_refetch_ratio": refetched,
             "pillow_images_per_s": median(r["pillow"] for r in rounds),
             "client_cpu_ms_per_draw": median(r["client cpu ms uniform inline"] for r in rounds),
             "service_cpu_ms_per_draw": median(r["service cpu ms uniform inline"] for r in rounds),
@@ -108,13 +134,15 @@ def main() -> None:
 
 
 @contextmanager
-def serving(folder: Path) -> Iterator[tuple[str, psutil.Process]]:
-    """A service with its worker on a free loopback port: its URL and process."""
+def serving(folder: Path, *arguments: str) -> Iterator[tuple[str, psutil.Process]]:
+    """A service, with its worker unless told otherwise, on a free loopback port: its URL and process."""
     port_file, log = folder / "port", folder / "service.log"
+    port_file.unlink(missing_ok=True)
     command = [sys.executable, "-m", "engram_service.cli", "serve", "--port", "0", "--port-file", str(port_file)]
+    command += arguments
     environment = {name: value for name, value in os.environ.items() if not name.startswith("ENGRAM_")}
     environment["ENGRAM_DATA_DIR"] = str(folder / "data")
-    with log.open("wb") as output:
+    with log.open("ab") as output:
         process = subprocess.Popen(command, env=environment, stdout=output, stderr=output)
     try:
         deadline = time.monotonic() + 60
@@ -238,6 +266,64 @@ def single_draw_s(draws: dict[str, Callable[..., Any]], strategy: Strategy, coun
     return median(times["small"][10:]), median(times["large"][10:])
 
 
+def first_draw_ms(folder: Path, buffer: str, plan: Plan) -> float:
+    """Median milliseconds of the first draw of a service process that has just started on this data folder."""
+    times = []
+    for restart in range(plan.restarts):
+        with serving(folder, "--no-worker") as (url, _):
+            connection = http.client.HTTPConnection(url.removeprefix("http://"))
+            connection.connect()
+            start = time.perf_counter()
+            connection.request("GET", f"/v1/buffers/{buffer}/draw?size={SIZE}&step={restart}")
+            answer = connection.getresponse()
+            body = answer.read()
+            times.append(1000 * (time.perf_counter() - start))
+            connection.close()
+            if answer.status != 200:
+                raise RuntimeError(f"the first draw was answered with {answer.status}: {body.decode()}")
+    return median(times)
+
+
+def keep_buffer(folder: Path, plan: Plan) -> None:
+    """The data folder has a buffer "b" in 1,000 packs, as if they had been uploaded."""
+    settings = Settings(data_dir=folder / "data")
+    settings.make_folders()
+    store, database = PackStore(settings.packs_dir), Database(settings)
+    database.migrate()
+    pool = strip.encode(cut_patches(2000, seed=0), np.zeros(2000, np.int64), quality=50)
+    manifest = spread(pool, MANY_TASKS, store, plan.large)
+    with database.session() as session:
+        buffers.create(session, BufferCreate(name="b", budget_bytes=manifest.used_bytes, quality=50))
+        session.flush()
+        for entry in manifest.packs:
+            store.write_index(entry.digest, pack.parse(store.get(entry.digest)))
+            values = entry.model_dump(exclude={"runs"}) | {"runs": [list(run) for run in entry.runs]}
+            session.add(PackRow(buffer="b", since=0, class_bytes=[0] * len(entry.runs), **values))
+    database.close()
+
+
+def refetch_ratio(url: str, folder: Path, plan: Plan) -> float:
+    """Bytes that a mirror of the large buffer fetches after one more task, when it is full, over those of its pack."""
+    with Counted(url) as client:
+        client.change_budget("large", client.buffer("large").used_bytes)
+        mirror = Mirror(client, "large", folder)
+        client.fetched_bytes = 0
+        per_class = plan.large // (TASKS * CLASSES_PER_TASK)
+        class_ids = np.repeat(np.arange(TASKS * CLASSES_PER_TASK, (TASKS + 1) * CLASSES_PER_TASK), per_class)
+        options = IngestOptions(ranking="random")
+        client.wait(client.upload("large", TASKS, cut_patches(len(class_ids), seed=TASKS), class_ids, options=options))
+        before, start = {entry.digest for entry in mirror.manifest.packs}, time.perf_counter()
+        mirror.refresh()
+        took = time.perf_counter() - start
+        new = [entry for entry in mirror.manifest.packs if entry.digest not in before]
+        news = next(entry.bytes for entry in new if entry.task == TASKS)
+        columns = ("packs", "changed", "bytes in all", "of the new pack", "fetched", "seconds")
+        used = mirror.manifest.used_bytes
+        row = (len(mirror.manifest.packs), len(new), used, news, client.fetched_bytes, took)
+        print_table("A mirror after one more task in a full buffer", columns, [row])
+        return client.fetched_bytes / news
+
+
 def growths_with_tasks(folder: Path, plan: Plan) -> dict[str, float]:
     """How much longer and larger draws are when the same exemplars lie in 1,000 tasks instead of 10."""
     settings = Settings(data_dir=folder)
@@ -287,9 +373,9 @@ def growths_with_tasks(folder: Path, plan: Plan) -> dict[str, float]:
     }
 
 
-def spread(pool: strip.Exemplars, tasks: int, store: PackStore) -> Manifest:
+def spread(pool: strip.Exemplars, tasks: int, store: PackStore, exemplars_in_all: int = POOLED) -> Manifest:
     """A generation of this many tasks, its packs made of exemplars of the pool."""
-    count = POOLED // tasks
+    count = exemplars_in_all // tasks
     rng = np.random.default_rng(tasks)
     entries = []
     for task in range(tasks):

@@ -45,6 +45,9 @@ IDLE_S = 600.0
 IDLE_SUPERSEDED_S = 60.0
 """The same for one that has a successor."""
 
+MAX_SUPERSEDED = 16
+"""Generations of one buffer that are kept beside its newest: each may have all its packs in memory for itself."""
+
 Write = Callable[[Sequence[batch.Part]], bytes]
 Collect = Callable[[dict[int, strip.Exemplars], Plan, batch.IntArray], list[batch.Part]]
 
@@ -273,6 +276,9 @@ class Replay:
                 idle_s = IDLE_S if newest[key[0]] == key[1] else IDLE_SUPERSEDED_S
                 if now - view.checked_at > idle_s or (key[0] == buffer and key[1] < oldest_generation):
                     self._drop(key)
+            older = [key for key in self._views if key[0] == buffer and key[1] != newest[buffer]]
+            for key in older[: max(0, len(older) - MAX_SUPERSEDED)]:
+                self._drop(key)
             room = MAX_VIEW_BYTES - sum(view.bytes for view in self._views.values())
             while len(self._views) > 1 and self.cache.index_bytes > room:
                 room += self._drop(next(iter(self._views)))

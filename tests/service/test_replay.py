@@ -102,6 +102,15 @@ def test_what_generations_take_is_bounded_in_bytes_and_the_last_one_stays(
         ]
 
 
+def test_of_one_buffer_only_some_superseded_generations_are_kept(
+    replay: Replay, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("engram_service.replay.MAX_SUPERSEDED", 1)
+    for generation in (1, 2, 3):
+        draw(replay, generation)
+    assert [replay.peek("b", number) is not None for number in (1, 2, 3)] == [False, True, True]
+
+
 def test_an_idle_generation_is_let_go_sooner_if_it_has_a_successor(
     replay: Replay, monkeypatch: pytest.MonkeyPatch
 ) -> None:
