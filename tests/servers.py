@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -35,6 +36,15 @@ class ServiceProcess(LocalService):
         return Settings(**self.given)  # type: ignore[arg-type]
 
 
+class PromptServer(Server):
+    """Ends when it is told to, not a tenth of a second later: the tests stop hundreds."""
+
+    async def main_loop(self) -> None:
+        await self.on_tick(0)
+        while not self.should_exit:
+            await asyncio.sleep(0.005)
+
+
 class ServiceThread:
     """The same application and server in a thread of this process, without a worker."""
 
@@ -43,7 +53,7 @@ class ServiceThread:
         self.app: FastAPI = create_app(settings)
         listener = listen("127.0.0.1", 0)
         self.url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-        self._server = Server(uvicorn_config(self.app, settings))
+        self._server = PromptServer(uvicorn_config(self.app, settings))
         self._thread = threading.Thread(target=self._server.run, kwargs={"sockets": [listener]}, daemon=True)
         self._thread.start()
         deadline = time.monotonic() + START_S

@@ -9,6 +9,7 @@ import signal
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -319,7 +320,12 @@ def test_a_running_worker_takes_what_comes_and_stops_when_asked(
 
 
 def children() -> list[psutil.Process]:
-    return [child for child in psutil.Process().children() if "engram_service.worker" in " ".join(child.cmdline())]
+    found = []
+    for child in psutil.Process().children():
+        with suppress(psutil.NoSuchProcess):  # killed, and not yet waited for
+            if "engram_service.worker" in " ".join(child.cmdline()):
+                found.append(child)
+    return found
 
 
 def test_a_killed_worker_is_started_again_and_stops_with_its_supervisor(database: Database, settings: Settings) -> None:
