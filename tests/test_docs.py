@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-import engram
 from docs import tables
 from engram_service.settings import Settings
 from tests.contents import pictures
@@ -134,7 +133,6 @@ def test_the_python_session_of_the_service_runs_against_a_real_one(service: Serv
     assert "exemplars in" in run_python(session, tmp_path, url=service.url)
 
 
-@pytest.mark.skipif(not hasattr(engram, "LocalBuffer"), reason="needs engram.LocalBuffer")
 def test_the_first_ten_lines_of_the_readme_run_without_a_service(tmp_path: Path) -> None:
     (session,) = code_blocks(README, "python")
     assert session.index("LocalBuffer(") < 200

@@ -28,7 +28,7 @@ from engram_service.database import Database
 from engram_service.settings import Settings
 from engram_service.storage import PackStore
 from tests.contents import UInt8Array, pictures
-from tests.uploads import final, queue, work_off
+from tests.uploads import final, queue, work_through
 
 SHAPE = (16, 16, 3)
 _numbers = count()
@@ -74,7 +74,7 @@ class Both:
             service = self.service
             body = b"".join(tar.write(images, labels, fields=fields))
             queued = queue(service.database, service.settings, body, buffer=self.name, task=task, options=options)
-            work_off(service.database, service.store, service.settings)
+            work_through(service.database, service.store, service.settings)
             ended = final(service.database, queued)
             if ended.problem is not None:
                 raise from_problem(ended.problem)

@@ -71,7 +71,7 @@ def queue(
     return answer
 
 
-def work_off(database: Database, store: PackStore, settings: Settings, owner: str = "test") -> None:
+def work_through(database: Database, store: PackStore, settings: Settings, owner: str = "test") -> None:
     """Every claimable ingest has been attempted until none is left."""
     while (held := ingest.claim(database, settings, owner=owner)) is not None:
         worker.attempt(database, store, settings, held, threading.Event())

@@ -1,4 +1,4 @@
-"""This file is every setting of the service, read once from `ENGRAM_*` environment variables (or given by the caller).
+"""Every setting of the service, read once from `ENGRAM_*` environment variables (or given by the caller).
 
 Nothing is read at import: `Settings()` reads the environment when it is called, and the result is frozen. The docstring
 under each field is its documentation; units are in the names. Limits exist because requests come from a network: each

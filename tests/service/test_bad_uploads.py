@@ -30,7 +30,7 @@ from engram_service.database import Database
 from engram_service.settings import Settings
 from engram_service.storage import PackStore
 from tests.contents import create, fill, pictures
-from tests.uploads import UInt8Array, encoded, final, pairs, queue, tar_of, tar_of_arrays, work_off
+from tests.uploads import UInt8Array, encoded, final, pairs, queue, tar_of, tar_of_arrays, work_through
 
 PICTURES = pictures(1, 8)
 PNG = encoded(PICTURES[0])
@@ -168,7 +168,7 @@ def test_a_bad_upload_fails_with_a_clear_problem_and_changes_nothing(
     case = CASES[name]
     before = state(filled, store)
     queued = queue(filled, settings, case.body(), task=case.task, options=case.options)
-    work_off(filled, store, settings)
+    work_through(filled, store, settings)
     ended = final(filled, queued)
     assert ended.state == "failed"
     assert ended.attempts == 1
@@ -186,13 +186,13 @@ def test_the_uploads_that_the_bad_ones_are_made_of_are_good(
     assert len(CASES) > 35
     for number, body in enumerate([tar_of(GOOD), with_image("ppm", ppm(PICTURES[6])), with_class("+12\n")]):
         queued = queue(filled, settings, body, task=number + 1)
-        work_off(filled, store, settings)
+        work_through(filled, store, settings)
         assert final(filled, queued).state == "committed"
 
 
 def test_one_class_is_enough(filled: Database, store: PackStore, settings: Settings) -> None:
     queued = queue(filled, settings, tar_of_arrays(PICTURES, [7] * 8), task=1)
-    work_off(filled, store, settings)
+    work_through(filled, store, settings)
     ended = final(filled, queued)
     assert (ended.state, ended.images_done, ended.images_total, ended.generation) == ("committed", 8, 8, 2)
 
@@ -200,7 +200,7 @@ def test_one_class_is_enough(filled: Database, store: PackStore, settings: Setti
 def test_one_image_is_enough(database: Database, store: PackStore, settings: Settings) -> None:
     create(database)
     queued = queue(database, settings, tar_of_arrays(PICTURES[:1], [7]))
-    work_off(database, store, settings)
+    work_through(database, store, settings)
     assert final(database, queued).state == "committed"
 
 
@@ -209,7 +209,7 @@ def test_a_budget_below_one_exemplar_is_refused_with_both_numbers(
 ) -> None:
     create(database, budget_bytes=200)
     queued = queue(database, settings, tar_of(GOOD))
-    work_off(database, store, settings)
+    work_through(database, store, settings)
     ended = final(database, queued)
     assert ended.problem is not None
     error = from_problem(ended.problem)
@@ -227,7 +227,7 @@ def test_more_images_or_classes_than_allowed_are_refused(
 ) -> None:
     for change, says in (({"max_images": 7}, "more than 7 images"), ({"max_classes": 1}, "more than 1 classes")):
         queued = queue(filled, settings, tar_of(GOOD), task=3)
-        work_off(filled, store, settings.model_copy(update=change))
+        work_through(filled, store, settings.model_copy(update=change))
         ended = final(filled, queued)
         assert ended.problem is not None
         error = from_problem(ended.problem)
@@ -237,7 +237,7 @@ def test_more_images_or_classes_than_allowed_are_refused(
 
 def test_large_images_are_refused_by_their_header(filled: Database, store: PackStore, settings: Settings) -> None:
     queued = queue(filled, settings, tar_of(GOOD), task=3)
-    work_off(filled, store, settings.model_copy(update={"max_pixels": 255}))
+    work_through(filled, store, settings.model_copy(update={"max_pixels": 255}))
     ended = final(filled, queued)
     assert ended.problem is not None
     assert "16 x 16 pixels; at most 255" in ended.problem["detail"]

@@ -28,7 +28,7 @@ from engram_service.spooled import SpooledImages
 from engram_service.storage import PackStore
 from tests.contents import pictures
 from tests.servers import ServiceThread
-from tests.uploads import Member, encoded, final, queue, tar_of, work_off
+from tests.uploads import Member, encoded, final, queue, tar_of, work_through
 
 DECLARED = {"boxes": "float32 [any, 5]", "key": "utf8", "logits": "float16 [10]", "weight": "float32 finite"}
 COUNT = 12
@@ -51,7 +51,7 @@ def create(database: Database, fields: dict[str, str] = DECLARED, *, budget_byte
 def upload(database: Database, settings: Settings, body: bytes, task: int = 0) -> dict[str, Any] | None:
     """The upload has been worked off; returns the problem that it had."""
     queued = queue(database, settings, body, task=task)
-    work_off(database, PackStore(settings.packs_dir), settings)
+    work_through(database, PackStore(settings.packs_dir), settings)
     return final(database, queued).problem
 
 

@@ -33,7 +33,7 @@ from tests.contents import create, pictures
 from tests.models import model
 from tests.photos import photos
 from tests.servers import ServiceProcess, eventually, http
-from tests.uploads import encoded, final, pairs, queue, tar_of, tar_of_arrays, work_off
+from tests.uploads import encoded, final, pairs, queue, tar_of, tar_of_arrays, work_through
 
 PICTURES = pictures(1, 12)
 CLASS_IDS = np.arange(12) % 3
@@ -47,7 +47,7 @@ def generation(database: Database) -> int:
 def test_an_upload_becomes_a_pack_with_a_decision(database: Database, store: PackStore, settings: Settings) -> None:
     create(database, quality=None)
     queued = queue(database, settings, tar_of_arrays(PICTURES, CLASS_IDS), task=4)
-    work_off(database, store, settings)
+    work_through(database, store, settings)
     ended = final(database, queued)
     assert (ended.state, ended.generation, ended.attempts, ended.problem) == ("committed", 1, 1, None)
     assert ended.images_done == ended.images_total == 12
@@ -75,7 +75,7 @@ def test_a_first_upload_of_20_images_does_not_fix_the_quality(
     for number in range(12):
         images = photos(20, (24, 24, 1), seed=number, noise=100)
         queue(database, settings, tar_of_arrays(images, np.arange(20) % 2))
-        work_off(database, store, settings)
+        work_through(database, store, settings)
         with database.reading() as session:
             buffer = buffers.read(session, "b")
             packs = buffers.manifest(session, "b").packs
@@ -91,7 +91,7 @@ def test_two_noisy_images_of_2048_pixels_are_stored(database: Database, store: P
     create(database, budget_bytes=10**8, quality=95)
     noise = np.random.default_rng(0).integers(0, 256, (2, 2048, 2048, 3), np.uint8)
     queued = queue(database, settings, tar_of_arrays(noise, [0, 1]))
-    work_off(database, store, settings)
+    work_through(database, store, settings)
     assert final(database, queued).state == "committed", final(database, queued).problem
     with database.reading() as session:
         assert buffers.read(session, "b").exemplars == 2
@@ -104,7 +104,7 @@ def test_every_ranking_commits(ranking: Ranking, database: Database, store: Pack
         images = pictures(number, 60)
         options = IngestOptions(ranking=ranking, candidates=(10, 50))
         queued = queue(database, settings, tar_of_arrays(images, np.arange(60) % 2), options=options)
-        work_off(database, store, settings)
+        work_through(database, store, settings)
         assert final(database, queued).state == "committed", final(database, queued).problem
     with database.reading() as session:
         found = buffers.read(session, "b")
@@ -135,7 +135,7 @@ def test_images_of_every_format_are_read_back_as_they_were(settings: Settings) -
 def test_grey_images_stay_grey(database: Database, store: PackStore, settings: Settings) -> None:
     create(database)
     queue(database, settings, tar_of_arrays(pictures(1, 6, (28, 28, 1)), [1] * 6))
-    work_off(database, store, settings)
+    work_through(database, store, settings)
     with database.reading() as session:
         assert buffers.read(session, "b").image_shape == (28, 28, 1)
 
@@ -148,7 +148,7 @@ def test_a_registered_extractor_embeds_the_images(database: Database, store: Pac
     queued = queue(
         database, settings, tar_of_arrays(PICTURES, CLASS_IDS), options=IngestOptions(extractor=digest, block=4)
     )
-    work_off(database, store, settings)
+    work_through(database, store, settings)
     assert final(database, queued).state == "committed", final(database, queued).problem
     with database.reading() as session:
         decision = buffers.task(session, "b", 0).decision
@@ -159,7 +159,7 @@ def test_a_registered_extractor_embeds_the_images(database: Database, store: Pac
 def test_an_unregistered_extractor_is_not_found(database: Database, store: PackStore, settings: Settings) -> None:
     create(database)
     queued = queue(database, settings, tar_of_arrays(PICTURES, CLASS_IDS), options=IngestOptions(extractor="0" * 64))
-    work_off(database, store, settings)
+    work_through(database, store, settings)
     problem = final(database, queued).problem
     assert problem is not None
     assert type(from_problem(problem)) is NotFound
@@ -178,7 +178,7 @@ def test_an_unexpected_failure_is_tried_again_and_then_told(
     queued = queue(database, settings, tar_of_arrays(PICTURES, CLASS_IDS))
     ingest.spool_path(settings.spool_dir, queued.id).unlink()
     for attempt in range(1, settings.max_attempts + 1):
-        work_off(database, store, settings)
+        work_through(database, store, settings)
         now = final(database, queued)
         assert (now.attempts, now.state) == (attempt, "received" if attempt < settings.max_attempts else "failed")
         lapse(database)
@@ -197,7 +197,7 @@ def test_a_full_disk_is_tried_again_until_there_is_room(
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (400_000, limits[1]))
     try:
-        work_off(database, store, settings)
+        work_through(database, store, settings)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     now = final(database, queued)
@@ -205,7 +205,7 @@ def test_a_full_disk_is_tried_again_until_there_is_room(
     assert generation(database) == 0
     assert [path for path in settings.packs_dir.rglob("*") if path.is_file()] == []
     lapse(database)
-    work_off(database, store, settings)
+    work_through(database, store, settings)
     assert final(database, queued).state == "committed"
 
 

@@ -32,7 +32,7 @@ from engram_trainer.memory import Learned, NoMemory, ServiceMemory, by_task
 from engram_trainer.plain_memory import CLASS_ID_BYTES, local_memory
 from tests.photos import photos
 from tests.servers import ServiceProcess
-from tests.uploads import queue, tar_of_arrays, work_off
+from tests.uploads import queue, tar_of_arrays, work_through
 
 KINDS = get_args(Kind)
 
@@ -321,7 +321,7 @@ def test_strips_in_the_trainer_are_byte_for_byte_those_of_a_service(
         ours.put(task, ArrayImages(images, class_ids), BuiltinEmbedder((16, 16, 3)), seed=seed)
         body, options = tar_of_arrays(images, class_ids), IngestOptions(ranking=ranking, seed=seed)
         queue(database, settings, body, task=task, options=options)
-        work_off(database, store, settings)
+        work_through(database, store, settings)
         with database.reading() as session:
             theirs = buffers.read(session, "b")
             live = {row.task: row.digest for row in buffers.live_packs(session, "b")}
