@@ -641,6 +641,7 @@ class PackCache:
                     self._verify(loaded)
             except (EngramError, OSError) as error:
                 logger.warning("pack %s could not be verified: %s", digest, error)
+            loaded = None  # what was let go meanwhile is closed now, not with the next pack
 
     def _verify(self, loaded: LoadedPack) -> None:
         digest, count = loaded.digest, loaded.count
