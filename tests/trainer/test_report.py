@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from engram_trainer import report as reports
-from engram_trainer.report import Report, curves, environment, git_commit, plot, write_durably
+from engram_trainer.report import Report, curves, environment, git_commit, plot
 
 
 def example(matrix: list[list[float | None]]) -> Report:
@@ -66,11 +66,3 @@ def test_the_commit_is_this_checkouts(tmp_path: Path, monkeypatch: pytest.Monkey
     copy.write_text("")
     monkeypatch.setattr(reports, "__file__", str(copy))
     assert git_commit() is None
-
-
-def test_a_file_is_replaced_whole_and_leaves_nothing_beside_it(tmp_path: Path) -> None:
-    path = tmp_path / "x"
-    write_durably(path, b"first")
-    write_durably(path, b"second")
-    assert path.read_bytes() == b"second"
-    assert list(tmp_path.iterdir()) == [path]

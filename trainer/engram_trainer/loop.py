@@ -26,6 +26,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
+from engram import files
 from engram.client import Client
 from engram.errors import Conflict
 from engram.schemas import Ingest, IngestOptions
@@ -36,7 +37,7 @@ from engram_trainer.local_memory import LocalConfig
 from engram_trainer.memory import Learned, Memory, NoMemory, ServiceMemory
 from engram_trainer.methods import Learner
 from engram_trainer.plain_memory import local_memory
-from engram_trainer.report import Report, describe_tasks, environment, plot, write_durably
+from engram_trainer.report import Report, describe_tasks, environment, plot
 from engram_trainer.stream import Stream, Task
 
 
@@ -156,7 +157,7 @@ class _Run:
         }
         buffer = io.BytesIO()
         torch.save(state, buffer)
-        write_durably(self.folder / "checkpoint.pt", buffer.getvalue())
+        files.write_durably(self.folder / "checkpoint.pt", buffer.getvalue())
 
     def learn(self, task: Task, watch: Watch) -> None:
         """The task is learned and its extractor exported."""
@@ -240,7 +241,7 @@ def _identify(config: RunConfig, folder: Path, *, resume: bool) -> str:
         raise Conflict(f"{folder} holds other files; choose a new folder for the run")
     folder.mkdir(parents=True, exist_ok=True)
     identity = uuid.uuid4().hex[:12]
-    write_durably(path, (json.dumps({"run": identity, "config": now}, indent=1) + "\n").encode())
+    files.write_durably(path, (json.dumps({"run": identity, "config": now}, indent=1) + "\n").encode())
     return identity
 
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import os
 import platform
 import subprocess
 from dataclasses import asdict, dataclass, field
@@ -22,6 +21,7 @@ from typing import Any
 
 import torch
 
+from engram import files
 from engram_trainer.evaluation import Metrics, metrics
 from engram_trainer.stream import Stream
 
@@ -55,7 +55,7 @@ class Report:
 
     def save(self, folder: Path) -> None:
         """Write `report.json`, whole or not at all."""
-        write_durably(folder / "report.json", (json.dumps(self.to_json(), indent=1) + "\n").encode())
+        files.write_durably(folder / "report.json", (json.dumps(self.to_json(), indent=1) + "\n").encode())
 
 
 def describe_tasks(stream: Stream) -> list[dict[str, Any]]:
@@ -100,21 +100,6 @@ def git_commit() -> str | None:
     except (OSError, subprocess.CalledProcessError):
         return None
     return head.stdout.strip() + ("+" if changed.stdout else "")
-
-
-def write_durably(path: Path, content: bytes) -> None:
-    """The file has this content afterwards, or still the old one, even if the machine stops meanwhile."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 def plot(report: Report, folder: Path) -> None:
