@@ -1,7 +1,7 @@
 """How many images a second reach a trainer, from the service and from a mirror?
 
 A service process is started as a user starts it, and filled through real uploads: 32x32 patches of scikit-learn's two
-photographs at quality 50, ten tasks of ten classes, one buffer of 10 thousand exemplars and one of a million (100
+photographs at quality 50, ten tasks of ten classes, one buffer of 10 thousand exemplars and one of a million (50
 thousand with --quick). A draw is 256 exemplars, from URL to uint8 arrays. Rates are of `ReplayLoader`: "inline" is
 `threads=0`, where only the service works ahead and the headline comes from, "2 threads" is the default. Times of
 single draws are of `Client.draw`, which waits for each answer, in turn from the two buffers.
@@ -22,13 +22,9 @@ from __future__ import annotations
 import http.client
 import io
 import multiprocessing
-import os
-import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
@@ -54,6 +50,7 @@ from engram_service.replay import Replay, View
 from engram_service.settings import Settings
 from engram_service.storage import PackStore
 from engram_service.tables import PackRow
+from engram_trainer.local_service import local_service
 
 UInt8Array = npt.NDArray[np.uint8]
 
@@ -61,7 +58,7 @@ SIDE = 32
 SIZE = 256
 TASKS = 10
 CLASSES_PER_TASK = 10
-SMALL, LARGE, QUICK_LARGE = 10_000, 1_000_000, 100_000
+SMALL, LARGE, QUICK_LARGE = 10_000, 1_000_000, 50_000
 FEW_TASKS, MANY_TASKS, POOLED = 10, 1000, 100_000
 STRATEGIES: tuple[Strategy, ...] = ("uniform", "class_balanced")
 MODES = {"inline": 0, "2 threads": 2}
@@ -94,7 +91,8 @@ class Counted(Client):
 def main() -> None:
     args = parse_args("how many images a second reach a trainer, from the service and from a mirror?")
     plan = Plan(QUICK_LARGE, 3, 0.4, 60, 1) if args.quick else Plan(LARGE, 7, 3.0, 400, 5)
-    with tempfile.TemporaryDirectory() as folder, serving(Path(folder)) as (url, service), Client(url) as client:
+    with tempfile.TemporaryDirectory() as folder, local_service(folder) as served, Client(served.url) as client:
+        url, service = served.url, psutil.Process(served.process.pid)
         sizes = {"small": SMALL, "large": plan.large}
         for name, count in sizes.items():
             fill(client, name, count)
@@ -131,29 +129,6 @@ def main() -> None:
             "service_cpu_ms_per_draw": median(r["service cpu ms uniform inline"] for r in rounds),
         },
     )
-
-
-@contextmanager
-def serving(folder: Path, *arguments: str) -> Iterator[tuple[str, psutil.Process]]:
-    """A service, with its worker unless told otherwise, on a free loopback port: its URL and process."""
-    port_file, log = folder / "port", folder / "service.log"
-    port_file.unlink(missing_ok=True)
-    command = [sys.executable, "-m", "engram_service.cli", "serve", "--port", "0", "--port-file", str(port_file)]
-    command += arguments
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("ENGRAM_")}
-    environment["ENGRAM_DATA_DIR"] = str(folder / "data")
-    with log.open("ab") as output:
-        process = subprocess.Popen(command, env=environment, stdout=output, stderr=output)
-    try:
-        deadline = time.monotonic() + 60
-        while not port_file.exists():
-            if process.poll() is not None or time.monotonic() > deadline:
-                raise RuntimeError(f"the service did not start:\n{log.read_text()}")
-            time.sleep(0.02)
-        yield f"http://127.0.0.1:{port_file.read_text().strip()}", psutil.Process(process.pid)
-    finally:
-        process.terminate()
-        process.wait(30)
 
 
 def fill(client: Client, name: str, exemplars: int) -> None:
@@ -270,8 +245,8 @@ def first_draw_ms(folder: Path, buffer: str, plan: Plan) -> float:
     """Median milliseconds of the first draw of a service process that has just started on this data folder."""
     times = []
     for restart in range(plan.restarts):
-        with serving(folder, "--no-worker") as (url, _):
-            connection = http.client.HTTPConnection(url.removeprefix("http://"))
+        with local_service(folder, "--no-worker") as served:
+            connection = http.client.HTTPConnection(served.url.removeprefix("http://"))
             connection.connect()
             start = time.perf_counter()
             connection.request("GET", f"/v1/buffers/{buffer}/draw?size={SIZE}&step={restart}")

@@ -99,8 +99,12 @@ def find(session: Session, name: str) -> BufferRow:
     """
     row = session.get(BufferRow, name)
     if row is None:
-        raise NotFound(f"there is no buffer {name!r}", buffer=name)
+        raise _unknown(name)
     return row
+
+
+def _unknown(name: str) -> NotFound:
+    return NotFound(f"there is no buffer {name!r}; create it, or list those that there are", buffer=name)
 
 
 def live_packs(session: Session, name: str, generation: int | None = None) -> Sequence[PackRow]:
@@ -181,7 +185,7 @@ def generation_of(session: Session, name: str) -> int:
     """
     found = session.scalar(select(BufferRow.generation).where(BufferRow.name == name))
     if found is None:
-        raise NotFound(f"there is no buffer {name!r}", buffer=name)
+        raise _unknown(name)
     return found
 
 
