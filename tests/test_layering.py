@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Iterable, Iterator
+from functools import cache
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -117,7 +118,8 @@ def modules(package: str) -> Iterator[tuple[str, Path]]:
 ALL = {name: path for package in PACKAGES for name, path in modules(package)}
 
 
-def imports(name: str) -> set[str]:
+@cache
+def imports(name: str) -> frozenset[str]:
     """Every module that `name` imports; `from x import y` counts as x.y where that is a module of ours, else as x."""
     path = ALL[name]
     package = name if path.name == "__init__.py" else name.rpartition(".")[0]
@@ -134,7 +136,7 @@ def imports(name: str) -> set[str]:
             found.update(ours := whole & ALL.keys())
             if ours != whole:
                 found.add(base)
-    return found
+    return frozenset(found)
 
 
 def within(name: str, heads: Iterable[str]) -> bool:

@@ -207,7 +207,7 @@ def test_a_mutated_strip_is_refused_or_the_strip_that_it_was(count: int) -> None
     assert unchanged < count // 20
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(data=st.data(), kind=KINDS)
 def test_bytes_cut_repeated_and_replaced_anywhere(data: st.DataObject, kind: int) -> None:
     mangled = samples()[kind]
@@ -234,7 +234,7 @@ def test_image_data_of_any_content_decodes_or_is_refused(data: st.DataObject, ki
     judge(made_of(good.form, segments, None if records is None else [bytes(record) for record in records]))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(data=st.data(), schema=st.sampled_from([FIXED, RAGGED]))
 def test_records_of_any_content_decode_or_are_refused(data: st.DataObject, schema: Schema) -> None:
     good = with_fields(3, schema)

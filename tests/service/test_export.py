@@ -65,7 +65,7 @@ def test_a_client_that_leaves_midway_leaves_nothing_behind(make_service: Callabl
     with http(service) as client:
         client.get("/v1/buffers/b/export").raise_for_status()
         before = process.num_fds()
-        for _ in range(20):
+        for _ in range(8):
             host, port = service.url.removeprefix("http://").split(":")
             with socket.create_connection((host, int(port))) as connection:
                 connection.sendall(b"GET /v1/buffers/b/export HTTP/1.1\r\nHost: localhost\r\n\r\n")

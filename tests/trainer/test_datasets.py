@@ -25,6 +25,7 @@ def test_the_shipped_sample_is_small_balanced_and_licensed() -> None:
     assert "MIT" in (SAMPLE / "LICENSE").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not DEBIAN.is_dir(), reason="needs the Debian package dataset-fashion-mnist")
 def test_the_shipped_sample_is_the_first_images_of_each_class_of_the_whole(tmp_path: Path) -> None:
     whole = load(str(DEBIAN))

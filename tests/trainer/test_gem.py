@@ -269,8 +269,12 @@ def test_one_step_along_the_corrected_gradient_raises_no_earlier_loss(tasks: Str
 
 @pytest.mark.parametrize(
     ("options", "least"),
-    [({"epochs": 2}, 0.6), ({"average": True, "epochs": 20, "batch_size": 50, "lr": 0.03}, 0.15)],
-    ids=["gem", "a-gem"],
+    [
+        pytest.param({"epochs": 2}, 0.6, id="gem"),
+        pytest.param(
+            {"average": True, "epochs": 20, "batch_size": 50, "lr": 0.03}, 0.15, id="a-gem", marks=pytest.mark.slow
+        ),
+    ],
 )
 def test_earlier_classes_hold_their_own_against_newer_ones(options: dict[str, Any], least: float) -> None:
     """Constraints that do not see the logits of newer classes let these win every image: 0 % on all earlier tasks."""
