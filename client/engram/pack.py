@@ -103,6 +103,13 @@ def size(form: Form, runs: list[tuple[int, int]], segment_sizes: IntArray) -> in
     return int(segment_sizes.sum()) + _overhead(form, runs)
 
 
+def class_bytes(exemplars: Exemplars) -> list[int]:
+    """Bytes of each class's exemplars, beside the runs; headers, which classes have in common, are not in it."""
+    counts = [count for _, count in runs_of(exemplars.class_ids)]
+    sizes: list[int] = np.add.reduceat(exemplars.sizes, np.cumsum([0, *counts[:-1]])).tolist()
+    return sizes
+
+
 def prefix(exemplars: Exemplars, counts: Mapping[int, int]) -> Exemplars:
     """The first `counts[c]` rows of every class c; classes not named keep none.
 

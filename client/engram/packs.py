@@ -38,7 +38,8 @@ from numpy.typing import NDArray
 from engram import batch, files, forks, index, pack
 from engram.draw import Plan
 from engram.errors import EngramError, NotFound, StorageFull, Unavailable
-from engram.strip import Bytes, Exemplars, Loose
+from engram.schemas import PackEntry
+from engram.strip import Bytes, Exemplars, Loose, runs_of
 
 logger = logging.getLogger(__name__)
 
@@ -124,6 +125,24 @@ class PackFolder:
         else:
             files.write_durably(path, data)
         return digest
+
+    def keep(self, task: int, exemplars: Exemplars) -> PackEntry:
+        """The pack of a task's exemplars is on disk, durable, with its index; returns a manifest's line of it.
+
+        Raises:
+            StorageFull: the disk is full; nothing is left behind.
+        """
+        data = pack.to_bytes(exemplars)
+        digest = self.put(data)
+        self.write_index(digest, pack.parse(data))
+        return PackEntry(
+            digest=digest,
+            task=task,
+            bytes=len(data),
+            exemplars=len(exemplars),
+            quality=exemplars.form.quality,
+            runs=runs_of(exemplars.class_ids),
+        )
 
     def write_index(self, digest: str, exemplars: Exemplars) -> None:
         """The pack, parsed as `exemplars`, has an index; or has none if it cannot be written: it is not essential."""

@@ -21,7 +21,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pydantic
 
 from engram import files, pack, shares
@@ -40,7 +39,6 @@ from engram.schemas import (
     ShareBy,
     Subsampling,
 )
-from engram.strip import Exemplars, runs_of
 
 VERSION = 1
 """Of what manifest.json says beside the manifest. A later one is not changed by this library."""
@@ -287,9 +285,8 @@ def after_change(folder: Path, saved: Saved, before: Content, after: Content, ge
         exemplars, sizes = task.load(), list[int]()
         entries.pop(number, None)
         if exemplars is not None and len(exemplars):
-            entries[number] = _put(PackFolder(folder / "packs"), number, exemplars)
-            firsts = np.cumsum([0, *(count for _, count in entries[number].runs[:-1])])
-            sizes = np.add.reduceat(exemplars.sizes, firsts).tolist()
+            entries[number] = PackFolder(folder / "packs").keep(number, exemplars)
+            sizes = pack.class_bytes(exemplars)
         means = None if task.means is None else b64encode(task.means.to_bytes()).decode("ascii")
         states[number] = TaskState(seen=dict(task.seen), class_bytes=sizes, decision=task.decision, means=means)
     policy, held = after.policy, [entries[number] for number in sorted(entries)]
@@ -331,18 +328,3 @@ def publish(folder: Path, saved: Saved, *, keep: Collection[str] = ()) -> None:
     unnamed = [path for path in (folder / "packs").iterdir() if path.name.partition(".")[0] not in named]
     for path in [*unnamed, *folder.glob(".manifest.*.tmp")]:
         path.unlink(missing_ok=True)
-
-
-def _put(store: PackFolder, task: int, exemplars: Exemplars) -> PackEntry:
-    """The manifest's line of a pack that is durable."""
-    data = pack.to_bytes(exemplars)
-    digest = store.put(data)
-    store.write_index(digest, pack.parse(data))
-    return PackEntry(
-        digest=digest,
-        task=task,
-        bytes=len(data),
-        exemplars=len(exemplars),
-        quality=exemplars.form.quality,
-        runs=runs_of(exemplars.class_ids),
-    )

@@ -20,7 +20,6 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import numpy as np
 from sqlalchemy import delete, select, text, update
 from sqlalchemy.orm import Session
 from sqlalchemy.sql.elements import ColumnElement
@@ -31,7 +30,7 @@ from engram.errors import Conflict, NotFound, Unavailable
 from engram.fields import Schema
 from engram.memory import Where
 from engram.schemas import Buffer, BufferChange, Decision, ForkCreate
-from engram.strip import Exemplars, runs_of
+from engram.strip import Exemplars
 
 from .buffers import check_free, check_thawed, class_names, describe, entry, find, image_shape, live_packs
 from .database import Database
@@ -274,19 +273,11 @@ def _put_changed(store: PackStore, buffer: str, before: Content, after: Content)
 
 def _put(store: PackStore, buffer: str, task: int, exemplars: Exemplars) -> PackRow:
     """The row, without its generation, of a pack that is durable."""
-    data, runs = pack.to_bytes(exemplars), runs_of(exemplars.class_ids)
-    digest = store.put(data)
-    store.write_index(digest, pack.parse(data))
-    first = np.cumsum([0, *(count for _, count in runs[:-1])])
+    kept = store.keep(task, exemplars)
     return PackRow(
         buffer=buffer,
-        task=task,
-        digest=digest,
-        bytes=len(data),
-        exemplars=len(exemplars),
-        quality=exemplars.form.quality,
-        runs=[[class_id, count] for class_id, count in runs],
-        class_bytes=[int(size) for size in np.add.reduceat(exemplars.sizes, first)],
+        **kept.model_dump(mode="json"),
+        class_bytes=pack.class_bytes(exemplars),
         until=None,
         retired_at=None,
     )
