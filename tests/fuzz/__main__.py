@@ -1,0 +1,110 @@
+"""Fuzz every route of a real service with schemathesis: `make fuzz`, or `python -m tests.fuzz --per-route 100`.
+
+It ends with status 1 if any answer is a 5xx, has a status or a body that the interface description does not state,
+takes what the description forbids or refuses what it allows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import httpx
+
+from engram_trainer.local_service import environment, local_service
+from tests.fuzz import memory
+
+CHECKS = (
+    "not_a_server_error",
+    "status_code_conformance",
+    "content_type_conformance",
+    "response_headers_conformance",
+    "response_schema_conformance",
+    "negative_data_rejection",
+    "positive_data_acceptance",
+    "unsupported_method",
+    "allow_header_conformance",
+)
+
+
+def main() -> int:
+    """Run it; returns the exit status."""
+    parser = argparse.ArgumentParser(description="Fuzz every route of a service of our own.")
+    parser.add_argument("--per-route", type=int, default=1000, help="cases for each route, at least (default 1000)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("more", nargs="*", help="passed on to schemathesis, after --")
+    given = parser.parse_args()
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        with local_service(folder / "service", max_draw=256, max_global_draw=4096, max_wait_s=0.05) as service:
+            with httpx.Client(base_url=service.url, timeout=60) as client:
+                held = memory.fill(client)
+            (folder / "schemathesis.toml").write_text(configuration(held))
+            command = [str(Path(sys.executable).with_name("schemathesis")), "--config-file", "schemathesis.toml"]
+            command += ["run", f"{service.url}/openapi.json", "--checks", ",".join(CHECKS), "--seed", str(given.seed)]
+            command += ["--max-examples", str(given.per_route), "--continue-on-failure", *given.more]
+            tally = folder / "tally.json"
+            ended = subprocess.run(
+                command,
+                cwd=folder,
+                env=environment() | {"FUZZ_URL": service.url, "FUZZ_TALLY": str(tally)},
+                check=False,
+            )
+            report(json.loads(tally.read_text()))
+            if os.environ.get("FUZZ_LOG"):
+                Path(os.environ["FUZZ_LOG"]).write_text(service.log.read_text())
+    return ended.returncode
+
+
+def configuration(held: memory.Held) -> str:
+    """What schemathesis takes most values from, so that most requests name something that there is."""
+    most, some, few = 0.9, 0.6, 0.3
+    values: dict[str, tuple[list[str | int], float]] = {
+        "path.buffer": ([memory.SOURCE, *memory.BUFFERS], most),
+        "path.task": ([*memory.TASKS], most),
+        "path.pack": ([*held.packs], most),
+        "path.row": ([0, 1, 2, 3], most),
+        "path.sha256": ([*held.packs, *held.extractors], most),
+        "path.ingest_id": ([*held.ingests], most),
+        "query.size": ([1, 2, 7], some),
+        "query.world_size": ([4, 8], some),
+        "query.rank": ([0, 1, 3], some),
+        "query.limit": ([1, 3, 100], some),
+        "query.task": ([*memory.TASKS], some),
+        "query.class_id": ([0, 1, 2, 3], some),
+        "query.key": ([*memory.KEYS], some),
+        "query.generation": ([1, 2], some),
+        "query.extractor": ([*held.extractors], most),
+        "query.cursor": (["0.0.0", "1.2.1"], some),
+        "header.If-Match": (['"2"', "*", held.etag], few),
+        "header.If-None-Match": (['"2"', "*", held.etag], few),
+        "header.Accept": (["image/jpeg", "application/x-tar", "*/*"], some),
+        "body.budget_bytes": ([5_000, 10**6], some),
+    }
+    lines = ['hooks = "tests.fuzz.hooks"', "[generation]", 'database = "none"', "no-shrink = true"]
+    for name, (known, _) in values.items():
+        lines += [f"[dictionaries.{json.dumps(name)}]", f"values = {json.dumps(known)}"]
+    lines.append("[parameters]")
+    for name, (_, probability) in values.items():
+        lines.append(f"{json.dumps(name)} = {{dictionary = {json.dumps(name)}, probability = {probability}}}")
+    return "\n".join(lines) + "\n"
+
+
+def report(tally: list[tuple[str, str, int, int]]) -> None:
+    """The answers of each route, by status."""
+    rows: dict[tuple[str, str], Counter[int]] = {}
+    for operation, mode, status, count in tally:
+        rows.setdefault((operation, mode), Counter())[status] += count
+    for (operation, mode), statuses in rows.items():
+        print(f"{operation:62} {mode:9} " + "  ".join(f"{status}: {count}" for status, count in sorted(statuses.items())))
+    print(f"{sum(count for *_, count in tally)} cases")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
