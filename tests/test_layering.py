@@ -65,7 +65,7 @@ WITH_TORCH = "engram.torch"
 
 ORDER = {
     "engram": [
-        "errors names schemas files forks paths",
+        "errors names schemas files forks paths etags",
         "fields npy",
         "form shares draw tar transport",
         "strip folder http",

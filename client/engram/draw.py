@@ -277,7 +277,7 @@ def _shuffles(words: Philox, sizes: IntArray, quotas: IntArray) -> IntArray:
 
 
 def _rejection(words: Philox, groups: Groups, owner: IntArray) -> IntArray:
-    """One pick for each element of `owner`; of equal picks of a group all but the first are drawn again, until none are.
+    """One pick for each element of `owner`; of a group's equal picks all but the first are drawn again, till none are.
 
     Sorted are places on the axis with their positions in the low bits. What is drawn again is merged into them, so that
     the rounds after the first cost little.

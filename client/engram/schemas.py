@@ -299,10 +299,11 @@ class PackEntry(Answer):
 
 
 class Manifest(Answer):
-    """The exact content of one generation, packs in ascending order of task."""
+    """The exact content of one generation, packs in ascending order of task. `created_at` is the buffer's."""
 
     buffer: str
     generation: int
+    created_at: datetime | None = None
     used_bytes: int
     limit_bytes: int
     image_shape: tuple[int, int, int] | None

@@ -26,13 +26,25 @@ from sqlalchemy.sql.elements import ColumnElement
 
 from engram import memory, pack
 from engram.content import Content, Means, Policy, Task
-from engram.errors import Conflict, NotFound, Unavailable
+from engram.errors import NotFound, Unavailable
 from engram.fields import Schema
 from engram.memory import Where
 from engram.schemas import Buffer, BufferChange, Decision, ForkCreate
 from engram.strip import Exemplars
 
-from .buffers import check_free, check_thawed, class_names, describe, entry, find, image_shape, live_packs
+from .buffers import (
+    Expected,
+    check_expected,
+    check_free,
+    check_thawed,
+    class_names,
+    describe,
+    entry,
+    find,
+    image_shape,
+    live_packs,
+    tag,
+)
 from .database import Database
 from .ingest import Claim, LeaseLost, holds
 from .storage import PackStore
@@ -58,18 +70,18 @@ def commit(
     change: Callable[[Content], Content],
     *,
     ingest: Claim | None = None,
-    expected_generation: int | None = None,
+    expected: Expected | None = None,
 ) -> int:
     """The buffer's content is what `change` makes of it; returns the new generation.
 
     Args:
         change: called again if another commit came first; what it raises leaves everything as it was.
         ingest: ends as committed in the same transaction.
-        expected_generation: that `change` is meant for.
+        expected: the state of the buffer that `change` is meant for.
 
     Raises:
         NotFound: no such buffer.
-        Conflict: the buffer is frozen, or not at `expected_generation`.
+        Conflict: the buffer is frozen, or not as `expected`.
         LeaseLost: the ingest was cancelled, deleted or claimed by another worker; nothing changed.
         StorageFull: the disk is full; nothing changed.
         Unavailable: lost too many races; nothing changed.
@@ -79,7 +91,7 @@ def commit(
             row = find(session, buffer)
             before = read_content(session, store, row)
         check_thawed(row)
-        _check_generation(row, expected_generation)
+        check_expected(row, expected)
         after = change(before)
         packs = _put_changed(store, row.name, before, after)
         try:
@@ -90,7 +102,7 @@ def commit(
 
 
 def change(
-    database: Database, store: PackStore, buffer: str, wanted: BufferChange, *, expected_generation: int | None = None
+    database: Database, store: PackStore, buffer: str, wanted: BufferChange, *, expected: Expected | None = None
 ) -> int:
     """The buffer has this budget and its classes these names; returns the new generation.
 
@@ -105,7 +117,7 @@ def change(
             content = memory.rename(content, wanted.class_names)
         return content if wanted.budget_bytes is None else memory.reshare(content, budget_bytes=wanted.budget_bytes)
 
-    return commit(database, store, buffer, make, expected_generation=expected_generation)
+    return commit(database, store, buffer, make, expected=expected)
 
 
 def reshare(
@@ -115,7 +127,7 @@ def reshare(
     *,
     budget_bytes: int | None = None,
     without_task: int | None = None,
-    expected_generation: int | None = None,
+    expected: Expected | None = None,
 ) -> int:
     """The buffer has this budget and no longer has this task; returns the new generation. See `memory.reshare`.
 
@@ -124,7 +136,7 @@ def reshare(
         Conflict, StorageFull, Unavailable: as `commit`.
     """
     make = partial(memory.reshare, budget_bytes=budget_bytes, without_task=without_task)
-    return commit(database, store, buffer, make, expected_generation=expected_generation)
+    return commit(database, store, buffer, make, expected=expected)
 
 
 def fork(database: Database, store: PackStore, source: str, wanted: ForkCreate) -> Buffer:
@@ -142,7 +154,7 @@ def fork(database: Database, store: PackStore, source: str, wanted: ForkCreate) 
             row = find(session, source)
             check_free(session, wanted.name)
             before = read_content(session, store, row)
-        _check_generation(row, wanted.generation)
+        check_expected(row, None if wanted.generation is None else frozenset({str(wanted.generation)}))
         after = before if wanted.budget_bytes is None else memory.reshare(before, budget_bytes=wanted.budget_bytes)
         packs = _put_changed(store, wanted.name, before, after)
         try:
@@ -152,36 +164,20 @@ def fork(database: Database, store: PackStore, source: str, wanted: ForkCreate) 
     raise _overtaken(source)
 
 
-def _check_generation(row: BufferRow, expected: int | None) -> None:
-    """Returns if the buffer is at this generation, None being any.
-
-    Raises:
-        Conflict: it is at another.
-    """
-    if expected is not None and row.generation != expected:
-        raise Conflict(
-            f"buffer {row.name!r} is at generation {row.generation}, the request expects {expected}; "
-            "read it again and decide anew",
-            generation=row.generation,
-        )
-
-
 def _overtaken(buffer: str) -> Unavailable:
     return Unavailable(
         f"{MAX_RACES} other changes of buffer {buffer!r} came first, one after the other; try again", retry_after_s=1
     )
 
 
-def remove(
-    database: Database, store: PackStore, buffer: str, where: Where, *, expected_generation: int | None = None
-) -> int:
+def remove(database: Database, store: PackStore, buffer: str, where: Where, *, expected: Expected | None = None) -> int:
     """The buffer has these exemplars no longer; returns the new generation. See `memory.remove`.
 
     Raises:
         NotFound: no such buffer, or nothing that `where` names.
         Conflict, StorageFull, Unavailable: as `commit`.
     """
-    return commit(database, store, buffer, partial(memory.remove, where=where), expected_generation=expected_generation)
+    return commit(database, store, buffer, partial(memory.remove, where=where), expected=expected)
 
 
 def relabel(
@@ -191,7 +187,7 @@ def relabel(
     where: Where,
     class_id: int,
     *,
-    expected_generation: int | None = None,
+    expected: Expected | None = None,
 ) -> int:
     """These exemplars of the buffer are of this class; returns the new generation. See `memory.relabel`.
 
@@ -200,11 +196,11 @@ def relabel(
         Conflict, StorageFull, Unavailable: as `commit`.
     """
     change = partial(memory.relabel, where=where, class_id=class_id)
-    return commit(database, store, buffer, change, expected_generation=expected_generation)
+    return commit(database, store, buffer, change, expected=expected)
 
 
-def place_of(session: Session, buffer: str, digest: str, row: int) -> tuple[Where, int]:
-    """A row of a pack as the place that it has in its class, and the generation in which it has it.
+def place_of(session: Session, buffer: str, digest: str, row: int) -> tuple[Where, Expected]:
+    """A row of a pack as the place that it has in its class, and the state of the buffer in which it has it.
 
     Raises:
         NotFound: the current generation of the buffer has no such pack, or the pack no such row.
@@ -215,7 +211,7 @@ def place_of(session: Session, buffer: str, digest: str, row: int) -> tuple[Wher
             rank = row
             for class_id, count in live.runs:
                 if rank < count:
-                    return Where(task=live.task, class_id=class_id, rank=rank), found.generation
+                    return Where(task=live.task, class_id=class_id, rank=rank), frozenset({tag(found)})
                 rank -= count
     raise NotFound(
         f"generation {found.generation} of buffer {buffer!r} has no row {row} in a pack {digest!r}; list its exemplars",

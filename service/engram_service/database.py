@@ -87,8 +87,8 @@ class Database:
         with translated(), self._read() as session:
             yield session
 
-    def glance(self, query: str, *values: object) -> Any:
-        """The first column of the first row, or None: of an embedded database, in some 20 us and without a transaction.
+    def glance(self, query: str, *values: object) -> tuple[Any, ...] | None:
+        """The first row, or None: of an embedded database, in some 20 us and without a transaction.
 
         None too if there is no row, if the database is not embedded or is busy: whoever needs to know asks a session.
         This is for the event loop, which must not wait; a session costs 50 times as much.
@@ -100,10 +100,10 @@ class Database:
                 if self._glancing is None:
                     path = Path(self.engine.url.database or "").absolute().as_uri()
                     self._glancing = sqlite3.connect(f"{path}?mode=ro", uri=True, timeout=0, check_same_thread=False)
-                row = self._glancing.execute(query, values).fetchone()
+                row: tuple[Any, ...] | None = self._glancing.execute(query, values).fetchone()
             except sqlite3.OperationalError:
                 return None
-        return None if row is None else row[0]
+        return row
 
     def ping(self) -> None:
         """Returns if the database answers and has the schema of this version.

@@ -194,7 +194,11 @@ PINNED: dict[str, list[tuple[int, int, int]]] = {
 
 def test_the_largest_global_batch_costs_a_few_sorts_of_it_and_not_one_for_each_round_of_repeats() -> None:
     many = draw.Layout(
-        [PackEntry(digest="0" * 64, task=0, bytes=1, exemplars=9000 * 300, quality=50, runs=[(c, 300) for c in range(9000)])]
+        [
+            PackEntry(
+                digest="0" * 64, task=0, bytes=1, exemplars=9000 * 300, quality=50, runs=[(c, 300) for c in range(9000)]
+            )
+        ]
     )
     count = 2**20
     numbers = np.random.default_rng(0).integers(0, 9000 * 300, count)

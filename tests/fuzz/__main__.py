@@ -102,7 +102,9 @@ def report(tally: list[tuple[str, str, int, int]]) -> None:
     for operation, mode, status, count in tally:
         rows.setdefault((operation, mode), Counter())[status] += count
     for (operation, mode), statuses in rows.items():
-        print(f"{operation:62} {mode:9} " + "  ".join(f"{status}: {count}" for status, count in sorted(statuses.items())))
+        print(
+            f"{operation:62} {mode:9} " + "  ".join(f"{status}: {count}" for status, count in sorted(statuses.items()))
+        )
     print(f"{sum(count for *_, count in tally)} cases")
 
 

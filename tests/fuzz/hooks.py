@@ -40,7 +40,7 @@ schemathesis.openapi.media_type("application/octet-stream", st.sampled_from(memo
 
 
 @schemathesis.hook
-def map_case(context: HookContext, case: Case) -> Case:
+def map_case(context: HookContext, case: Case[Any]) -> Case[Any]:
     """Most models are sent to their own address, most ranks lie in their world: no schema can say either."""
     if case.operation.label == "PUT /v1/extractors/{sha256}" and isinstance(case.body, bytes) and len(case.body) % 8:
         case.path_parameters["sha256"] = hashlib.sha256(case.body).hexdigest()
@@ -48,7 +48,7 @@ def map_case(context: HookContext, case: Case) -> Case:
 
 
 @schemathesis.hook
-def before_call(context: HookContext, case: Case, kwargs: dict[str, Any]) -> None:
+def before_call(context: HookContext, case: Case[Any], kwargs: dict[str, Any]) -> None:
     """What the request names is there; what all buffers are made from stays."""
     parameters = case.path_parameters
     name = parameters.get("buffer")
@@ -60,10 +60,14 @@ def before_call(context: HookContext, case: Case, kwargs: dict[str, Any]) -> Non
 
 
 @schemathesis.hook
-def after_call(context: HookContext, case: Case, response: Response) -> None:
+def after_call(context: HookContext, case: Case[Any], response: Response) -> None:
     """Counted; what the request made is gone again, and what it changed will be renewed."""
     mode = "?" if case.meta is None else case.meta.generation.mode.value
-    _tally[case.operation.label if case.method == case.operation.method.upper() else case.method, mode, response.status_code] += 1
+    _tally[
+        case.operation.label if case.method == case.operation.method.upper() else case.method,
+        mode,
+        response.status_code,
+    ] += 1
     if not 200 <= response.status_code < 300 or case.method in ("GET", "HEAD"):
         return
     if response.status_code == 201 and "/buffers/" in (made := response.headers.get("location", [""])[0]):
