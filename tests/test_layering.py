@@ -83,10 +83,10 @@ ORDER = {
     ],
     "engram_service": [
         "settings tables problems extractor_child",
-        "database storage embedder spooled auth bodies",
-        "buffers ingest extractors",
+        "database storage embedder spooled pages bodies head",
+        "buffers ingest extractors auth",
         "commit replay",
-        "collect routes",
+        "collect routes interface",
         "worker app",
         "cli",
     ],

@@ -7,20 +7,24 @@ All sizes are bytes, all times are UTC or seconds as the name says.
 
 from __future__ import annotations
 
+import re
 from datetime import datetime
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
+    StrictBool,
     ValidationError,
     ValidatorFunctionWrapHandler,
     WrapValidator,
     field_validator,
     model_validator,
 )
+from pydantic_core import PydanticCustomError
 
 from engram.names import MAX_CLASS_ID as MAX_CLASS_ID
 from engram.names import class_name
@@ -55,12 +59,31 @@ MAX_TASK = 2**31 - 1
 MAX_BUDGET_BYTES = 2**53 - 1
 """The largest integer that every JSON parser reads exactly."""
 
+
+def _number(value: Any) -> Any:
+    """`true` and "77" are no numbers, though Python would make some of them; 1e6 is one, as JSON Schema has it."""
+    if isinstance(value, bool | str | bytes):
+        raise PydanticCustomError("int_type", "Input should be a valid integer")
+    return value
+
+
+def _decimal(value: Any) -> Any:
+    """Members of JSON objects are named by text: an integer there is written as such, and in one way only."""
+    if isinstance(value, str) and not re.fullmatch(_DECIMAL, value, re.ASCII):
+        raise PydanticCustomError("int_parsing", "Input should be a valid integer")
+    return value
+
+
+_DECIMAL = "0|[1-9][0-9]{0,9}"
+Number = BeforeValidator(_number)
+
 FieldName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,31}$")]
 ClassId = Annotated[int, Field(ge=0, le=MAX_CLASS_ID)]
-ClassName = Annotated[str, AfterValidator(class_name)]
+ClassName = Annotated[str, AfterValidator(class_name), Field(json_schema_extra={"minLength": 1})]
 BufferName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Quality = Annotated[int, Field(ge=1, le=100)]
+BudgetBytes = Annotated[int, Field(ge=1, le=MAX_BUDGET_BYTES), Number]
 
 
 class Model(BaseModel):
@@ -85,11 +108,11 @@ class BufferCreate(Model):
     """
 
     name: BufferName
-    budget_bytes: Annotated[int, Field(ge=1, le=MAX_BUDGET_BYTES)]
+    budget_bytes: BudgetBytes
     per: Per = "buffer"
     share_by: ShareBy = "class"
     subsampling: Subsampling = "4:2:0"
-    quality: Quality | None = None
+    quality: Annotated[Quality, Number] | None = None
     fields: dict[FieldName, str] = {}
 
 
@@ -100,8 +123,11 @@ class BufferChange(Model):
     another id has is refused.
     """
 
-    budget_bytes: Annotated[int, Field(ge=1, le=MAX_BUDGET_BYTES)] | None = None
-    class_names: dict[ClassId, ClassName] = {}
+    budget_bytes: BudgetBytes | None = None
+    class_names: Annotated[
+        dict[Annotated[ClassId, BeforeValidator(_decimal)], ClassName],
+        Field(json_schema_extra={"propertyNames": {"pattern": f"^({_DECIMAL})$"}}),
+    ] = {}
 
     @model_validator(mode="after")
     def _says_something(self) -> Self:
@@ -119,9 +145,9 @@ class ForkCreate(Model):
     """
 
     name: BufferName
-    generation: Annotated[int, Field(ge=0, lt=2**31)] | None = None
-    budget_bytes: Annotated[int, Field(ge=1, le=MAX_BUDGET_BYTES)] | None = None
-    frozen: bool = False
+    generation: Annotated[int, Field(ge=0, lt=2**31), Number] | None = None
+    budget_bytes: BudgetBytes | None = None
+    frozen: StrictBool = False
 
 
 def _or_text(value: Any, read: ValidatorFunctionWrapHandler) -> Any:
@@ -331,7 +357,7 @@ class Exemplar(Answer):
 class Relabel(Model):
     """The class that exemplars belong to."""
 
-    class_id: Annotated[int, Field(ge=0, le=MAX_CLASS_ID)]
+    class_id: Annotated[ClassId, Number]
 
 
 class ExemplarPage(Answer):

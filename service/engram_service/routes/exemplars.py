@@ -49,7 +49,10 @@ def list_exemplars(
     task: TaskFilter = None,
     class_id: ClassFilter = None,
     limit: Annotated[int, Query(ge=1, description="Exemplars on the page.")] = 100,
-    cursor: Annotated[str | None, Query(description="`next` of the page before.")] = None,
+    cursor: Annotated[
+        str | None,
+        Query(description="`next` of the page before.", json_schema_extra={"pattern": f"^{_CURSOR.pattern}$"}),
+    ] = None,
     generation: Generation = None,
 ) -> ExemplarPage:
     """List exemplars in order of task, class and rank."""
