@@ -86,6 +86,12 @@ Quality = Annotated[int, Field(ge=1, le=100)]
 BudgetBytes = Annotated[int, Field(ge=1, le=MAX_BUDGET_BYTES), Number]
 
 
+def _named(schema: dict[str, Any]) -> None:
+    """An object whose members all match the pattern: `patternProperties` alone would let others pass."""
+    ((pattern, value),) = schema.pop("patternProperties").items()
+    schema |= {"propertyNames": {"pattern": pattern}, "additionalProperties": value}
+
+
 class Model(BaseModel):
     """Unknown members are refused, so that a misspelt option is an error and not a default."""
 
@@ -113,7 +119,7 @@ class BufferCreate(Model):
     share_by: ShareBy = "class"
     subsampling: Subsampling = "4:2:0"
     quality: Annotated[Quality, Number] | None = None
-    fields: dict[FieldName, str] = {}
+    fields: Annotated[dict[FieldName, str], Field(json_schema_extra=_named)] = {}
 
 
 class BufferChange(Model):

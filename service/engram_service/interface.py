@@ -96,8 +96,7 @@ def _of_text(schema: dict[str, Any]) -> dict[str, Any]:
     kinds = [kind for kind in schema.get("anyOf", ()) if kind != {"type": "null"}]
     if len(kinds) != 1:
         return schema
-    there: dict[str, Any] = {name: value for name, value in schema.items() if name not in ("anyOf", "default")}
-    return there | kinds[0]
+    return {name: value for name, value in schema.items() if name not in ("anyOf", "default")} | dict(kinds[0])
 
 
 def _uniform(part: Any) -> Any:

@@ -20,6 +20,18 @@ import httpx
 from engram_trainer.local_service import environment, local_service
 from tests.fuzz import memory
 
+SETTINGS = {"max_draw": memory.MAX_DRAW, "max_global_draw": memory.MAX_GLOBAL_DRAW, "max_wait_s": 0.05}
+
+RULES = {
+    "register_extractor": "the body is a model that can serve, and its digest is in the address",
+    "create_buffer": "types of fields have a grammar, and sizes that a record can hold",
+    "change_buffer": "something is changed; names of classes are printable and no numbers",
+    "remove_exemplars": "a class or a key is named",
+    "relabel_exemplars": "a class or a key is named",
+    "upload": "the body is a tar, of the digest that a header states",
+}
+"""Operations that may answer 422 to what their schema allows, and the rule that no schema can state."""
+
 CHECKS = (
     "not_a_server_error",
     "status_code_conformance",
@@ -42,7 +54,7 @@ def main() -> int:
     given = parser.parse_args()
     with TemporaryDirectory() as name:
         folder = Path(name)
-        with local_service(folder / "service", max_draw=256, max_global_draw=4096, max_wait_s=0.05) as service:
+        with local_service(folder / "service", **SETTINGS) as service:
             with httpx.Client(base_url=service.url, timeout=60) as client:
                 held = memory.fill(client)
             (folder / "schemathesis.toml").write_text(configuration(held))
@@ -53,7 +65,8 @@ def main() -> int:
             ended = subprocess.run(
                 command,
                 cwd=folder,
-                env=environment() | {"FUZZ_URL": service.url, "FUZZ_TALLY": str(tally)},
+                env=environment()
+                | {"FUZZ_URL": service.url, "FUZZ_TALLY": str(tally), "FUZZ_HELD": json.dumps(in_paths(held))},
                 check=False,
             )
             report(json.loads(tally.read_text()))
@@ -62,16 +75,23 @@ def main() -> int:
     return ended.returncode
 
 
+def in_paths(held: memory.Held) -> dict[str, list[str | int]]:
+    """What there is, by the parameters of paths that name it."""
+    return {
+        "buffer": [memory.SOURCE, *memory.BUFFERS],
+        "task": [*memory.TASKS],
+        "pack": [*held.packs],
+        "row": [0, 1, 2, 3],
+        "sha256": [*held.packs, *held.extractors],
+        "ingest_id": [*held.ingests],
+    }
+
+
 def configuration(held: memory.Held) -> str:
     """What schemathesis takes most values from, so that most requests name something that there is."""
     most, some, few = 0.9, 0.6, 0.3
     values: dict[str, tuple[list[str | int], float]] = {
-        "path.buffer": ([memory.SOURCE, *memory.BUFFERS], most),
-        "path.task": ([*memory.TASKS], most),
-        "path.pack": ([*held.packs], most),
-        "path.row": ([0, 1, 2, 3], most),
-        "path.sha256": ([*held.packs, *held.extractors], most),
-        "path.ingest_id": ([*held.ingests], most),
+        **{f"path.{name}": (known, most) for name, known in in_paths(held).items()},
         "query.size": ([1, 2, 7], some),
         "query.world_size": ([4, 8], some),
         "query.rank": ([0, 1, 3], some),
@@ -93,6 +113,9 @@ def configuration(held: memory.Held) -> str:
     lines.append("[parameters]")
     for name, (_, probability) in values.items():
         lines.append(f"{json.dumps(name)} = {{dictionary = {json.dumps(name)}, probability = {probability}}}")
+    for operation in RULES:
+        lines += ["[[operations]]", f"include-operation-id = {json.dumps(operation)}"]
+        lines.append('checks.positive_data_acceptance.expected-statuses = ["2xx", "404", "409", "413", "422", "429"]')
     return "\n".join(lines) + "\n"
 
 

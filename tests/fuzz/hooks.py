@@ -1,6 +1,7 @@
 """What schemathesis is told about this service: valid uploads, whose body belongs to which address, and what to renew.
 
-The environment names the service (FUZZ_URL) and where the tally of answers goes (FUZZ_TALLY).
+The environment names the service (FUZZ_URL), what there is by parameters of paths (FUZZ_HELD), and where the tally of
+answers goes (FUZZ_TALLY).
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import atexit
 import gzip
 import hashlib
+import itertools
 import json
 import os
 from collections import Counter
@@ -24,6 +26,13 @@ from tests.fuzz import memory
 _client = httpx.Client(base_url=os.environ["FUZZ_URL"], timeout=60)
 _tally: Counter[tuple[str, str, int]] = Counter()
 _changed: set[str] = set()
+_numbers = itertools.count()
+_held: dict[str, list[Any]] = json.loads(os.environ["FUZZ_HELD"])
+_extractors = [hashlib.sha256(content).hexdigest() for content in memory.MODELS]
+
+
+def _mode(case: Case[Any]) -> str:
+    return "explicit" if case.meta is None else case.meta.generation.mode.value
 
 
 def _cut(content: bytes) -> st.SearchStrategy[bytes]:
@@ -41,33 +50,46 @@ schemathesis.openapi.media_type("application/octet-stream", st.sampled_from(memo
 
 @schemathesis.hook
 def map_case(context: HookContext, case: Case[Any]) -> Case[Any]:
-    """Most models are sent to their own address, most ranks lie in their world: no schema can say either."""
+    """What no schema can say: most models are sent to their own address, and ranks lie in a world of bounded size."""
     if case.operation.label == "PUT /v1/extractors/{sha256}" and isinstance(case.body, bytes) and len(case.body) % 8:
         case.path_parameters["sha256"] = hashlib.sha256(case.body).hexdigest()
+    query = case.query
+    if case.operation.label.endswith("/draw") and _mode(case) == "positive" and "size" in query:
+        most = memory.MAX_GLOBAL_DRAW // (query["size"] * len(memory.TASKS))
+        query["world_size"] = min(query.get("world_size", 1), most)
+        query["rank"] = query.get("rank", 0) % query["world_size"]
+    # The coverage phase leaves out the quotes that the pattern demands.
+    tag = str(case.headers.get("if-match", "*"))
+    if _mode(case) == "positive" and tag.isdigit():
+        case.headers["if-match"] = f'"{tag}"'
     return case
 
 
 @schemathesis.hook
 def before_call(context: HookContext, case: Case[Any], kwargs: dict[str, Any]) -> None:
-    """What the request names is there; what all buffers are made from stays."""
+    """What the request names is there, nearly always; what all buffers are made from stays."""
     parameters = case.path_parameters
-    name = parameters.get("buffer")
-    if case.method == "DELETE" and name == memory.SOURCE:
-        name = parameters["buffer"] = memory.BUFFERS[0]
-    if name in _changed:
-        memory.renew(_client, name)
-        _changed.discard(name)
+    if _mode(case) != "negative" and "PUT" not in case.operation.label:
+        for name, values in _held.items():
+            if name in parameters and parameters[name] not in values and next(_numbers) % 8:
+                parameters[name] = values[next(_numbers) % len(values)]
+        if "/packs/" in case.operation.label and parameters["sha256"] in _extractors:
+            parameters["sha256"] = _held["pack"][0]
+        if "/extractors/" in case.operation.label and parameters["sha256"] in _held["pack"]:
+            parameters["sha256"] = _extractors[0]
+    buffer = parameters.get("buffer")
+    if case.method == "DELETE" and buffer == memory.SOURCE:
+        buffer = parameters["buffer"] = memory.BUFFERS[0]
+    if buffer in _changed:
+        memory.renew(_client, buffer)
+        _changed.discard(buffer)
 
 
 @schemathesis.hook
 def after_call(context: HookContext, case: Case[Any], response: Response) -> None:
     """Counted; what the request made is gone again, and what it changed will be renewed."""
-    mode = "?" if case.meta is None else case.meta.generation.mode.value
-    _tally[
-        case.operation.label if case.method == case.operation.method.upper() else case.method,
-        mode,
-        response.status_code,
-    ] += 1
+    label = case.operation.label if case.method == case.operation.method.upper() else case.method
+    _tally[label, _mode(case), response.status_code] += 1
     if not 200 <= response.status_code < 300 or case.method in ("GET", "HEAD"):
         return
     if response.status_code == 201 and "/buffers/" in (made := response.headers.get("location", [""])[0]):

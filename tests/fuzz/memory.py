@@ -23,6 +23,10 @@ KEYS = ("k0", "k1")
 MODELS = tuple(model(dimensions) for dimensions in (4, 6))
 TASKS = (0, 1)
 
+MAX_DRAW = 256
+MAX_GLOBAL_DRAW = 4096
+"""Settings of the service: small, so that requests meet them."""
+
 
 @dataclass(frozen=True)
 class Held:

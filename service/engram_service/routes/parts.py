@@ -45,7 +45,7 @@ async def _settings(request: Request) -> Settings:
 
 
 _STATE = '"[0-9]{1,10}(-[0-9a-f]{1,16})?"'
-_STATES = re.compile(rf"\*|{_STATE}(\s*,\s*{_STATE})*")
+_STATES = re.compile(rf"\*|{_STATE}( ?, ?{_STATE})*")
 
 
 async def _expected_state(
