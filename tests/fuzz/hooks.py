@@ -55,9 +55,10 @@ def map_case(context: HookContext, case: Case[Any]) -> Case[Any]:
         case.path_parameters["sha256"] = hashlib.sha256(case.body).hexdigest()
     query = case.query
     if case.operation.label.endswith("/draw") and _mode(case) == "positive" and "size" in query:
-        most = memory.MAX_GLOBAL_DRAW // (query["size"] * len(memory.TASKS))
-        query["world_size"] = min(query.get("world_size", 1), most)
-        query["rank"] = query.get("rank", 0) % query["world_size"]
+        # Numbers are text where they were made for their place in the address.
+        most = memory.MAX_GLOBAL_DRAW // (int(query["size"]) * len(memory.TASKS))
+        query["world_size"] = min(int(query.get("world_size", 1)), most)
+        query["rank"] = int(query.get("rank", 0)) % query["world_size"]
     # The coverage phase leaves out the quotes that the pattern demands.
     tag = str(case.headers.get("if-match", "*"))
     if _mode(case) == "positive" and tag.isdigit():
@@ -77,6 +78,9 @@ def before_call(context: HookContext, case: Case[Any], kwargs: dict[str, Any]) -
             parameters["sha256"] = _held["pack"][0]
         if "/extractors/" in case.operation.label and parameters["sha256"] in _held["pack"]:
             parameters["sha256"] = _extractors[0]
+        for name, value in (("generation", 2), ("extractor", _extractors[0])):
+            if name in case.query and next(_numbers) % 4:
+                case.query[name] = value
     buffer = parameters.get("buffer")
     if case.method == "DELETE" and buffer == memory.SOURCE:
         buffer = parameters["buffer"] = memory.BUFFERS[0]
