@@ -22,7 +22,7 @@ BENCHES := strip draw ingest selection stream budget gem
 export OMP_NUM_THREADS ?= 1
 
 .NOTPARALLEL:
-.PHONY: help install test slow lint format types check docs demo bench bench-quick clean
+.PHONY: help install test slow fuzz fuzz-quick lint format types check docs demo bench bench-quick clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -35,6 +35,12 @@ test: $(DEV) ## the default tests (under 3 minutes on two cores, no network)
 slow: $(DEV) ## the long tests: kills and restarts, the demo, much fuzzing
 	$(BIN)/python -m pytest -q -m slow $(PARALLEL) $(PYTEST_ARGS)
 
+fuzz: $(DEV) ## 20,000 requests and more made from the interface description, valid and not (half an hour)
+	$(BIN)/python -m tests.fuzz --cases 20000
+
+fuzz-quick: $(DEV) ## a part of it (under 2 minutes)
+	$(BIN)/python -m tests.fuzz --cases 1500
+
 lint: $(DEV) ## ruff: rules and format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -46,7 +52,7 @@ format: $(DEV) ## let ruff rewrite the files
 types: $(DEV) ## mypy --strict
 	$(BIN)/mypy
 
-check: lint types slow test ## what CI runs
+check: lint types fuzz-quick slow test ## what CI runs
 
 docs: $(DEV) ## write the tables of docs/settings.md and docs/api.md from the code
 	$(BIN)/python -m docs.tables
