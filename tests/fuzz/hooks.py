@@ -82,7 +82,7 @@ def before_call(context: HookContext, case: Case[Any], kwargs: dict[str, Any]) -
             if name in case.query and next(_numbers) % 4:
                 case.query[name] = value
     buffer = parameters.get("buffer")
-    if case.method == "DELETE" and buffer == memory.SOURCE:
+    if case.method == "DELETE" and buffer in (memory.SOURCE, memory.UPLOADED):
         buffer = parameters["buffer"] = memory.BUFFERS[0]
     if buffer in _changed:
         memory.renew(_client, buffer)

@@ -1,7 +1,7 @@
 """What the fuzzed service holds: buffers with tasks, packs, keys, an ingest and an extractor, so that requests arrive.
 
-`SOURCE` is never changed. `BUFFERS` are forks of it that requests may change and delete: one that was changed is made
-anew before the next request that names it.
+`UPLOADED` has the uploads and is named by no request; `SOURCE` is a frozen fork of it. `BUFFERS` are forks of that one
+which requests may change and delete: one that was changed is made anew before the next request that names it.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from tests.contents import pictures
 from tests.models import model
 from tests.servers import eventually
 
+UPLOADED = "uploaded"
 SOURCE = "source"
 BUFFERS = ("b0", "b1", "b2", "b3")
 KEYS = ("k0", "k1")
@@ -41,9 +42,10 @@ class Held:
 def fill(client: httpx.Client) -> Held:
     """The service holds it all afterwards."""
     fields = {"key": "utf8", "logits": "float16 [4]"}
-    made = client.post("/v1/buffers", json={"name": SOURCE, "budget_bytes": 10**6, "quality": 50, "fields": fields})
+    made = client.post("/v1/buffers", json={"name": UPLOADED, "budget_bytes": 10**6, "quality": 50, "fields": fields})
     made.raise_for_status()
     ingests = [_upload(client, task) for task in TASKS]
+    client.post(f"/v1/buffers/{UPLOADED}/forks", json={"name": SOURCE, "frozen": True}).raise_for_status()
     for content in MODELS:
         client.put(f"/v1/extractors/{hashlib.sha256(content).hexdigest()}", content=content).raise_for_status()
     for name in BUFFERS:
@@ -74,7 +76,7 @@ def body(task: int = 0, count: int = 6) -> bytes:
 
 
 def _upload(client: httpx.Client, task: int) -> str:
-    answer = client.post(f"/v1/buffers/{SOURCE}/tasks/{task}/ingests", content=body(task))
+    answer = client.post(f"/v1/buffers/{UPLOADED}/tasks/{task}/ingests", content=body(task))
     answer.raise_for_status()
     location = answer.headers["Location"]
     if not eventually(lambda: client.get(location).json()["state"] == "committed"):
