@@ -20,11 +20,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from sqlalchemy import Connection, Engine, create_engine, event, inspect, text
-from sqlalchemy.exc import DBAPIError, OperationalError
+from sqlalchemy.exc import DataError, DBAPIError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.orm import Session, sessionmaker
 
-from engram.errors import EngramError, StorageFull, Unavailable
+from engram.errors import EngramError, InvalidRequest, StorageFull, Unavailable
 
 from .settings import Settings
 
@@ -170,6 +170,9 @@ def _translation(error: DBAPIError | PoolTimeout) -> EngramError | None:
         return StorageFull("the disk that holds the database is full; nothing was written")
     if getattr(error.orig, "sqlstate", None) == "53100":
         return StorageFull("the disk of the database server is full; nothing was written")
+    if isinstance(error, DataError):
+        # PostgreSQL keeps no NUL in a text, so none can be looked for: /v1/buffers/%00
+        return InvalidRequest(f"the database holds no such value: {error.orig}")
     if isinstance(error, OperationalError):
         return Unavailable(f"the database does not answer: {error.orig}", retry_after_s=1)
     return None

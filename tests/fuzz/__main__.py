@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 from collections import Counter
@@ -74,8 +73,8 @@ def main() -> int:
                 check=False,
             )
             count = report(json.loads(tally.read_text()))
-            if os.environ.get("FUZZ_LOG"):
-                Path(os.environ["FUZZ_LOG"]).write_text(service.log.read_text())
+            if ended.returncode:
+                print(f"the end of the service's log:\n{service.log.read_text(errors='replace')[-4000:]}")
     return ended.returncode or int(count < given.cases)
 
 

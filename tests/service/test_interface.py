@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from engram.schemas import MAX_BUDGET_BYTES, Buffer, BufferCreate
+from engram_service.database import Database
 from engram_service.settings import Settings
 from tests.contents import create, fill
 from tests.servers import ServiceThread, http
@@ -182,3 +183,16 @@ def test_no_limit_is_beyond_what_json_can_say_exactly(client: httpx.Client, serv
     assert client.get("/v1/buffers/b/manifest").json()["limit_bytes"] == MAX_BUDGET_BYTES
     shares = [found["share_bytes"] for found in client.get("/v1/buffers/b/tasks/0").json()["classes"]]
     assert sum(shares) == MAX_BUDGET_BYTES
+
+
+@pytest.mark.services
+def test_names_that_postgresql_cannot_hold_are_refused(tmp_path: Path, postgres_url: str) -> None:
+    settings = Settings(data_dir=tmp_path, database_url=postgres_url)
+    database = Database(settings)
+    database.migrate()
+    database.close()
+    served = ServiceThread(settings)
+    with http(served) as client:
+        for path in ("/v1/buffers/%00", "/v1/buffers/a%00b/manifest", "/v1/buffers/%00/draw?size=1", "/v1/ingests/%00"):
+            assert client.get(path).status_code == 422, path
+    served.stop()
