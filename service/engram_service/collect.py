@@ -7,6 +7,8 @@ Three kinds of leftovers:
 - packs of commits that never happened (a crash, a lost race): files older than the grace period without a row;
 - uploads whose ingest is final, or that nobody finished (a crash between rename and commit).
 
+On a full disk removing rows needs room first: it is taken from the reserve (`storage.Reserve`).
+
 A commit writes its packs before the rows that name them, so a file without a row may be about to get one. Two
 things make removal safe. Files are removed inside a transaction that excludes commits (`commit.exclusive`), and a
 commit checks, inside its own such transaction, that its files still exist before it names them; if one is gone it
@@ -26,11 +28,13 @@ from pathlib import Path
 from sqlalchemy import delete, func, select, update
 from sqlalchemy.orm import Session
 
+from engram.errors import StorageFull
+
 from .commit import exclusive
 from .database import Database
 from .ingest import ACTIVE
 from .settings import Settings
-from .storage import PackStore
+from .storage import PackStore, Reserve
 from .tables import BufferRow, IngestRow, PackRow
 
 logger = logging.getLogger(__name__)
@@ -50,6 +54,24 @@ class Collected:
 
 def collect(database: Database, store: PackStore, settings: Settings) -> Collected:
     """Leftovers older than the grace period are gone; safe to run at any time, in any number of processes."""
+    reserve = Reserve(settings.reserve_path, settings.reserve_bytes)
+    try:
+        found = collect_rows(database, store, settings)
+    except StorageFull:
+        with reserve.given_up():
+            found = collect_rows(database, store, settings)
+    store.sweep(settings.grace_s)
+    if found != Collected(0, 0, 0):
+        reserve.keep()
+    return found
+
+
+def collect_rows(database: Database, store: PackStore, settings: Settings) -> Collected:
+    """As `collect`, but for the temporary files of writers that died.
+
+    Raises:
+        StorageFull: there is no room to remove rows.
+    """
     retired = _retired_rows(database, settings)
     old = [digest for digest, age_s in store.digests() if age_s > settings.grace_s]
     found = Collected(
@@ -57,7 +79,6 @@ def collect(database: Database, store: PackStore, settings: Settings) -> Collect
         packs=_unnamed_packs(database, store, list(dict.fromkeys([*retired, *old]))),
         uploads=_uploads(database, settings.spool_dir),
     )
-    store.sweep(settings.grace_s)
     if found != Collected(0, 0, 0):
         logger.info("collected %d old pack rows, %d packs, %d uploads", found.rows, found.packs, found.uploads)
     return found

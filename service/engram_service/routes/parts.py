@@ -12,6 +12,7 @@ from engram.schemas import MAX_TASK
 
 from ..database import Database
 from ..replay import Replay
+from ..room import Room
 from ..settings import Settings
 from ..storage import PackStore
 
@@ -37,6 +38,11 @@ async def _replay(request: Request) -> Replay:
     return found
 
 
+async def _room(request: Request) -> Room:
+    found: Room = request.app.state.room
+    return found
+
+
 async def _settings(request: Request) -> Settings:
     found: Settings = request.app.state.settings
     return found
@@ -59,6 +65,7 @@ DatabasePart = Annotated[Database, Depends(_database)]
 StorePart = Annotated[PackStore, Depends(_store)]
 CachePart = Annotated[PackCache, Depends(_cache)]
 ReplayPart = Annotated[Replay, Depends(_replay)]
+RoomPart = Annotated[Room, Depends(_room)]
 SettingsPart = Annotated[Settings, Depends(_settings)]
 ExpectedGeneration = Annotated[int | None, Depends(_expected_generation)]
 
