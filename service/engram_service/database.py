@@ -21,7 +21,7 @@ import sqlite3
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -181,6 +181,12 @@ class Database:
             config = _alembic()
             config.attributes["connection"] = connection
             command.upgrade(config, revision)
+
+    def truncate_log(self) -> None:
+        """The write-ahead log of an embedded database takes no room on the disk, unless a reader still needs it."""
+        if self._file is not None:
+            with suppress(sqlite3.Error), closing(sqlite3.connect(self._file, timeout=1)) as connection:
+                connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
 
     def close(self) -> None:
         """Every connection is closed."""

@@ -54,3 +54,4 @@ class Room:
 
     def _collect(self) -> None:
         collect_rows(self._database, self._store, self._at_once)
+        self._database.truncate_log()
