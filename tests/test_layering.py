@@ -83,11 +83,12 @@ ORDER = {
     ],
     "engram_service": [
         "settings tables problems extractor_child",
-        "database storage embedder spooled auth bodies",
+        "database storage embedder spooled auth bodies liveness",
         "buffers ingest extractors",
-        "commit replay",
-        "collect routes",
+        "commit replay heartbeat",
+        "collect routes work",
         "worker app",
+        "supervisor",
         "cli",
     ],
     "engram_trainer": [

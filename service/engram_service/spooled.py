@@ -32,9 +32,6 @@ UInt8Array = npt.NDArray[np.uint8]
 IntArray = npt.NDArray[np.int64]
 Shape = tuple[int, int, int]
 
-# How often the first pass reports: seldom enough to cost nothing, often enough to notice a cancellation.
-REPORT_EVERY = 256
-
 
 class SpooledImages:
     """The images of one upload. Enter it to keep the file open."""
@@ -47,7 +44,8 @@ class SpooledImages:
         Args:
             path: the tar stream.
             settings: limits on images, classes, pixels and sides.
-            report: called now and then with the number of images found so far; what it raises ends the pass.
+            report: called for each image, and often, with the number of images found so far; what it raises ends the
+                pass.
             schema: the fields that every image must bring.
 
         Raises:
@@ -77,13 +75,11 @@ class SpooledImages:
         with self._path.open("rb", buffering=1 << 20) as stream:
             for member in tar.read(stream, schema=self.schema):
                 self._add(member)
-                if len(self) % REPORT_EVERY == 0:
-                    report(len(self))
+                report(len(self))
         if len(self) == 0:
             raise BadUpload(
                 "the upload has 0 images; it must hold KEY.ppm|pgm|png|jpg|jpeg|webp + KEY.cls pairs", images=0
             )
-        report(len(self))
 
     def __len__(self) -> int:
         return len(self._offsets)
@@ -143,6 +139,14 @@ class SpooledImages:
         if len(self) == settings.max_images:
             raise TooLarge(
                 f"the upload has more than {settings.max_images} images; split it", max_images=settings.max_images
+            )
+        pixels, limit = (len(self) + 1) * found[0] * found[1], settings.max_decoded_pixels
+        if pixels > limit:
+            raise TooLarge(
+                f"the images up to member {member.name!r} have {pixels} pixels together, at most {limit} are decoded "
+                "of one upload; split it, or make the images smaller",
+                member=member.name,
+                max_decoded_pixels=limit,
             )
         place = self._places.setdefault(member.class_id, len(self._places))
         if len(self._places) > settings.max_classes:
