@@ -213,7 +213,7 @@ def _uploads(database: Database, folder: Path, stuck: Stuck, pulse: Callable[[],
 
 def _remove_if_abandoned(database: Database, path: Path) -> bool:
     try:
-        file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except FileNotFoundError:
         return False
     try:

@@ -439,11 +439,12 @@ def release(database: Database, held: Claim, *, after_s: float, counts: bool = T
     _change(database, held, **_FREE, attempts=attempts, pause_s=after_s if after_s > 0 else None)
 
 
-def release_all(database: Database, owner: str) -> None:
-    """What a worker that has died was at is free for the next one, at once."""
+def release_all(database: Database, owner: str, *, counts: bool = True) -> None:
+    """What a worker that has died was at is free for the next one, at once; see `release` for `counts`."""
+    attempts = IngestRow.attempts if counts else IngestRow.attempts - 1
     with database.session() as session:
         own = (IngestRow.lease_owner == owner, IngestRow.state.in_(ACTIVE))
-        session.execute(update(IngestRow).where(*own).values(**_FREE, **_changed()))
+        session.execute(update(IngestRow).where(*own).values(**_FREE, **_changed(), attempts=attempts))
 
 
 def held_by(session: Session, leases: Iterable[Lease]) -> set[Lease]:

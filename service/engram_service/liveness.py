@@ -41,7 +41,7 @@ class Liveness:
 
         Of a service that runs no workers nothing is known to be wrong. Workers have `worker_silent_s` to start.
         """
-        beats = dict(session.execute(select(WorkerRow.name, WorkerRow.beat)).tuples())
+        beats = {row.name: row.beat for row in session.scalars(select(WorkerRow))}
         now = time.monotonic()
         if beats.items() - self._beats.items():
             self._alive_at = now

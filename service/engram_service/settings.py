@@ -95,6 +95,10 @@ class Settings(BaseSettings):
     """Worker processes beside the service, each at one ingest at a time and of another buffer; 0 leaves the work to
     `engram-service worker` elsewhere. None: one per core that the process may use, at least 2 and at most 4."""
 
+    worker_niceness: Annotated[int, Field(ge=0, le=19)] = 10
+    """How far workers and their extractors stand back on a processor that others want, as `nice` counts it: draws and
+    requests come first. 0 is for a machine that serves nothing."""
+
     worker_poll_s: Annotated[float, Field(gt=0)] = 0.2
     """How often an idle worker looks for a new ingest."""
 

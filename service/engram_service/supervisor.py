@@ -105,7 +105,8 @@ class Supervisor:
     def _take_over(self, child: _Child) -> None:
         """What the dead worker held is free, and nobody takes it for alive."""
         try:
-            ingest.release_all(self._database, child.identity.name)
+            # That it was told to stop is none of the upload's doing.
+            ingest.release_all(self._database, child.identity.name, counts=not self._stopping.is_set())
             with self._database.session() as session:
                 liveness.forget(session, child.identity)
         except EngramError as error:

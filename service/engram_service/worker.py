@@ -35,9 +35,7 @@ logger = logging.getLogger(__name__)
 
 COLLECT_S = 60.0
 # What a stopping worker may take to notice: it looks after every batch of images.
-STOP_S = 10.0
-# Draws and requests come first wherever there are fewer cores than processes that want one.
-NICENESS = 10
+STOP_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -125,7 +123,7 @@ def main() -> None:
     # Standard output is for signs alone: what libraries print there goes where the log goes.
     signs = Signs(os.dup(1))
     os.dup2(2, 1)
-    os.nice(NICENESS)
+    os.nice(settings.worker_niceness)
     stop = threading.Event()
     # Ctrl-C reaches the whole foreground group; the parent decides what it means.
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import resource
-import signal
 import threading
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
-import psutil
 import pytest
 from sqlalchemy import select, update
 
@@ -29,13 +24,12 @@ from engram_service.ingest import LeaseLost
 from engram_service.settings import Settings
 from engram_service.spooled import SpooledImages
 from engram_service.storage import PackStore
-from engram_service.supervisor import Supervisor
 from engram_service.tables import IngestRow, PackRow
 from engram_service.work import attempt
 from tests.contents import create, pictures
 from tests.models import model
 from tests.photos import photos
-from tests.servers import ServiceProcess, eventually, http
+from tests.servers import eventually
 from tests.uploads import encoded, final, pairs, queue, tar_of, tar_of_arrays, work_through
 
 PICTURES = pictures(1, 12)
@@ -317,42 +311,6 @@ def test_a_running_worker_takes_what_comes_and_stops_when_asked(
     stop.set()
     running.join(30)
     assert not running.is_alive()
-
-
-def children() -> list[psutil.Process]:
-    found = []
-    for child in psutil.Process().children():
-        with suppress(psutil.NoSuchProcess):  # killed, and not yet waited for
-            if "engram_service.worker" in " ".join(child.cmdline()):
-                found.append(child)
-    return found
-
-
-def test_a_killed_worker_is_started_again_and_stops_with_its_supervisor(database: Database, settings: Settings) -> None:
-    create(database)
-    supervisor = Supervisor(settings)
-    supervisor.start()
-    try:
-        assert eventually(lambda: len(children()) == 1)
-        first = children()[0].pid
-        os.kill(first, signal.SIGKILL)
-        assert eventually(lambda: [child.pid for child in children()] not in ([], [first]))
-        queued = queue(database, settings, tar_of_arrays(PICTURES, CLASS_IDS))
-        assert eventually(lambda: final(database, queued).state == "committed")
-    finally:
-        supervisor.stop()
-    assert children() == []
-
-
-def test_a_worker_ends_when_its_service_is_killed(make_service: Callable[..., ServiceProcess]) -> None:
-    service = make_service()
-    with http(service) as web:
-        web.get("/healthz").raise_for_status()
-    found = psutil.Process(service.process.pid)
-    assert eventually(lambda: len(found.children()) == 1)
-    child = found.children()[0]
-    service.kill()
-    assert eventually(lambda: not child.is_running() or child.status() == psutil.STATUS_ZOMBIE)
 
 
 @pytest.mark.services
