@@ -66,9 +66,9 @@ def test_a_worker_goes_on_where_something_cannot_be_collected_and_says_so_once(
     running = threading.Thread(target=worker.run, args=(often, stop))
     running.start()
     try:
-        for task in range(3):
-            queued = queue(database, settings, tar_of_arrays(pictures(task, 4), [1] * 4), task=task)
-            assert eventually(lambda queued=queued: final(database, queued).state == "committed")
+        body = tar_of_arrays(pictures(1, 4), [1] * 4)
+        queued = [queue(database, settings, body, task=task) for task in range(3)]
+        assert eventually(lambda: all(final(database, one).state == "committed" for one in queued))
     finally:
         stop.set()
         running.join()

@@ -14,7 +14,7 @@ import pytest
 from sqlalchemy import select, update
 
 from engram import pack
-from engram.errors import EngramError, NotFound, from_problem
+from engram.errors import EngramError, NotFound, TooLarge, from_problem
 from engram.schemas import Ingest, IngestOptions, Ranking
 from engram_service import buffers, extractors, ingest, worker
 from engram_service.collect import collect
@@ -127,6 +127,31 @@ def test_images_of_every_format_are_read_back_as_they_were(settings: Settings) -
         with pytest.raises(IndexError):
             images.read([10])
     assert found == list(range(1, 11))
+
+
+def test_an_upload_is_given_up_at_the_image_at_which_it_was_cancelled(settings: Settings) -> None:
+    path = settings.spool_dir / "x.tar"
+    path.write_bytes(tar_of_arrays(PICTURES, CLASS_IDS))
+
+    def report(found: int) -> None:
+        if found == 5:
+            raise LeaseLost
+
+    with pytest.raises(LeaseLost):
+        SpooledImages(path, settings, report)
+
+
+def test_the_pixels_of_one_upload_are_bounded(database: Database, store: PackStore, settings: Settings) -> None:
+    create(database)
+    bounded = settings.model_copy(update={"max_decoded_pixels": 10 * 16 * 16})
+    for images, state in ((10, "committed"), (11, "failed")):
+        queued = queue(database, settings, tar_of_arrays(PICTURES[:1].repeat(images, 0), [0] * images))
+        work_through(database, store, bounded)
+        ended = final(database, queued)
+        assert ended.state == state
+    assert ended.problem is not None
+    assert type(from_problem(ended.problem)) is TooLarge
+    assert "'0000000010.ppm' have 2816 pixels together, at most 2560" in ended.problem["detail"]
 
 
 def test_grey_images_stay_grey(database: Database, store: PackStore, settings: Settings) -> None:
