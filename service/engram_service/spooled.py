@@ -21,7 +21,7 @@ from typing import BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from engram import tar
+from engram import images, tar
 from engram.errors import BadUpload, EngramError, TooLarge
 from engram.fields import NO_FIELDS, Schema
 from engram.files import disk_errors
@@ -168,7 +168,7 @@ class SpooledImages:
 
     def _decode(self, data: bytes, name: str) -> UInt8Array:
         try:
-            return tar.decode_image(data, max_pixels=self._settings.max_pixels, min_side=self._settings.min_side_pixels)
+            return images.decode(data, max_pixels=self._settings.max_pixels, min_side=self._settings.min_side_pixels)
         except (BadUpload, TooLarge) as error:
             raise type(error)(f"member {name!r}: {error.message}", **error.details, member=name) from error
 
