@@ -10,7 +10,6 @@ import io
 import re
 import struct
 import warnings
-from collections.abc import Callable
 from typing import Any, Final
 
 import numpy as np
@@ -37,25 +36,11 @@ _START_OF_SCAN: Final = b"\xff\xda"
 _MAX_SCANS: Final = 100
 
 
-def decode(
-    data: bytes,
-    *,
-    max_pixels: int,
-    min_side: int,
-    max_side: int = MAX_SIDE,
-    count: Callable[[int], None] = lambda pixels: None,
-) -> UInt8Array:
+def decode(data: bytes, *, max_pixels: int, min_side: int, max_side: int = MAX_SIDE) -> UInt8Array:
     """The pixels of an encoded image, uint8 `[H, W, 3]` or `[H, W, 1]`; its declared size is checked before decoding.
 
     Black-and-white becomes grey, a palette becomes RGB, an alpha channel is dropped if it is opaque everywhere. An
     EXIF orientation is not applied (as in torchvision's and datasets' loaders).
-
-    Args:
-        data: a whole file.
-        max_pixels: that the image may have.
-        min_side: the smallest height and width.
-        max_side: the largest.
-        count: told how many pixels there will be, before they are decoded; what it raises ends it.
 
     Raises:
         BadUpload: not a PPM, PGM, PNG, JPEG or WebP image, damaged, CMYK, 16 bit, animated, transparent, too small.
@@ -64,7 +49,6 @@ def decode(
     if data[:2] in (b"P5", b"P6"):
         kind, width, height, start = _portable_header(data)
         _check_size(width, height, max_pixels, min_side, max_side)
-        count(width * height)
         return _portable_pixels(data, start, (height, width, 3 if kind == 6 else 1))
     if data[:8] == b"\x89PNG\r\n\x1a\n" and data[24:25] == b"\x10":
         # Pillow would cut 16-bit RGB down to 8 bits without a word.
@@ -81,7 +65,6 @@ def decode(
             frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
             if frames > 1:
                 raise BadUpload(f"an animated image with {frames} frames; send each as an image of its own")
-            count(image.width * image.height)
             return _eight_bit(image)
     except Image.DecompressionBombError as error:
         raise TooLarge(f"{error}") from error

@@ -1,4 +1,6 @@
 import io
+import struct
+import tracemalloc
 
 import numpy as np
 import numpy.typing as npt
@@ -129,3 +131,44 @@ def test_a_damaged_image_never_does_worse_than_a_problem(whole: bytes, data: st.
         return
     assert pixels.dtype == np.uint8
     assert pixels.shape[2] in (1, 3)
+
+
+def test_blanks_without_end_in_a_ppm_take_no_memory() -> None:
+    data = b"P6" + b" " * 2**21 + b"2 2 255 " + bytes(12)
+    tracemalloc.start()
+    try:
+        with pytest.raises(BadUpload, match="in its first 4096 bytes"):
+            decode(data)
+        assert tracemalloc.get_traced_memory()[1] < len(data)
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_comment_may_fill_the_header_of_a_ppm_but_no_more() -> None:
+    assert decode(b"P6 #" + b"c" * 4000 + b"\n2 2 255\n" + bytes(12)).shape == (2, 2, 3)
+    with pytest.raises(BadUpload, match="in its first 4096 bytes"):
+        decode(b"P6 #" + b"c" * 4096 + b"\n2 2 255\n" + bytes(12))
+
+
+def segment(marker: int, payload: bytes) -> bytes:
+    return struct.pack(">BBH", 0xFF, marker, len(payload) + 2) + payload
+
+
+def jpeg_of_scans(count: int, side: int = 64) -> bytes:
+    """A grey progressive JPEG whose scans, of 12 bytes each, say that all coefficients of one frequency are zero."""
+    one_code = bytes([1] + [0] * 15)
+    head = b"\xff\xd8" + segment(0xDB, b"\0" + bytes([1] * 64))
+    head += segment(0xC2, struct.pack(">BHHBBBB", 8, side, side, 1, 1, 0x11, 0))
+    # The only code, a zero bit, begins a run of 64 blocks and six bits more.
+    head += segment(0xC4, b"\x10" + one_code + b"\x60")
+    blocks = b"\x00\xff\x00" if side == 64 else b""
+    return head + b"".join(segment(0xDA, bytes([1, 1, 0, k, k, 0])) + blocks for k in range(1, count + 1)) + b"\xff\xd9"
+
+
+def test_a_jpeg_of_many_scans_is_refused_before_it_is_decoded() -> None:
+    assert decode(jpeg_of_scans(60)).shape == (64, 64, 1)
+    with pytest.raises(TooLarge, match="101 scans; at most 100"):
+        decode(jpeg_of_scans(60)[:-2] + jpeg_of_scans(41))
+    out = io.BytesIO()
+    Image.new("RGB", (64, 64)).save(out, "JPEG", progressive=True)
+    assert decode(out.getvalue()).shape == (64, 64, 3)

@@ -251,6 +251,97 @@ def test_a_damaged_pax_header_is_refused(record: bytes) -> None:
         read(data)
 
 
+def sized(size: bytes, kind: bytes = tarfile.REGTYPE) -> bytes:
+    """A header whose field for the size holds these bytes."""
+    info = tarfile.TarInfo("a.ppm")
+    info.type = kind
+    block = bytearray(info.tobuf(tarfile.USTAR_FORMAT))
+    block[124:136] = size.ljust(12, b"\0")
+    block[148:156] = b" " * 8
+    block[148:156] = b"%06o\0 " % sum(block)
+    return bytes(block)
+
+
+def pax(*records: tuple[str, str], kind: bytes = tarfile.XHDTYPE) -> bytes:
+    body = b""
+    for key, value in records:
+        record = f" {key}={value}\n".encode()
+        length = len(record) + len(str(len(record)))
+        body += b"%d" % (length + (len(str(length)) > len(str(len(record))))) + record
+    info = tarfile.TarInfo("h")
+    info.type, info.size = kind, len(body)
+    return info.tobuf() + body + bytes(-len(body) % tar.BLOCK)
+
+
+def base_256(size: int) -> bytes:
+    return (0x80 << 88 | size).to_bytes(12, "big") if size >= 0 else (size % 2**96).to_bytes(12, "big")
+
+
+@pytest.mark.parametrize("kind", [tarfile.REGTYPE, tarfile.DIRTYPE, tarfile.XHDTYPE, tarfile.XGLTYPE, b"L", b"K"])
+@pytest.mark.parametrize("size", [base_256(-1), base_256(-512), base_256(-(2**80)), b"-7"])
+def test_a_size_below_zero_is_refused_before_anything_is_read_by_it(kind: bytes, size: bytes) -> None:
+    class Forward(io.BytesIO):
+        def read(self, size: int | None = -1) -> bytes:
+            assert size is not None
+            assert 0 <= size <= 2**20
+            return super().read(size)
+
+    data = sized(size, kind) + archive(("a.ppm", PPM), ("a.cls", b"1"))
+    with pytest.raises(BadUpload, match="declares a size of -"):
+        list(tar.read(Forward(data)))
+
+
+@pytest.mark.parametrize("text", ["0" * 19 + "12", "9" * 20, "-1", "+5", "1_0", " 5", "", "\u0665", "9" * 5000])
+def test_a_size_of_a_pax_header_that_is_no_number_of_bytes_is_refused(text: str) -> None:
+    with pytest.raises(BadUpload, match="declares the size"):
+        read(pax(("size", text)) + archive(("a.ppm", PPM), ("a.cls", b"1")))
+
+
+def test_a_size_of_a_pax_header_counts_before_that_of_the_member() -> None:
+    header = sized(b"")
+    data = pax(("size", str(len(PPM)))) + header + PPM.ljust(tar.BLOCK, b"\0") + archive(("a.cls", b"1"))
+    assert read(data)[0].image == PPM
+
+
+@pytest.mark.parametrize("record", [("size", "24"), ("path", "b.ppm")])
+def test_a_global_header_with_a_name_or_a_size_for_all_members_is_refused(record: tuple[str, str]) -> None:
+    pairs = archive(("a.ppm", PPM), ("a.cls", b"1"))
+    assert len(read(pax(("comment", "of git archive"), kind=tarfile.XGLTYPE) + pairs)) == 1
+    with pytest.raises(BadUpload, match="global PAX header"):
+        read(pax(record, kind=tarfile.XGLTYPE) + pairs)
+
+
+class Cancelled(Exception):
+    """What a check raises."""
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"".join(tar.entry(f"{number}.py", b"") for number in range(4000)),
+        b"".join(tar.entry(f"{number}.note.txt", b"x") for number in range(2000)),
+        tar.entry("large.bin", bytes(2**22)),
+        sized(b"", tarfile.DIRTYPE) * 4000,
+        pax(("comment", "c" * 60_000)) * 30,
+        tar.END + bytes(2**22),
+    ],
+    ids=["other files", "no fields", "a large file", "directories", "extended headers", "zeros after the end"],
+)
+def test_reading_ends_when_it_is_asked_to_though_nothing_is_found(body: bytes) -> None:
+    calls = 0
+
+    def check() -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            raise Cancelled
+
+    stream = io.BytesIO(body + tar.END)
+    with pytest.raises(Cancelled):
+        list(tar.read(stream, check=check))
+    assert stream.tell() <= 3 * 2**20
+
+
 def test_a_sparse_file_of_the_pax_format_is_refused() -> None:
     record = b"22 GNU.sparse.major=1\n"
     info = tarfile.TarInfo("h")
@@ -383,6 +474,7 @@ def test_a_key_is_what_a_member_is_called_unless_it_says_another() -> None:
         (("a.logits.npy", npy([1]).replace(b"(1,)", b"(-1,)"[:4] + b")")), "numpy|bytes"),
         (("a.logits.npy", b"\x93NUMPY\x02\x00\xff\xff\xff\xff"), "no array of numpy"),
         (("a.logits.npy", b"\x93NUMPY\x01\x00\xff\xff" + b"(" * 70_000), "no array of numpy"),
+        (("a.logits.npy", b"\x93NUMPY\x01\x00\x05\x00{'a':"), "no array of numpy"),
         (("a.logits.json", b"[1, 2"), "is not JSON"),
         (("a.logits.json", b"[" * 100_000), "is not JSON"),
         (("a.logits.json", b"\xff"), "is not JSON"),
