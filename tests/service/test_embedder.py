@@ -22,6 +22,7 @@ from onnxruntime.capi import onnxruntime_pybind11_state
 from engram.errors import BadExtractor
 from engram_service import extractor_child
 from engram_service.embedder import ExtractorLimits, OnnxEmbedder, inspect
+from tests.models import endless_model
 from tests.photos import photos
 
 LIMITS = ExtractorLimits(memory_bytes=2 * 2**30, batch_s=20.0, max_bytes=2**20)
@@ -194,31 +195,6 @@ def hidden_external() -> onnx.ModelProto:
     return build(nodes, initializers=[constant("t", True, np.bool_)])
 
 
-def endless() -> onnx.ModelProto:
-    """A loop of 2^60 rounds."""
-    body = helper.make_graph(
-        [
-            helper.make_node("Sin", ["state"], ["next"]),
-            helper.make_node("Identity", ["go"], ["go_on"]),
-        ],
-        "body",
-        [
-            helper.make_tensor_value_info("i", TensorProto.INT64, []),
-            helper.make_tensor_value_info("go", TensorProto.BOOL, []),
-            helper.make_tensor_value_info("state", TensorProto.FLOAT, None),
-        ],
-        [
-            helper.make_tensor_value_info("go_on", TensorProto.BOOL, []),
-            helper.make_tensor_value_info("next", TensorProto.FLOAT, None),
-        ],
-    )
-    nodes = [
-        helper.make_node("Loop", ["rounds", "yes", "x"], ["z"], body=body),
-        helper.make_node("ReduceMean", ["z"], ["y"], axes=[2, 3], keepdims=0),
-    ]
-    return build(nodes, initializers=[constant("rounds", 2**60, np.int64), constant("yes", True, np.bool_)])
-
-
 def gluttonous() -> onnx.ModelProto:
     """Expands two pictures to 16 GiB."""
     nodes = [
@@ -376,7 +352,7 @@ def test_two_outputs_are_refused(tmp_path: Path) -> None:
 def test_a_model_that_runs_for_ever_is_stopped(tmp_path: Path) -> None:
     limits = ExtractorLimits(batch_s=4.0)
     with pytest.raises(BadExtractor, match="more than 4 s for loading and a dummy batch"):
-        inspect(saved(tmp_path, endless())[0], limits)
+        inspect(saved(tmp_path, endless_model())[0], limits)
 
 
 def test_a_file_that_changed_since_it_was_registered_is_refused(tmp_path: Path) -> None:
