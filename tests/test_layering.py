@@ -66,7 +66,7 @@ WITH_TORCH = "engram.torch"
 ORDER = {
     "engram": [
         "errors names schemas files forks paths",
-        "fields npy",
+        "fields images npy",
         "form shares draw tar transport",
         "strip folder http",
         "pack batch index",

@@ -1,11 +1,12 @@
 """Removes what no row of the database names, and never what one will.
 
-Three kinds of leftovers:
+Four kinds of leftovers:
 
 - packs of generations whose grace period is over, and of the oldest ones if retired packs take more than
   `retired_bytes`: the rows first, then the files that no row names any more;
 - packs of commits that never happened (a crash, a lost race): files older than the grace period without a row;
-- uploads whose ingest is final, or that nobody finished (a crash between rename and commit).
+- uploads whose ingest is final, or that nobody finished (a crash between rename and commit);
+- extractors that nothing names any more (`extractors.collect`).
 
 A commit writes its packs before the rows that name them, so a file without a row may be about to get one. Two
 things make removal safe. Files are removed inside a transaction that excludes commits (`commit.exclusive`), and a
@@ -33,6 +34,7 @@ from sqlalchemy.orm import Session
 
 from engram.errors import EngramError
 
+from . import extractors
 from .commit import exclusive
 from .database import Database
 from .ingest import ACTIVE
@@ -60,6 +62,7 @@ class Collected:
     rows: int
     packs: int
     uploads: int
+    extractors: int
     stuck: Stuck = field(default_factory=dict)
 
 
@@ -79,8 +82,9 @@ class Collector:
         except Exception as error:
             logger.error("leftovers cannot be collected; this is a defect of Engram", exc_info=error)
         else:
-            if found.rows or found.packs or found.uploads:
-                logger.info("collected %d old pack rows, %d packs, %d uploads", found.rows, found.packs, found.uploads)
+            counts = found.rows, found.packs, found.uploads, found.extractors
+            if any(counts):
+                logger.info("collected %d old pack rows, %d packs, %d uploads, %d extractors", *counts)
             self._tell(found.stuck)
 
     def _tell(self, stuck: Stuck) -> None:
@@ -121,9 +125,10 @@ def collect(
                 unwanted[digest] = None
     packs = _unnamed_packs(database, store, list(unwanted), stuck, pulse)
     uploads = _uploads(database, settings.spool_dir, stuck, pulse)
+    models = extractors.collect(database, settings, stuck=stuck, pulse=pulse)
     with _passing_over(store.folder, stuck):
         store.sweep(settings.grace_s, lambda path, error: stuck.update({str(path): error}))
-    return Collected(len(retired), packs, uploads, stuck)
+    return Collected(len(retired), packs, uploads, models, stuck)
 
 
 @contextmanager
