@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from secrets import token_hex
@@ -82,14 +82,30 @@ def fsync_path(path: Path) -> None:
         os.close(descriptor)
 
 
-def sweep(temporaries: Iterator[Path], older_than_s: float) -> int:
-    """Temporary files older than this are removed: a crash left them behind; returns how many."""
+def pass_over(path: Path, error: OSError) -> None:
+    """Says nothing of a file that cannot be removed."""
+
+
+def sweep(
+    temporaries: Iterator[Path], older_than_s: float, refused: Callable[[Path, OSError], None] = pass_over
+) -> int:
+    """Temporary files older than this are removed: a crash left them behind; returns how many.
+
+    Args:
+        temporaries: to look at.
+        older_than_s: since they were written.
+        refused: called with each file that cannot be removed, and why.
+    """
     removed = 0
     for path in temporaries:
-        with suppress(FileNotFoundError):
+        try:
             if time.time() - path.stat().st_mtime > older_than_s:
                 path.unlink()
                 removed += 1
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            refused(path, error)
     return removed
 
 

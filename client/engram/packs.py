@@ -217,10 +217,15 @@ class PackFolder:
                 if _NAME.fullmatch(path.name):
                     yield path.name, now - path.stat().st_mtime
 
-    def sweep(self, older_than_s: float) -> int:
-        """Temporary files, and indexes without a pack, that are older than this are removed; returns how many."""
+    def sweep(self, older_than_s: float, refused: Callable[[Path, OSError], None] = files.pass_over) -> int:
+        """Temporary files, and indexes without a pack, that are older than this are removed; returns how many.
+
+        Args:
+            older_than_s: since they were written.
+            refused: called with each file that cannot be removed, and why.
+        """
         left = (path for path in self.folder.glob(self.pattern) if self._is_left_behind(path))
-        return files.sweep(left, older_than_s)
+        return files.sweep(left, older_than_s, refused)
 
     def _is_left_behind(self, path: Path) -> bool:
         if path.suffix == _INDEX and not path.name.startswith("."):

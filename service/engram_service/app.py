@@ -18,6 +18,8 @@ from . import __version__, problems
 from .auth import OPEN_PATHS, Gate, require_token_beyond_loopback
 from .bodies import BodyLimit
 from .database import Database
+from .extractors import Turns
+from .liveness import Liveness
 from .replay import Replay
 from .room import Room
 from .routes import buffers, draw, exemplars, export, extractors, health, ingests, packs, tasks
@@ -65,6 +67,8 @@ def create_app(settings: Settings) -> FastAPI:
     app.state.store, app.state.cache = store, cache
     app.state.replay = replay
     app.state.room = Room(database, store, settings)
+    app.state.extractor_turns = Turns(settings)
+    app.state.liveness = Liveness(settings)
     problems.install(app)
     app.add_middleware(BodyLimit, settings=settings)
     app.add_middleware(Gate, settings=settings)

@@ -476,7 +476,7 @@ def _task_row(buffer: str, number: int, task: Task) -> TaskRow:
 def _end(session: Session, ingest: Claim, generation: int, now: float) -> None:
     """The ingest is committed, if it is still the worker's to commit."""
     committed = update(IngestRow).where(holds(ingest)).values(state="committed", generation=generation)
-    committed = committed.values(images_done=IngestRow.images_total, lease_owner=None, lease_expires_at=None)
+    committed = committed.values(images_done=IngestRow.images_total, lease_owner=None)
     if _changed(session, committed.values(updated_at=now)) != 1:
         raise LeaseLost(ingest.id)
 

@@ -11,15 +11,16 @@ import os
 from engram.errors import EngramError
 
 from .database import Database
+from .liveness import Liveness
 from .settings import Settings
 from .storage import Reserve
 
 
-def problems(database: Database, settings: Settings) -> list[str]:
+def problems(database: Database, settings: Settings, liveness: Liveness) -> list[str]:
     """What is wrong now, as sentences."""
     found = [*disk(settings), *metadata(database)]
     # Workers are known from the database.
-    return found or workers(database, settings)
+    return found or workers(database, liveness)
 
 
 def disk(settings: Settings) -> list[str]:
@@ -53,6 +54,11 @@ def metadata(database: Database) -> list[str]:
     return []
 
 
-def workers(database: Database, settings: Settings) -> list[str]:
-    """What is wrong with the workers."""
-    return []
+def workers(database: Database, liveness: Liveness) -> list[str]:
+    """What is wrong with the workers: none has been alive for too long."""
+    try:
+        with database.reading() as session:
+            problem = liveness.problem(session)
+    except EngramError as error:
+        return [error.message]
+    return [] if problem is None else [problem]

@@ -1,6 +1,6 @@
 """Kills writers of a service's data folder at every statement and every file operation; run as a program.
 
-    python -m tests.service.deaths migrate|register FOLDER [POINTS]
+    python -m tests.service.deaths migrate|register|mirror FOLDER [POINTS]
 
 A process dies by SIGKILL at its n-th step: an SQL statement, or an audited call (open, rename, remove, mkdir, link).
 `POINTS` such n are tried, chosen at random; without it all are. After every death the folder is inspected, and the work
@@ -10,6 +10,7 @@ is done again, to the end. What a test has to know is printed as a line of JSON.
 from __future__ import annotations
 
 import asyncio
+import atexit
 import hashlib
 import json
 import os
@@ -27,16 +28,21 @@ from typing import Any
 
 from sqlalchemy import Engine, event, text
 
+from engram.client import Client
+from engram.mirror import Mirror
 from engram_service import extractors
 from engram_service.app import open_database
 from engram_service.collect import collect
 from engram_service.database import Database
 from engram_service.settings import Settings
 from engram_service.storage import PackStore
+from tests.contents import create, fill
 from tests.models import model
+from tests.servers import ServiceProcess
 
 CALLS = ("open", "os.rename", "os.remove", "os.mkdir", "os.link")
 MODEL = model()
+URLS: list[str] = []
 DIGEST = hashlib.sha256(MODEL).hexdigest()
 
 
@@ -109,7 +115,7 @@ def register(settings: Settings) -> None:
         yield MODEL
 
     database = open_database(settings)
-    asyncio.run(extractors.register(database, settings, DIGEST, body()))
+    asyncio.run(extractors.register(database, settings, extractors.Turns(settings), DIGEST, body()))
     database.close()
 
 
@@ -129,6 +135,38 @@ def check_registration(settings: Settings) -> str:
     return "registered" if rows else "not yet"
 
 
+def served_folder(settings: Settings) -> None:
+    """A data folder with some packs, which a service serves until this program ends."""
+    empty_folder(settings)
+    database = Database(settings)
+    create(database)
+    for task in range(3):
+        fill(database, settings, task, {task: 5})
+    database.close()
+    service = ServiceProcess(settings.data_dir.parent, workers=0, data_dir=settings.data_dir)
+    atexit.register(service.kill)
+    URLS.append(service.url)
+
+
+def mirror(settings: Settings) -> None:
+    with Client(URLS[0]) as client:
+        Mirror(client, "b", settings.data_dir / "mirror")
+
+
+def check_mirror(settings: Settings) -> str:
+    """The next mirror of the folder draws what the service draws, and what the dead one left is gone in time."""
+    folder = settings.data_dir / "mirror"
+    left = list((folder / "packs").glob(".*.tmp"))
+    for path in left:
+        os.utime(path, (1, 1))
+    with Client(URLS[0]) as client:
+        copy = Mirror(client, "b", folder)
+        assert copy.draw(8).images.tobytes() == client.draw("b", 8).images.tobytes()
+        digests = {pack.digest for pack in copy.manifest.packs}
+    assert {path.stem for path in (folder / "packs").iterdir()} == digests, left
+    return "whole"
+
+
 def empty_folder(settings: Settings) -> None:
     """A data folder of this version."""
     open_database(settings).close()
@@ -137,6 +175,7 @@ def empty_folder(settings: Settings) -> None:
 WORK: dict[str, tuple[Callable[[Settings], None], Callable[[Settings], None], Callable[[Settings], str]]] = {
     "migrate": (old_folder, migrate, check_migration),
     "register": (empty_folder, register, check_registration),
+    "mirror": (served_folder, mirror, check_mirror),
 }
 
 

@@ -8,15 +8,15 @@ from engram.errors import Unavailable
 from engram.schemas import Health
 
 from .. import __version__, buffers, health
-from .parts import CachePart, DatabasePart, SettingsPart
+from .parts import CachePart, DatabasePart, LivenessPart, SettingsPart
 
 router = APIRouter(tags=["health"])
 
 
 @router.get("/healthz")
-def healthz(database: DatabasePart, settings: SettingsPart, cache: CachePart) -> Health:
+def healthz(database: DatabasePart, settings: SettingsPart, liveness: LivenessPart, cache: CachePart) -> Health:
     """Tell that the process answers, and what is wrong with its data; 200 in both cases, so that nobody restarts it."""
-    problems = health.problems(database, settings)
+    problems = health.problems(database, settings, liveness)
     damaged = cache.damaged()
     if damaged and not problems:
         with database.reading() as session:
@@ -33,9 +33,9 @@ def healthz(database: DatabasePart, settings: SettingsPart, cache: CachePart) ->
 
 
 @router.get("/readyz")
-def readyz(database: DatabasePart, settings: SettingsPart) -> Health:
+def readyz(database: DatabasePart, settings: SettingsPart, liveness: LivenessPart) -> Health:
     """Tell whether the service can work: 503, with what is wrong with its disk, its database or its workers."""
-    problems = health.problems(database, settings)
+    problems = health.problems(database, settings, liveness)
     if problems:
         raise Unavailable("; ".join(problems), problems=problems)
     return Health(status="ok", version=__version__, damaged_packs=[], problems=[])

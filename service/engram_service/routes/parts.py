@@ -11,6 +11,7 @@ from engram.packs import PackCache
 from engram.schemas import MAX_TASK
 
 from ..database import Database
+from ..liveness import Liveness
 from ..replay import Replay
 from ..room import Room
 from ..settings import Settings
@@ -35,6 +36,11 @@ async def _cache(request: Request) -> PackCache:
 
 async def _replay(request: Request) -> Replay:
     found: Replay = request.app.state.replay
+    return found
+
+
+async def _liveness(request: Request) -> Liveness:
+    found: Liveness = request.app.state.liveness
     return found
 
 
@@ -65,6 +71,7 @@ DatabasePart = Annotated[Database, Depends(_database)]
 StorePart = Annotated[PackStore, Depends(_store)]
 CachePart = Annotated[PackCache, Depends(_cache)]
 ReplayPart = Annotated[Replay, Depends(_replay)]
+LivenessPart = Annotated[Liveness, Depends(_liveness)]
 RoomPart = Annotated[Room, Depends(_room)]
 SettingsPart = Annotated[Settings, Depends(_settings)]
 ExpectedGeneration = Annotated[int | None, Depends(_expected_generation)]
