@@ -66,7 +66,7 @@ WITH_TORCH = "engram.torch"
 ORDER = {
     "engram": [
         "errors names schemas files forks paths",
-        "fields npy",
+        "fields images npy",
         "form shares draw tar transport",
         "strip folder http",
         "pack batch index",
@@ -83,11 +83,14 @@ ORDER = {
     ],
     "engram_service": [
         "settings tables problems extractor_child",
-        "database storage embedder spooled auth bodies",
+        "database storage embedder spooled auth bodies liveness",
         "buffers ingest extractors",
-        "commit replay",
-        "collect routes",
+        "commit replay heartbeat",
+        "collect health",
+        "room work",
+        "routes",
         "worker app",
+        "supervisor",
         "cli",
     ],
     "engram_trainer": [
