@@ -82,8 +82,8 @@ ORDER = {
         "cli",
     ],
     "engram_service": [
-        "settings tables problems extractor_child",
-        "database storage embedder spooled auth bodies",
+        "settings tables problems extractor_child answers",
+        "database storage embedder spooled auth bodies edge",
         "buffers ingest extractors",
         "commit replay",
         "collect routes",
