@@ -42,7 +42,7 @@ SHUTDOWN_S = 10
 MAX_PIPELINED = 8
 """A read of 256 KiB can hold 14,000 requests, and each takes 4 KB while it waits. No client of today sends ahead."""
 
-LINGER_S = 2.0
+LINGER_S = 1.0
 """How long a client that is refused may take to read why: closed at once, it would find its connection reset."""
 
 # A handle may be needed for each connection and as many for packs and the database.
