@@ -9,8 +9,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
 import httpx
+import numpy as np
 import pytest
 
+from engram import Client
 from tests.contents import create, fill, pictures
 from tests.servers import ServiceThread, eventually
 from tests.uploads import encoded, pairs, tar_of
@@ -182,6 +184,17 @@ def test_a_client_that_does_not_read_its_answer_is_let_go(strict: ServiceThread)
             received += len(part)
             time.sleep(0.02)
         assert received > whole
+
+
+def test_a_trainer_that_fetched_ahead_and_then_paused_for_too_long_gets_its_draw(strict: ServiceThread) -> None:
+    create(strict.state.database, budget_bytes=10**7, quality=90)
+    fill(strict.state.database, strict.settings, 0, {0: 100}, shape=(64, 64, 3))
+    with Client(strict.url) as client:
+        wanted = client.draw("b", 6000)
+        early = client.ask("b", 6000)
+        assert eventually(lambda: strict.state.answers.bytes > 0)
+        assert eventually(lambda: strict.state.answers.bytes == 0)
+        assert np.array_equal(early.finish().images, wanted.images)
 
 
 def test_connections_beyond_the_limit_are_told_so_and_let_in_later(serve_thread: Callable[..., ServiceThread]) -> None:

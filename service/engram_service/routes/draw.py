@@ -109,6 +109,8 @@ async def draw_exemplars(request: Request, buffer: str) -> Response:
     if isinstance(drawn, Picked):
         answers: Answers = request.app.state.answers
         await answers.take(request.scope, drawn.bytes)
+        if await request.is_disconnected():
+            return Response()  # to nobody: whoever asked did not wait as long
         async with answers.making:
             drawn = await run_sync(replay.make, drawn)
     return _answer(drawn, media_type)
