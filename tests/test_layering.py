@@ -82,8 +82,8 @@ ORDER = {
         "cli",
     ],
     "engram_service": [
-        "settings tables problems extractor_child",
-        "database storage embedder spooled auth bodies liveness",
+        "settings tables problems extractor_child answers",
+        "database storage embedder spooled auth bodies edge liveness",
         "buffers ingest extractors",
         "commit replay heartbeat",
         "collect health",

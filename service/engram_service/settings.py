@@ -68,8 +68,35 @@ class Settings(BaseSettings):
     max_json_bytes: Annotated[int, Field(ge=1)] = 2**16
     """The largest JSON body (a buffer's definition is some 150 bytes)."""
 
+    max_head_bytes: Annotated[int, Field(ge=1024)] = 2**16
+    """The largest head of a request, its line and headers together; it stops heads that never end. A draw that names
+    10,000 tasks has 50 KB."""
+
+    head_timeout_s: Annotated[float, Field(gt=0)] = 15.0
+    """How long a client may take to send a head, from its first byte on (the first head of a connection: from the
+    connection on); it stops connections that are opened and not used."""
+
+    min_body_bytes_per_s: Annotated[int, Field(ge=1)] = 8192
+    """The least speed of an upload, and of a client that reads an answer; it stops those that hold a connection, a file
+    or an answer's memory for nothing."""
+
+    max_stall_s: Annotated[float, Field(gt=0)] = 30.0
+    """How long an upload or a reader may stay below that speed, silence included."""
+
+    max_connections: Annotated[int, Field(ge=1)] = 1000
+    """Connections at one time, and at most half of the files that the process may open; it stops a flood of them from
+    taking memory and handles. Those beyond it are answered 503."""
+
     max_draw: Annotated[int, Field(ge=1)] = 8192
-    """The largest `size` of a draw; it bounds the memory of one answer."""
+    """The largest `size` of a draw; `max_answer_bytes` bounds it in bytes."""
+
+    max_answer_bytes: Annotated[int, Field(ge=1)] = 64 * 2**20
+    """The largest answer that is made in memory: a draw in any form, a pack as a picture. Exports and packs are sent in
+    pieces and need no such bound."""
+
+    answer_memory_bytes: Annotated[int, Field(ge=1)] = 256 * 2**20
+    """Memory for all answers above 1 MiB that are on their way; requests wait for it, then get 503. One answer is
+    always let through when there is no other."""
 
     max_global_draw: Annotated[int, Field(ge=1)] = 2**20
     """The largest global batch, `size` times `world_size`: every rank plans all of it before it takes its slice."""
