@@ -66,7 +66,7 @@ WITH_TORCH = "engram.torch"
 ORDER = {
     "engram": [
         "errors names schemas files forks paths etags",
-        "fields npy",
+        "fields images npy",
         "form shares draw tar transport",
         "strip folder http",
         "pack batch index",
@@ -82,12 +82,15 @@ ORDER = {
         "cli",
     ],
     "engram_service": [
-        "settings tables problems extractor_child",
-        "database storage embedder spooled pages bodies head",
+        "settings tables problems extractor_child answers",
+        "database storage embedder spooled pages bodies edge head liveness",
         "buffers ingest extractors auth",
-        "commit replay",
-        "collect routes interface",
+        "commit replay heartbeat",
+        "collect health",
+        "room work",
+        "routes interface",
         "worker app",
+        "supervisor",
         "cli",
     ],
     "engram_trainer": [

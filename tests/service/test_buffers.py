@@ -265,7 +265,7 @@ def test_what_is_nowhere_and_what_is_not_possible_are_problems(client: httpx.Cli
     impossible = client.put("/v1/buffers", json={})
     assert impossible.status_code == 405
     assert impossible.headers["Content-Type"] == "application/problem+json"
-    assert set(impossible.headers["Allow"].split(", ")) == {"GET", "POST"}
+    assert set(impossible.headers["Allow"].split(", ")) == {"GET", "HEAD", "POST"}
 
 
 def test_the_interface_description_knows_every_route_and_its_problems(client: httpx.Client) -> None:

@@ -15,6 +15,7 @@ from .parts import (
     Generation,
     IfNoneMatch,
     ReplayPart,
+    RoomPart,
     StorePart,
     etag,
     matches,
@@ -56,10 +57,11 @@ def change_buffer(
     response: Response,
     database: DatabasePart,
     store: StorePart,
+    room: RoomPart,
     expected: ExpectedState,
 ) -> Buffer:
     """Give a buffer another budget, its classes other names; a smaller budget drops the tails of every class."""
-    commit.change(database, store, buffer, change, expected=expected)
+    commit.change(database, store, buffer, change, expected=expected, emergency=room.emergency)
     return read_buffer(buffer, response, database)
 
 
@@ -75,10 +77,16 @@ def fork_buffer(
 
 
 @router.delete("/{buffer}", status_code=204)
-def delete_buffer(buffer: BufferPath, database: DatabasePart, replay: ReplayPart, expected: ExpectedState) -> None:
+def delete_buffer(
+    buffer: BufferPath, database: DatabasePart, replay: ReplayPart, room: RoomPart, expected: ExpectedState
+) -> None:
     """Delete a buffer and everything in it."""
-    with database.session() as session:
-        buffers.delete(session, buffer, expected=expected)
+
+    def delete() -> None:
+        with database.session() as session:
+            buffers.delete(session, buffer, expected=expected)
+
+    room.freeing(delete)
     replay.forget(buffer)
 
 

@@ -24,6 +24,7 @@ from .parts import (
     Generation,
     IfNoneMatch,
     ReplayPart,
+    RoomPart,
     SettingsPart,
     StorePart,
     etag,
@@ -102,6 +103,7 @@ def remove_exemplars(
     buffer: BufferPath,
     database: DatabasePart,
     store: StorePart,
+    room: RoomPart,
     expected: ExpectedState,
     task: TaskFilter = None,
     class_id: ClassFilter = None,
@@ -109,7 +111,7 @@ def remove_exemplars(
 ) -> Buffer:
     """Remove all exemplars of a class or with a key, in a new generation, as if they had never come."""
     where = Where(task=task, class_id=class_id, key=key)
-    commit.remove(database, store, buffer, where, expected=expected)
+    commit.remove(database, store, buffer, where, expected=expected, emergency=room.emergency)
     return _as_it_stands(database, buffer)
 
 
@@ -137,11 +139,12 @@ def remove_exemplar(
     row: RowPath,
     database: DatabasePart,
     store: StorePart,
+    room: RoomPart,
     expected: ExpectedState,
 ) -> Buffer:
     """Remove one exemplar of the current generation, in a new one."""
     where, state = _place_now(database, buffer, pack, row, expected)
-    commit.remove(database, store, buffer, where, expected=state)
+    commit.remove(database, store, buffer, where, expected=state, emergency=room.emergency)
     return _as_it_stands(database, buffer)
 
 

@@ -13,7 +13,9 @@ from engram.schemas import MAX_TASK
 
 from ..buffers import Expected
 from ..database import Database
+from ..liveness import Liveness
 from ..replay import Replay
+from ..room import Room
 from ..settings import Settings
 from ..storage import PackStore
 
@@ -36,6 +38,16 @@ async def _cache(request: Request) -> PackCache:
 
 async def _replay(request: Request) -> Replay:
     found: Replay = request.app.state.replay
+    return found
+
+
+async def _liveness(request: Request) -> Liveness:
+    found: Liveness = request.app.state.liveness
+    return found
+
+
+async def _room(request: Request) -> Room:
+    found: Room = request.app.state.room
     return found
 
 
@@ -70,6 +82,8 @@ DatabasePart = Annotated[Database, Depends(_database)]
 StorePart = Annotated[PackStore, Depends(_store)]
 CachePart = Annotated[PackCache, Depends(_cache)]
 ReplayPart = Annotated[Replay, Depends(_replay)]
+LivenessPart = Annotated[Liveness, Depends(_liveness)]
+RoomPart = Annotated[Room, Depends(_room)]
 SettingsPart = Annotated[Settings, Depends(_settings)]
 ExpectedState = Annotated[Expected | None, Depends(_expected_state)]
 IfNoneMatch = Annotated[str, Header(description="ETags of what the client holds.")]

@@ -7,7 +7,7 @@ from fastapi import APIRouter
 from engram.schemas import Task
 
 from .. import buffers, commit
-from .parts import BufferPath, DatabasePart, ExpectedState, StorePart, TaskPath
+from .parts import BufferPath, DatabasePart, ExpectedState, RoomPart, StorePart, TaskPath
 
 router = APIRouter(prefix="/v1/buffers/{buffer}/tasks", tags=["tasks"])
 
@@ -25,7 +25,15 @@ def delete_task(
     task: TaskPath,
     database: DatabasePart,
     store: StorePart,
+    room: RoomPart,
     expected: ExpectedState,
 ) -> None:
     """Delete a task in a new generation; the shares of other tasks grow, for uploads to come."""
-    commit.reshare(database, store, buffer, without_task=task, expected=expected)
+    commit.reshare(
+        database,
+        store,
+        buffer,
+        without_task=task,
+        expected=expected,
+        emergency=room.emergency,
+    )
