@@ -198,7 +198,7 @@ class Replay:
         chosen = plan(view.layout, request)
         touched = list(dict.fromkeys(chosen.packs.tolist()))
         loaded = self.cache.peek([view.digests[index] for index in touched])
-        if loaded is None or len(chosen.rows) * max([found.largest for found in loaded]) > LARGE_BYTES:
+        if loaded is None or len(chosen.rows) * max((found.largest for found in loaded), default=0) > LARGE_BYTES:
             return self.make(self._weigh(view, chosen, write)) if may_load else None
         return self._drawn(view, chosen, write, _draw(view, chosen, touched, loaded, batch.collect))
 
@@ -245,7 +245,7 @@ class Replay:
         touched = list(dict.fromkeys(chosen.packs.tolist()))
         loaded = [self.cache.get(view.digests[index], view.counts[index]) for index in touched]
         count = len(chosen.rows)
-        view.largest = max(view.largest, *(found.largest for found in loaded))
+        view.largest = max([view.largest, *(found.largest for found in loaded)])
         size = count * (view.largest + _EXTRA_BYTES[write])
         if size > LARGE_BYTES:
             ends = np.append(np.flatnonzero(np.diff(chosen.packs)) + 1, count)
