@@ -69,9 +69,9 @@ WITH_TORCH = "engram.torch"
 
 ORDER = {
     "engram": [
-        "errors names schemas files forks paths commands amounts",
-        "fields npy",
-        "form shares draw tar transport",
+        "errors names schemas files forks commands amounts",
+        "fields npy labelled",
+        "form shares draw tar transport paths",
         "strip folder http",
         "pack batch index",
         "packs",

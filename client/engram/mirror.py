@@ -198,8 +198,7 @@ class Mirror:
             Conflict: the buffer is empty, or has nothing but the excluded tasks.
             InvalidRequest: a number is out of range.
         """
-        chosen = None if tasks is None else tuple(tasks)
-        request = Request(size, seed, step, strategy, chosen, tuple(exclude_tasks), rank, world_size)
+        request = Request(size, seed, step, strategy, tasks, exclude_tasks, rank, world_size)
         return self._snapshot.draw(request)
 
     def _fetch(self, manifest: Manifest) -> Snapshot:

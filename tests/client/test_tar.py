@@ -16,6 +16,7 @@ from PIL import Image
 from engram import tar
 from engram.errors import BadUpload, EngramError, TooLarge
 from engram.fields import Schema
+from engram.labelled import labelled
 
 RNG = np.random.default_rng(7)
 PPM = b"P6\n2 2\n255\n" + bytes(range(12))
@@ -123,7 +124,7 @@ def test_names_of_classes_are_written_and_read() -> None:
 
 
 def test_texts_that_are_one_name_are_one_class() -> None:
-    _, places, names = tar.labelled(images(3), ["caf\u00e9", " cafe\u0301 ", "bar"])
+    _, places, names = labelled(images(3), ["caf\u00e9", " cafe\u0301 ", "bar"])
     assert names == ("bar", "caf\u00e9")
     assert places.tolist() == [1, 1, 0]
 
