@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from operator import index
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -19,13 +19,24 @@ from engram.names import MAX_CLASS_ID, class_name
 
 UInt8Array = npt.NDArray[np.uint8]
 
+
+class Indexed(Protocol):
+    """A PyTorch data set, which is not iterable by its type."""
+
+    def __getitem__(self, number: int, /) -> Any:
+        """A pair of an image and its class."""
+
+
+Images = UInt8Array | Iterable[Any] | Indexed
+"""Images, or what gives images and classes."""
+
 # How data sets of images call their columns, the finer of two labels first.
 _IMAGE_COLUMNS = ("image", "img", "images")
 _CLASS_COLUMNS = ("fine_label", "label", "labels")
 
 
 def labelled(
-    images: Any, class_ids: npt.ArrayLike | None = None
+    images: Images, class_ids: npt.ArrayLike | None = None
 ) -> tuple[UInt8Array, npt.NDArray[np.int64], tuple[str, ...] | None]:
     """Images [N, H, W, C] and an int64 for each: its class id and None, or its place in the names that follow.
 

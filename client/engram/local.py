@@ -14,7 +14,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -22,7 +22,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 import pydantic
 
@@ -32,7 +31,7 @@ from engram.content import Content, shares_of
 from engram.draw import Layout, Request
 from engram.errors import Conflict, InvalidRequest, NotFound, StripCorrupt, Unavailable
 from engram.fields import Schema
-from engram.labelled import labelled, task_number
+from engram.labelled import Images, labelled, task_number
 from engram.memory import Where
 from engram.mirror import Snapshot, at_once
 from engram.packs import LoadedPack, PackCache, PackFolder
@@ -76,7 +75,8 @@ class LocalBuffer:
 
     Raises:
         NotFound: there is no buffer in the folder, and no budget to make one.
-        Conflict: the buffer there has other settings than those given, or another process is just making one.
+        Conflict: the buffer there has other settings than those given, another process is just making one, or the
+            folder is a file.
         InvalidRequest: a setting is out of range.
         StripCorrupt: manifest.json is damaged; the message says what is left and what to do.
     """
@@ -223,7 +223,7 @@ class LocalBuffer:
     def add(
         self,
         task: int,
-        images_NHWC: npt.NDArray[np.uint8] | Iterable[Any],
+        images_NHWC: Images,
         class_ids_N: npt.ArrayLike | None = None,
         *,
         fields: Mapping[str, Any] | None = None,

@@ -9,7 +9,7 @@ import base64
 import hashlib
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Final
@@ -22,7 +22,7 @@ from engram import folder as folders
 from engram import paths, tar
 from engram.errors import BadUpload, Cancelled, from_problem
 from engram.http import Body, Http
-from engram.labelled import labelled
+from engram.labelled import Images, labelled
 from engram.schemas import TAR_MEDIA_TYPE, Ingest, IngestOptions
 
 _POLL_S: Final = 30.0
@@ -45,7 +45,7 @@ class Uploads:
         self,
         buffer: str,
         task: int,
-        images_NHWC: npt.NDArray[np.uint8] | Iterable[Any],
+        images_NHWC: Images,
         class_ids_N: npt.ArrayLike | None = None,
         *,
         fields: Mapping[str, Any] | None = None,
