@@ -32,7 +32,14 @@ EXTRAS: dict[str, tuple[str, ...]] = {
 }
 """The extras of pyproject.toml that a package may count on, beside the plain dependencies."""
 
-COMMANDS = {"engram.cli", "engram_service.cli", "engram_trainer.cli", "engram_trainer.demo", "engram_trainer.progress"}
+COMMANDS = {
+    "engram.cli",
+    "engram.display",
+    "engram_service.cli",
+    "engram_trainer.cli",
+    "engram_trainer.demo",
+    "engram_trainer.progress",
+}
 """The modules that may import what only commands need: typer and rich."""
 
 IMPORT_NAMES = {
@@ -59,6 +66,7 @@ CLIENT = (
     "sources",
     "loader",
     "torch",
+    "display",
     "cli",
     "__main__",
 )
@@ -82,7 +90,7 @@ ORDER = {
         "client",
         "mirror sources",
         "local",
-        "loader torch",
+        "loader torch display",
         "cli",
         "__main__",
     ],

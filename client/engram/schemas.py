@@ -266,6 +266,13 @@ class Ingest(Answer):
         return options
 
 
+class IngestPage(Answer):
+    """A page of ingests, the newest first; pass `next` as `cursor` for the following one, None at the end."""
+
+    ingests: list[Ingest]
+    next: str | None
+
+
 class ClassSummary(Answer):
     """One class within one task. `seen` counts every image ever uploaded, `exemplars` those stored."""
 

@@ -23,7 +23,7 @@ from engram import paths, tar
 from engram.errors import BadUpload, Cancelled, from_problem
 from engram.http import Body, Http
 from engram.labelled import Images, labelled
-from engram.schemas import TAR_MEDIA_TYPE, Ingest, IngestOptions
+from engram.schemas import TAR_MEDIA_TYPE, Ingest, IngestOptions, IngestPage
 
 _POLL_S: Final = 30.0
 
@@ -186,6 +186,20 @@ class Uploads:
         """
         path = _path(ingest) + (f"?wait={wait_s:g}" if wait_s else "")
         return self._http.fetch(Ingest, "GET", path, wait_s=wait_s)
+
+    def ingests(self, buffer: str | None = None, *, page_size: int = 100) -> Iterator[Ingest]:
+        """The ingests of a buffer, or of all, the newest first, page after page.
+
+        Raises:
+            NotFound: no such buffer.
+        """
+        query = {"limit": str(page_size)} | ({} if buffer is None else {"buffer": buffer})
+        while True:
+            page = self._http.fetch(IngestPage, "GET", f"/v1/ingests?{urlencode(query)}")
+            yield from page.ingests
+            if page.next is None:
+                return
+            query["cursor"] = page.next
 
     def wait(
         self,

@@ -24,7 +24,12 @@ from .app import create_app, open_database
 from .database import Database
 from .settings import Settings
 
-app = typer.Typer(help="A compressed replay memory for continual learning.", no_args_is_help=True, add_completion=False)
+app = typer.Typer(
+    help="A compressed replay memory for continual learning.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
 
 DataDir = Annotated[Path | None, typer.Option(help="Folder of packs, uploads and the SQLite database.")]
 LogLevel = Annotated[str | None, typer.Option(help="debug, info, warning or error.")]
@@ -34,6 +39,21 @@ KEEP_ALIVE_S = 75
 
 SHUTDOWN_S = 10
 """How long requests in progress may go on after a signal."""
+
+
+def _version(is_asked: bool) -> None:
+    if is_asked:
+        typer.echo(f"engram {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _command(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
 
 
 @app.command()
@@ -101,12 +121,6 @@ def migrate(data_dir: DataDir = None, log_level: LogLevel = None) -> None:
     typer.echo(
         "the schema was current already" if before == "current" else f"the schema was {before} and is current now"
     )
-
-
-@app.command()
-def version() -> None:
-    """Print the version."""
-    typer.echo(__version__)
 
 
 class Server(uvicorn.Server):

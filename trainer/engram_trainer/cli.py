@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from engram import __version__, amounts
 from engram.errors import EngramError
 from engram.schemas import Definition, Per, Ranking, Rule, ShareBy, Subsampling
 from engram_trainer import loop, methods, networks
@@ -22,7 +23,17 @@ from engram_trainer.stream import Scenario, StreamConfig
 
 STREAM, METHOD, MEMORY, SELECTION, RUN = "Stream", "Method", "Memory", "Selection (service and strips)", "Run"
 
-app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
+app = typer.Typer(
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _version(is_asked: bool) -> None:
+    if is_asked:
+        typer.echo(f"engram {__version__}")
+        raise typer.Exit
 
 
 def _names(names: Any) -> str:
@@ -92,8 +103,11 @@ def train(
         ),
     ] = MemoryConfig.kind,
     budget: Annotated[
-        int, typer.Option(metavar="BYTES", help="Bytes for all exemplars.", rich_help_panel=MEMORY)
-    ] = MemoryConfig.budget_bytes,
+        str,
+        typer.Option(
+            metavar="BYTES", help="Bytes for all exemplars, as in 40000, 1.5MB or 64KiB.", rich_help_panel=MEMORY
+        ),
+    ] = str(MemoryConfig.budget_bytes),
     per: Annotated[
         Per, typer.Option(help="Whether the budget is the whole buffer's or each class's.", rich_help_panel=MEMORY)
     ] = MemoryConfig.per,
@@ -146,6 +160,9 @@ def train(
     threads: Annotated[
         int | None, typer.Option(help="CPU threads; without it PyTorch decides.", rich_help_panel=RUN)
     ] = None,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
 ) -> None:
     """Learn task after task, replay from a byte-bounded memory, and report how much was forgotten.
 
@@ -180,7 +197,7 @@ def train(
             network=network,
             memory=MemoryConfig(
                 kind=memory,
-                budget_bytes=budget,
+                budget_bytes=amounts.parse(budget),
                 per=per,
                 share_by=share_by,
                 quality=parse_quality(quality),
@@ -287,12 +304,3 @@ def _fail(console: Console, message: str, status: int) -> NoReturn:
     console.file.flush()
     Console(stderr=True).print(f"[red]engram-train:[/red] {escape(message)}", highlight=False, soft_wrap=True)
     raise typer.Exit(status)
-
-
-def main() -> None:
-    """Entry point of `engram-train`."""
-    app(prog_name="engram-train")
-
-
-if __name__ == "__main__":
-    main()
