@@ -78,7 +78,7 @@ WITH_TORCH = "engram.torch"
 ORDER = {
     "engram": [
         "errors names schemas files forks commands amounts",
-        "fields npy labelled",
+        "fields images npy labelled",
         "form shares draw tar transport paths",
         "strip folder http",
         "pack batch index",

@@ -285,6 +285,14 @@ def cancel(context: typer.Context, ingest: IngestArgument, as_json: JsonOption =
 
 
 @app.command()
+def extractors(context: typer.Context, as_json: JsonOption = False) -> None:
+    """List the registered extractors."""
+    with _client(context) as client:
+        found = client.extractors()
+        display.as_json(found) if as_json else display.extractors(found)
+
+
+@app.command()
 def draw(
     context: typer.Context,
     buffer: BufferArgument,

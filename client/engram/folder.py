@@ -18,6 +18,7 @@ from PIL import Image
 from engram import tar
 from engram.errors import BadUpload, EngramError
 from engram.fields import array_key
+from engram.images import IMAGE_EXTENSIONS, decode
 from engram.names import class_name
 
 # Files are the user's own, so only a decoder's own limit applies; the service has its own.
@@ -84,10 +85,10 @@ def images(root: Path) -> list[ImageFile]:
         ImageFile(path, class_id, _ODD.sub("_", path.relative_to(root).as_posix())[-_NAME_CHARACTERS:])
         for folder, class_id in classes(root).items()
         for path in sorted(folder.rglob("*"))
-        if path.suffix[1:].lower() in tar.IMAGE_EXTENSIONS and not path.name.startswith(".") and path.is_file()
+        if path.suffix[1:].lower() in IMAGE_EXTENSIONS and not path.name.startswith(".") and path.is_file()
     ]
     if not found:
-        raise BadUpload(f"no class folder of {root} has an image (.{', .'.join(tar.IMAGE_EXTENSIONS)})")
+        raise BadUpload(f"no class folder of {root} has an image (.{', .'.join(IMAGE_EXTENSIONS)})")
     return found
 
 
@@ -116,7 +117,7 @@ def _encoded(file: ImageFile, resize: tuple[int, int] | None) -> tuple[str, byte
         return file.path.suffix[1:], content
     height, width = resize
     try:
-        pixels = tar.decode_image(content, max_pixels=_MAX_PIXELS, min_side=1, max_side=2**16)
+        pixels = decode(content, max_pixels=_MAX_PIXELS, min_side=1, max_side=2**16)
     except EngramError as error:
         raise BadUpload(f"{file.path}: {error}") from error
     picture = Image.fromarray(np.repeat(pixels, 3, axis=2) if pixels.shape[2] == 1 else pixels)

@@ -359,6 +359,12 @@ class Extractor(Answer):
     created_at: datetime
 
 
+class ExtractorList(Answer):
+    """Every registered extractor, the oldest first."""
+
+    extractors: list[Extractor]
+
+
 class Health(Answer):
     """Whether the service can work. `damaged_packs` lists packs whose bytes do not match their name."""
 

@@ -17,6 +17,7 @@ from . import __version__, problems
 from .auth import OPEN_PATHS, Gate, require_token_beyond_loopback
 from .bodies import BodyLimit
 from .database import Database
+from .extractors import Turns
 from .replay import Replay
 from .routes import buffers, draw, exemplars, export, extractors, health, ingests, packs, tasks
 from .settings import Settings
@@ -63,6 +64,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.state.settings, app.state.database = settings, database
     app.state.store, app.state.cache = store, cache
     app.state.replay = replay
+    app.state.extractor_turns = Turns(settings)
     problems.install(app)
     app.add_middleware(BodyLimit, settings=settings)
     app.add_middleware(Gate, settings=settings)

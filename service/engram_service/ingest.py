@@ -77,7 +77,7 @@ class SpoolFile:
         self.path = folder / f"{self.id}.part"
         self.bytes = 0
         self._hash = hashlib.sha256()
-        self._file = _open_locked(self.path)
+        self._file = open_locked(self.path)
 
     def write(self, block: bytes | bytearray) -> None:
         """The block is written and hashed.
@@ -451,7 +451,7 @@ def _change(database: Database, held: Claim, **values: Any) -> None:
             raise LeaseLost(held.id)
 
 
-def _open_locked(path: Path) -> int:
+def open_locked(path: Path) -> int:
     """A new file, locked before anybody else could lock it for removal."""
     while True:
         with disk_errors(path, 0):

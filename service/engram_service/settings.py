@@ -86,6 +86,14 @@ class Settings(BaseSettings):
     extractor_batch_s: Annotated[float, Field(gt=0)] = 120.0
     """How long an extractor may take to load, and for one batch of images; it stops models that never return."""
 
+    max_extractor_checks: Annotated[int, Field(ge=1)] = 2
+    """Extractors that are checked at a time, before they are registered; it stops a crowd of models from taking all
+    cores and memory. Further ones are answered 429 after a few seconds."""
+
+    extractor_grace_s: Annotated[float, Field(ge=0)] = 7 * 86400.0
+    """How long an extractor stays after it was last registered if no decision and no waiting ingest names it; it stops
+    models of each task from filling the disk."""
+
     cache_bytes: Annotated[Bytes | None, Field(ge=0)] = None
     """Packs kept in memory by each service process; draws from what does not fit read the disk. None: 1 GiB, or a
     quarter of the memory that the process may use if that is less."""

@@ -21,7 +21,7 @@ from typing import BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from engram import tar
+from engram import images, tar
 from engram.errors import BadUpload, EngramError, TooLarge
 from engram.fields import NO_FIELDS, Schema
 from engram.files import disk_errors
@@ -31,6 +31,9 @@ from .settings import Settings
 UInt8Array = npt.NDArray[np.uint8]
 IntArray = npt.NDArray[np.int64]
 Shape = tuple[int, int, int]
+
+# Decoded images that are kept: each candidate quality reads the same ones again. One of the largest fits.
+DECODED_BYTES = 2**26
 
 # How often the first pass reports: seldom enough to cost nothing, often enough to notice a cancellation.
 REPORT_EVERY = 256
@@ -63,6 +66,8 @@ class SpooledImages:
         self._offsets, self._sizes, self._raw = array("q"), array("q"), bytearray()
         self._class_ids: array[int] = array("q")
         self._places: dict[int | str, int] = {}
+        # In the order of their last use.
+        self._kept: dict[int, UInt8Array] = {}
         self.shape: Shape = (0, 0, 0)
         try:
             self._read(report)
@@ -75,7 +80,7 @@ class SpooledImages:
     def _read(self, report: Callable[[int], None]) -> None:
         # Large reads: a header, a label and a small image each would be a system call of its own.
         with self._path.open("rb", buffering=1 << 20) as stream:
-            for member in tar.read(stream, schema=self.schema):
+            for member in tar.read(stream, schema=self.schema, check=lambda: report(len(self))):
                 self._add(member)
                 if len(self) % REPORT_EVERY == 0:
                     report(len(self))
@@ -112,7 +117,7 @@ class SpooledImages:
                 if os.preadv(self._file, [image.data], offset + size - image_bytes) != image_bytes:
                     raise EngramError(f"the spooled upload {self._path.name} became shorter while it was read")
             else:
-                image[:] = self._decode(os.pread(self._file, size, offset), "")
+                image[:] = self._decoded(number)
         return images
 
     def records(self, indices: npt.ArrayLike) -> list[bytes]:
@@ -125,6 +130,16 @@ class SpooledImages:
         file, ends = self._records.fileno(), self._record_ends
         wanted = np.asarray(indices, dtype=np.int64).tolist()
         return [os.pread(file, ends[number + 1] - ends[number], ends[number]) for number in wanted]
+
+    def _decoded(self, number: int) -> UInt8Array:
+        """The pixels of an image that does not lie in the file as they are."""
+        found = self._kept.pop(number, None)
+        if found is None:
+            found = self._decode(os.pread(self._file, self._sizes[number], self._offsets[number]), "")
+            while self._kept and (len(self._kept) + 1) * found.nbytes > DECODED_BYTES:
+                del self._kept[next(iter(self._kept))]
+        self._kept[number] = found
+        return found
 
     def _close(self) -> None:
         if self._records is not None:
@@ -168,7 +183,7 @@ class SpooledImages:
 
     def _decode(self, data: bytes, name: str) -> UInt8Array:
         try:
-            return tar.decode_image(data, max_pixels=self._settings.max_pixels, min_side=self._settings.min_side_pixels)
+            return images.decode(data, max_pixels=self._settings.max_pixels, min_side=self._settings.min_side_pixels)
         except (BadUpload, TooLarge) as error:
             raise type(error)(f"member {name!r}: {error.message}", **error.details, member=name) from error
 

@@ -12,6 +12,7 @@ from engram import Client, tar
 from engram.cli import app
 from tests.client.conftest import Filled, Make
 from tests.contents import pictures
+from tests.models import model
 from tests.servers import ServiceThread
 
 
@@ -141,6 +142,14 @@ def test_ingests_are_listed_the_newest_first(served: ServiceThread, connect: Mak
     assert [row[:4] for row in rows[1:]] == [[sent[n], "ab"[n % 2], str(n), "received"] for n in (4, 3, 2)]
     assert len(json.loads(run(served.url, "ingests", "a", "--json").stdout)) == 3
     assert "no buffer 'c'" in run(served.url, "ingests", "c").stderr
+
+
+def test_extractors_are_listed(engram_client: Client, url: str) -> None:
+    made = engram_client.register_extractor(model(seed=28))
+    rows = words(run(url, "extractors").stdout)
+    assert rows[0] == ["extractor", "input", "dimensions", "bytes", "created"]
+    assert [made.sha256, "anyx3xanyxany"] in [row[:2] for row in rows]
+    assert made.sha256 in [row["sha256"] for row in json.loads(run(url, "extractors", "--json").stdout)]
 
 
 def test_what_is_piped_has_its_full_names(url: str) -> None:
