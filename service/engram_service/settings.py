@@ -17,7 +17,6 @@ from sqlalchemy import make_url
 from sqlalchemy.exc import ArgumentError
 
 from engram.amounts import Bytes
-
 from engram.files import disk_errors
 
 
