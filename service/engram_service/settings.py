@@ -7,6 +7,7 @@ because requests come from a network: each says what it stops.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -16,6 +17,7 @@ from sqlalchemy import make_url
 from sqlalchemy.exc import ArgumentError
 
 from engram.amounts import Bytes
+from engram.files import disk_errors
 
 
 class Settings(BaseSettings):
@@ -56,6 +58,10 @@ class Settings(BaseSettings):
     max_pixels: Annotated[int, Field(ge=1)] = 2**24
     """Pixels of one image, read from its header before it is decoded; it stops decompression bombs."""
 
+    max_decoded_pixels: Annotated[int, Field(ge=1)] = 2**34
+    """Pixels of all images of one ingest together; it stops many small files that each decode to a large image. 2^34
+    are 1,024 images of 4096x4096, or 16 million of 32x32."""
+
     min_side_pixels: Annotated[int, Field(ge=1)] = 2
     """The smallest height and width of an uploaded image: one pixel is a mistake in a folder, not training data."""
 
@@ -65,8 +71,35 @@ class Settings(BaseSettings):
     max_json_bytes: Annotated[Bytes, Field(ge=1)] = 2**16
     """The largest JSON body (a buffer's definition is some 150 bytes)."""
 
+    max_head_bytes: Annotated[int, Field(ge=1024)] = 2**16
+    """The largest head of a request, its line and headers together; it stops heads that never end. A draw that names
+    10,000 tasks has 50 KB."""
+
+    head_timeout_s: Annotated[float, Field(gt=0)] = 15.0
+    """How long a client may take to send a head, from its first byte on (the first head of a connection: from the
+    connection on); it stops connections that are opened and not used."""
+
+    min_body_bytes_per_s: Annotated[int, Field(ge=1)] = 8192
+    """The least speed of an upload, and of a client that reads an answer; it stops those that hold a connection, a file
+    or an answer's memory for nothing."""
+
+    max_stall_s: Annotated[float, Field(gt=0)] = 30.0
+    """How long an upload or a reader may stay below that speed, silence included."""
+
+    max_connections: Annotated[int, Field(ge=1)] = 1000
+    """Connections at one time, and at most half of the files that the process may open; it stops a flood of them from
+    taking memory and handles. Those beyond it are answered 503."""
+
     max_draw: Annotated[int, Field(ge=1)] = 8192
-    """The largest `size` of a draw; it bounds the memory of one answer."""
+    """The largest `size` of a draw; `max_answer_bytes` bounds it in bytes."""
+
+    max_answer_bytes: Annotated[int, Field(ge=1)] = 64 * 2**20
+    """The largest answer that is made in memory: a draw in any form, a pack as a picture. Exports and packs are sent in
+    pieces and need no such bound."""
+
+    answer_memory_bytes: Annotated[int, Field(ge=1)] = 256 * 2**20
+    """Memory for all answers above 1 MiB that are on their way; requests wait for it, then get 503. One answer is
+    always let through when there is no other."""
 
     max_global_draw: Annotated[int, Field(ge=1)] = 2**20
     """The largest global batch, `size` times `world_size`: every rank plans all of it before it takes its slice."""
@@ -98,11 +131,26 @@ class Settings(BaseSettings):
     """Packs kept in memory by each service process; draws from what does not fit read the disk. None: 1 GiB, or a
     quarter of the memory that the process may use if that is less."""
 
+    workers: Annotated[int | None, Field(ge=0)] = None
+    """Worker processes beside the service, each at one ingest at a time and of another buffer; 0 leaves the work to
+    `engram-service worker` elsewhere. None: one per core that the process may use, at least 2 and at most 4."""
+
+    worker_niceness: Annotated[int, Field(ge=0, le=19)] = 10
+    """How far workers and their extractors stand back on a processor that others want, as `nice` counts it: draws and
+    requests come first. 0 is for a machine that serves nothing."""
+
     worker_poll_s: Annotated[float, Field(gt=0)] = 0.2
     """How often an idle worker looks for a new ingest."""
 
+    worker_silent_s: Annotated[float, Field(gt=0)] = 30.0
+    """How long a worker may show no sign of life: then its process is ended and another one starts, and without any
+    other that is alive `/readyz` answers 503. It stops a worker that hangs from keeping its place for ever."""
+
     lease_s: Annotated[float, Field(gt=0)] = 30.0
     """How long an ingest stays claimed without a heartbeat; then another worker takes over."""
+
+    max_ingest_s: Annotated[float, Field(gt=0)] = 3600.0
+    """How long the work on one ingest may take; it stops an upload that is slow on purpose from keeping a worker."""
 
     max_attempts: Annotated[int, Field(ge=1)] = 5
     """How often an ingest is started before it fails: an upload that kills its worker must not do so for ever."""
@@ -113,6 +161,10 @@ class Settings(BaseSettings):
     retired_bytes: Annotated[Bytes, Field(ge=0)] = 2**30
     """Packs that only older generations name. Beyond it the oldest generations go before `grace_s` is over; the last
     one before the current stays for all of it."""
+
+    reserve_bytes: Annotated[int, Field(ge=2**16)] = 8 * 2**20
+    """A file of this size that is given up when the disk is full, so that deleting and shrinking still work there. With
+    fewer bytes than this free besides, the service is not ready."""
 
     @field_validator("admin_token")
     @classmethod
@@ -141,6 +193,14 @@ class Settings(BaseSettings):
         return url
 
     @property
+    def worker_count(self) -> int:
+        """How many workers run beside the service. Two, so that a slow upload never holds up all others; more than
+        four are for whoever has the memory, some 100 MB each."""
+        if self.workers is not None:
+            return self.workers
+        return min(4, max(2, len(os.sched_getaffinity(0))))
+
+    @property
     def packs_dir(self) -> Path:
         """One file per pack: `ab/abcd...`."""
         return self.data_dir / "packs"
@@ -156,6 +216,16 @@ class Settings(BaseSettings):
         return self.data_dir / "extractors"
 
     @property
+    def reserve_path(self) -> Path:
+        """See `reserve_bytes`."""
+        return self.data_dir / "reserve"
+
+    @property
+    def folders(self) -> tuple[Path, ...]:
+        """The data folder and its parts."""
+        return self.data_dir, self.packs_dir, self.spool_dir, self.extractors_dir
+
+    @property
     def sqlalchemy_url(self) -> str:
         """`database_url`, or the embedded SQLite database in the data folder."""
         return self.database_url or f"sqlite:///{self.data_dir.absolute() / 'engram.sqlite'}"
@@ -166,6 +236,11 @@ class Settings(BaseSettings):
         return make_url(self.sqlalchemy_url).get_backend_name() == "sqlite"
 
     def make_folders(self) -> None:
-        """The data folder and its parts exist afterwards, readable by this user only where they are new."""
-        for folder in (self.data_dir, self.packs_dir, self.spool_dir, self.extractors_dir):
-            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        """The data folder and its parts exist afterwards, readable by this user only where they are new.
+
+        Raises:
+            StorageFull, Unavailable: the disk does not take them.
+        """
+        for folder in self.folders:
+            with disk_errors(folder, 0):
+                folder.mkdir(parents=True, exist_ok=True, mode=0o700)
