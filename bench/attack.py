@@ -10,8 +10,8 @@ connection, with a short pause after each draw, first alone and then while all o
     slow       uploads of images of 4096x4096 in 49 KB each, every other one cancelled
 
 Attackers are processes of the lowest priority, as they would be on machines of their own: what is measured is what they
-make the service do. On a machine with four cores or more the service has two to itself. Memory is the proportional set size (PSS) of the service and all its children, summed, sampled four
-times a second: pages that they share count once.
+make the service do. On a machine with four cores or more the service has two to itself. Memory is the proportional set
+size (PSS) of the service and all its children, summed, sampled four times a second: pages that they share count once.
 """
 
 from __future__ import annotations
