@@ -27,7 +27,8 @@ class ServiceProcess(LocalService):
     """A service in a process of its own, started when it is made, with the settings that it has."""
 
     def __init__(self, folder: Path, *arguments: str, **settings: object) -> None:
-        super().__init__(folder, *arguments, **settings)
+        # One worker is enough for most, and another takes a second of a core to start. Tests wait for it.
+        super().__init__(folder, *arguments, **{"workers": 1, "worker_niceness": 0, **settings})
         self.start()
 
     @property

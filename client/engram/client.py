@@ -36,6 +36,7 @@ from engram.schemas import (
     BufferCreate,
     BufferList,
     Extractor,
+    ExtractorList,
     ForkCreate,
     Health,
     Per,
@@ -314,8 +315,12 @@ class Client(Uploads, Draws, Reading):
     def register_extractor(self, model: bytes | str | Path) -> Extractor:
         """Register an ONNX model (its bytes or its file) for `IngestOptions.extractor`; again is harmless.
 
+        The service deletes it some time (a week, unless it is set otherwise) after it was last registered, if no
+        decision and no waiting ingest names it.
+
         Raises:
             BadExtractor: the model cannot serve.
+            RateLimited: many others are being checked.
         """
         content = model if isinstance(model, bytes) else Path(model).read_bytes()
         path = paths.of_extractor(hashlib.sha256(content).hexdigest())
@@ -329,6 +334,19 @@ class Client(Uploads, Draws, Reading):
             NotFound: no such extractor.
         """
         return self._http.fetch(Extractor, "GET", paths.of_extractor(sha256))
+
+    def extractors(self) -> list[Extractor]:
+        """All registered extractors, the oldest first."""
+        return self._http.fetch(ExtractorList, "GET", "/v1/extractors").extractors
+
+    def delete_extractor(self, sha256: str) -> None:
+        """The extractor is gone; decisions that name it stay as they are.
+
+        Raises:
+            NotFound: no such extractor.
+            Conflict: an ingest that has not ended needs it.
+        """
+        self._http.send("DELETE", paths.of_extractor(sha256))
 
     def health(self) -> Health:
         """Whether the service can work.

@@ -67,7 +67,7 @@ _DTYPES = {
     name: np.dtype(name).newbyteorder("<")
     for name in ("bool", *(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)))
 } | {f"float{bits}": np.dtype(f"<f{bits // 8}") for bits in (16, 32, 64)}
-_NAME = re.compile(r"[a-z][a-z0-9_]{0,31}")
+FIELD_NAME = re.compile(r"[a-z][a-z0-9_]{0,31}")
 _TYPE = re.compile(r"\s*([a-z0-9]+)\s*(?:\[([^\[\]]*)\])?\s*(finite)?\s*")
 _DIMENSION = re.compile(r"[1-9][0-9]{0,8}")
 _COUNT = struct.Struct("<I")
@@ -106,7 +106,7 @@ class Field:
         Raises:
             InvalidRequest: there can be no such field; the message says what is wrong.
         """
-        if not _NAME.fullmatch(name) or name in RESERVED:
+        if not FIELD_NAME.fullmatch(name) or name in RESERVED:
             rule = "is taken by what every exemplar has" if name in RESERVED else "must match [a-z][a-z0-9_]{0,31}"
             raise InvalidRequest(f"field {name[:40]!r}: its name {rule}", field=name[:40])
         match = _TYPE.fullmatch(text)

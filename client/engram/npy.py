@@ -9,6 +9,7 @@ are pickles, which are programs, and structured ones have no meaning here.
 from __future__ import annotations
 
 import io
+import tokenize
 from functools import lru_cache
 from math import prod
 from typing import Any
@@ -21,6 +22,17 @@ from engram.errors import BadUpload
 # What `numpy.save` writes takes 128 bytes; parsing a long text as Python takes memory and time.
 _MAX_HEADER_BYTES = 4096
 _MAX_DIMENSIONS = 16
+# numpy takes a header that is no Python for one of Python 2, whose tokens it goes through.
+_HEADER_ERRORS = (
+    ValueError,
+    TypeError,
+    SyntaxError,
+    RecursionError,
+    MemoryError,
+    EOFError,
+    OSError,
+    tokenize.TokenError,
+)
 
 
 def read(content: bytes) -> npt.NDArray[Any]:
@@ -33,7 +45,7 @@ def read(content: bytes) -> npt.NDArray[Any]:
     start = 12 + int.from_bytes(content[8:12], "little") if is_wide else 10 + int.from_bytes(content[8:10], "little")
     try:
         dtype, shape, is_fortran = _read_header(content[: min(start, _MAX_HEADER_BYTES)])
-    except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError, EOFError, OSError) as error:
+    except _HEADER_ERRORS as error:
         raise BadUpload(f"no array of numpy: {error}") from error
     expected, found = dtype.itemsize * prod(shape), len(content) - start
     if dtype.kind not in "biufU" or dtype.itemsize == 0 or len(shape) > _MAX_DIMENSIONS:

@@ -38,7 +38,7 @@ from numpy.typing import NDArray
 
 from engram import batch, files, forks, index, pack
 from engram.draw import Plan
-from engram.errors import EngramError, NotFound, StorageFull, Unavailable
+from engram.errors import EngramError, NotFound, Unavailable
 from engram.schemas import PackEntry
 from engram.strip import Bytes, Exemplars, Loose, runs_of
 
@@ -149,7 +149,7 @@ class PackFolder:
         """The pack, parsed as `exemplars`, has an index; or has none if it cannot be written: it is not essential."""
         try:
             files.write_whole(self.index_path(digest), index.to_bytes(exemplars, digest))
-        except (OSError, StorageFull) as error:
+        except EngramError as error:
             logger.warning("the index of pack %s cannot be written: %s", digest, error)
 
     def read_index(self, digest: str) -> index.Index | None:
@@ -218,10 +218,15 @@ class PackFolder:
                 if _NAME.fullmatch(path.name):
                     yield path.name, now - path.stat().st_mtime
 
-    def sweep(self, older_than_s: float) -> int:
-        """Temporary files, and indexes without a pack, that are older than this are removed; returns how many."""
+    def sweep(self, older_than_s: float, refused: Callable[[Path, OSError], None] = files.pass_over) -> int:
+        """Temporary files, and indexes without a pack, that are older than this are removed; returns how many.
+
+        Args:
+            older_than_s: since they were written.
+            refused: called with each file that cannot be removed, and why.
+        """
         left = (path for path in self.folder.glob(self.pattern) if self._is_left_behind(path))
-        return files.sweep(left, older_than_s)
+        return files.sweep(left, older_than_s, refused)
 
     def _is_left_behind(self, path: Path) -> bool:
         if path.suffix == _INDEX and not path.name.startswith("."):

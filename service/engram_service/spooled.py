@@ -21,7 +21,7 @@ from typing import BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from engram import tar
+from engram import images, tar
 from engram.errors import BadUpload, EngramError, TooLarge
 from engram.fields import NO_FIELDS, Schema
 from engram.files import disk_errors
@@ -32,8 +32,8 @@ UInt8Array = npt.NDArray[np.uint8]
 IntArray = npt.NDArray[np.int64]
 Shape = tuple[int, int, int]
 
-# How often the first pass reports: seldom enough to cost nothing, often enough to notice a cancellation.
-REPORT_EVERY = 256
+# Decoded images that are kept: each candidate quality reads the same ones again. One of the largest fits.
+DECODED_BYTES = 2**26
 
 
 class SpooledImages:
@@ -47,7 +47,8 @@ class SpooledImages:
         Args:
             path: the tar stream.
             settings: limits on images, classes, pixels and sides.
-            report: called now and then with the number of images found so far; what it raises ends the pass.
+            report: called for each image, and often, with the number of images found so far; what it raises ends the
+                pass.
             schema: the fields that every image must bring.
 
         Raises:
@@ -63,6 +64,8 @@ class SpooledImages:
         self._offsets, self._sizes, self._raw = array("q"), array("q"), bytearray()
         self._class_ids: array[int] = array("q")
         self._places: dict[int | str, int] = {}
+        # In the order of their last use.
+        self._kept: dict[int, UInt8Array] = {}
         self.shape: Shape = (0, 0, 0)
         try:
             self._read(report)
@@ -75,15 +78,13 @@ class SpooledImages:
     def _read(self, report: Callable[[int], None]) -> None:
         # Large reads: a header, a label and a small image each would be a system call of its own.
         with self._path.open("rb", buffering=1 << 20) as stream:
-            for member in tar.read(stream, schema=self.schema):
+            for member in tar.read(stream, schema=self.schema, check=lambda: report(len(self))):
                 self._add(member)
-                if len(self) % REPORT_EVERY == 0:
-                    report(len(self))
+                report(len(self))
         if len(self) == 0:
             raise BadUpload(
                 "the upload has 0 images; it must hold KEY.ppm|pgm|png|jpg|jpeg|webp + KEY.cls pairs", images=0
             )
-        report(len(self))
 
     def __len__(self) -> int:
         return len(self._offsets)
@@ -112,7 +113,7 @@ class SpooledImages:
                 if os.preadv(self._file, [image.data], offset + size - image_bytes) != image_bytes:
                     raise EngramError(f"the spooled upload {self._path.name} became shorter while it was read")
             else:
-                image[:] = self._decode(os.pread(self._file, size, offset), "")
+                image[:] = self._decoded(number)
         return images
 
     def records(self, indices: npt.ArrayLike) -> list[bytes]:
@@ -126,12 +127,31 @@ class SpooledImages:
         wanted = np.asarray(indices, dtype=np.int64).tolist()
         return [os.pread(file, ends[number + 1] - ends[number], ends[number]) for number in wanted]
 
+    def _decoded(self, number: int) -> UInt8Array:
+        """The pixels of an image that does not lie in the file as they are."""
+        found = self._kept.pop(number, None)
+        if found is None:
+            found = self._decode(os.pread(self._file, self._sizes[number], self._offsets[number]), "")
+            while self._kept and (len(self._kept) + 1) * found.nbytes > DECODED_BYTES:
+                del self._kept[next(iter(self._kept))]
+        self._kept[number] = found
+        return found
+
     def _close(self) -> None:
         if self._records is not None:
             self._records.close()
 
     def _add(self, member: tar.Member) -> None:
-        settings, found = self._settings, self._decode(member.image, member.name).shape
+        settings = self._settings
+        pixels = (len(self) + 1) * self.shape[0] * self.shape[1]
+        if pixels > settings.max_decoded_pixels:
+            raise TooLarge(
+                f"the images up to member {member.name!r} have {pixels} pixels together, at most "
+                f"{settings.max_decoded_pixels} are decoded of one upload; split it, or make the images smaller",
+                member=member.name,
+                max_decoded_pixels=settings.max_decoded_pixels,
+            )
+        found = self._decode(member.image, member.name).shape
         if len(self) == 0:
             self.shape = found[0], found[1], found[2]
         if found != self.shape:
@@ -168,7 +188,7 @@ class SpooledImages:
 
     def _decode(self, data: bytes, name: str) -> UInt8Array:
         try:
-            return tar.decode_image(data, max_pixels=self._settings.max_pixels, min_side=self._settings.min_side_pixels)
+            return images.decode(data, max_pixels=self._settings.max_pixels, min_side=self._settings.min_side_pixels)
         except (BadUpload, TooLarge) as error:
             raise type(error)(f"member {name!r}: {error.message}", **error.details, member=name) from error
 

@@ -16,6 +16,7 @@ from PIL import Image
 
 import engram
 from engram import Client, Ingest, IngestOptions, errors, pack, strip, tar
+from engram.images import decode
 from tests import contents
 from tests.client.conftest import Filled, Make, send
 from tests.client.faults import faulty
@@ -370,7 +371,7 @@ def test_an_export_holds_every_exemplar(filled: Filled, tmp_path: Path) -> None:
     assert filled.client.export(filled.name, stream) == size == (tmp_path / "all.tar").stat().st_size
     members = list(tar.read(io.BytesIO(stream.getvalue())))
     assert sorted(member.class_id for member in members) == sorted(np.concatenate(list(filled.class_ids.values())))
-    assert tar.decode_image(members[0].image, max_pixels=10_000, min_side=2).shape == (16, 16, 3)
+    assert decode(members[0].image, max_pixels=10_000, min_side=2).shape == (16, 16, 3)
 
 
 def test_an_export_that_fails_leaves_no_file(filled: Filled, name: str, tmp_path: Path) -> None:

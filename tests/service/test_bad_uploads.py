@@ -7,6 +7,7 @@ tasks are what they were, and the spool is empty.
 from __future__ import annotations
 
 import io
+import tarfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -61,6 +62,13 @@ def with_image(extension: str, content: bytes) -> bytes:
     members = list(GOOD)
     members[-4] = (members[-4][0].replace("png", extension), content)
     return tar_of(members)
+
+
+def pax_header(size: int) -> bytes:
+    """The header block of an extended header that claims a size, as GNU tar writes large and negative ones."""
+    info = tarfile.TarInfo("h")
+    info.type, info.size = tarfile.XHDTYPE, size
+    return info.tobuf(tarfile.GNU_FORMAT)
 
 
 def with_class(text: str) -> bytes:
@@ -139,6 +147,12 @@ CASES: dict[str, Bad] = {
     ),
     "an extractor that is not registered": Bad(
         lambda: tar_of(GOOD), NotFound, ("no extractor", "ab" * 32), IngestOptions(extractor="ab" * 32)
+    ),
+    "blanks without end in a PPM": Bad(
+        lambda: with_image("ppm", b"P6" + b" " * 10_000 + ppm(PICTURES[0])[2:]), BadUpload, ("0006.ppm", "4096")
+    ),
+    "a size below zero in a PAX header": Bad(
+        lambda: pax_header(size=-1) + tar_of(GOOD), BadUpload, ("size of -1 bytes",)
     ),
     "a name that is a path": Bad(
         lambda: tar_of([("../../../x.cls", b"1"), *GOOD]), BadUpload, ("../../../x.cls", "no pair")

@@ -17,10 +17,12 @@ import onnx
 import psutil
 import pytest
 from onnx import TensorProto, helper
+from onnxruntime.capi import onnxruntime_pybind11_state
 
 from engram.errors import BadExtractor
 from engram_service import extractor_child
 from engram_service.embedder import ExtractorLimits, OnnxEmbedder, inspect
+from tests.models import endless_model
 from tests.photos import photos
 
 LIMITS = ExtractorLimits(memory_bytes=2 * 2**30, batch_s=20.0, max_bytes=2**20)
@@ -145,6 +147,31 @@ def test_operators_that_the_model_defines_itself_are_allowed(tmp_path: Path) -> 
     assert inspect(saved(tmp_path, model)[0], LIMITS).dimensions == 6
 
 
+def test_dropout_that_drops_nothing_is_allowed() -> None:
+    for inputs in (["q"], ["q", "ratio"], ["q", "ratio", ""]):
+        model = pooled(helper.make_node("Dropout", inputs, ["y"]), initializers=[constant("ratio", 0.5)])
+        extractor_child.check_is_plain(model.SerializeToString())
+
+
+def test_no_domain_of_the_operators_of_onnxruntime_is_open_to_models() -> None:
+    schemas = onnxruntime_pybind11_state.get_all_operator_schema()
+    domains = {schema.domain for schema in schemas}
+    assert "com.microsoft" in domains
+    for domain in domains | {schema.domain for schema in onnx.defs.get_all_schemas()}:
+        model = pooled(functions=[own(domain, "Mine")])
+        with pytest.raises(extractor_child.Refused, match="not its own"):
+            extractor_child.check_is_plain(model.SerializeToString())
+
+
+def test_no_standard_operator_with_a_seed_is_open_to_models() -> None:
+    seeded = {schema.name for schema in onnx.defs.get_all_schemas() if "seed" in schema.attributes}
+    assert len(seeded) > 5
+    for name in seeded:
+        model = pooled(helper.make_node(name, ["q", "q", "q"], ["y"]))
+        with pytest.raises(extractor_child.Refused, match="which is random"):
+            extractor_child.check_is_plain(model.SerializeToString())
+
+
 def external(location: str) -> onnx.ModelProto:
     model = convolution()
     weights = model.graph.initializer[0]
@@ -168,31 +195,6 @@ def hidden_external() -> onnx.ModelProto:
     return build(nodes, initializers=[constant("t", True, np.bool_)])
 
 
-def endless() -> onnx.ModelProto:
-    """A loop of 2^60 rounds."""
-    body = helper.make_graph(
-        [
-            helper.make_node("Sin", ["state"], ["next"]),
-            helper.make_node("Identity", ["go"], ["go_on"]),
-        ],
-        "body",
-        [
-            helper.make_tensor_value_info("i", TensorProto.INT64, []),
-            helper.make_tensor_value_info("go", TensorProto.BOOL, []),
-            helper.make_tensor_value_info("state", TensorProto.FLOAT, None),
-        ],
-        [
-            helper.make_tensor_value_info("go_on", TensorProto.BOOL, []),
-            helper.make_tensor_value_info("next", TensorProto.FLOAT, None),
-        ],
-    )
-    nodes = [
-        helper.make_node("Loop", ["rounds", "yes", "x"], ["z"], body=body),
-        helper.make_node("ReduceMean", ["z"], ["y"], axes=[2, 3], keepdims=0),
-    ]
-    return build(nodes, initializers=[constant("rounds", 2**60, np.int64), constant("yes", True, np.bool_)])
-
-
 def gluttonous() -> onnx.ModelProto:
     """Expands two pictures to 16 GiB."""
     nodes = [
@@ -211,6 +213,51 @@ def pooled(*more: onnx.NodeProto, **options: Any) -> onnx.ModelProto:
         *more,
     ]
     return build(nodes, **options)
+
+
+def own(domain: str, name: str, *nodes: onnx.NodeProto) -> onnx.FunctionProto:
+    """An operator that the model defines."""
+    made = list(nodes) or [helper.make_node("Identity", ["a"], ["b"])]
+    return helper.make_function(domain, name, ["a"], ["b"], made, [helper.make_opsetid("", 17)])
+
+
+def contributed(name: str, function: onnx.FunctionProto) -> onnx.ModelProto:
+    """An operator that onnxruntime has beyond the standard, in a model that defines another one of that domain."""
+    node = helper.make_node(name, ["q"], ["y"], domain="com.microsoft")
+    return pooled(node, domains=["com.microsoft"], functions=[function])
+
+
+def random(name: str, **attributes: Any) -> onnx.ModelProto:
+    return pooled(helper.make_node(name, ["q"], ["y"], **attributes))
+
+
+def random_inside() -> onnx.ModelProto:
+    """A random operator in the body of one that the model defines."""
+    noise = own("mine", "Noise", helper.make_node("RandomNormalLike", ["a"], ["b"]))
+    return pooled(helper.make_node("Noise", ["q"], ["y"], domain="mine"), domains=["mine"], functions=[noise])
+
+
+def dropping() -> onnx.ModelProto:
+    switches = [constant("ratio", 0.5), constant("training", True, np.bool_)]
+    return pooled(helper.make_node("Dropout", ["q", "ratio", "training"], ["y"]), initializers=switches)
+
+
+def varint(number: int) -> bytes:
+    return bytes([number & 0x7F | 0x80]) + varint(number >> 7) if number > 0x7F else bytes([number])
+
+
+def disguised(tail: bytes) -> bytes:
+    """Gelu of onnxruntime; bytes behind its node pretend, to a careless reader, that it is the model's own."""
+    domains = ["com.microsoft", "mine"]
+    node = helper.make_node("Gelu", ["q"], ["y"], domain="com.microsoft")
+    model = pooled(node, domains=domains, functions=[own("mine", "Gelu")])
+    (graph_less := onnx.ModelProto()).CopyFrom(model)
+    graph_less.ClearField("graph")
+    nodes = [each.SerializeToString() for each in model.graph.node]
+    nodes[-1] += tail
+    model.graph.ClearField("node")
+    graph = model.graph.SerializeToString() + b"".join(b"\x0a" + varint(len(each)) + each for each in nodes)
+    return bytes(graph_less.SerializeToString() + b"\x3a" + varint(len(graph)) + graph)
 
 
 BAD: dict[str, tuple[Callable[[], onnx.ModelProto | bytes], str]] = {
@@ -254,6 +301,40 @@ BAD: dict[str, tuple[Callable[[], onnx.ModelProto | bytes], str]] = {
 }
 
 
+NOT_PLAIN: dict[str, tuple[Callable[[], onnx.ModelProto | bytes], str]] = {
+    "an operator of onnxruntime beside one of its own": (
+        lambda: contributed("Gelu", own("com.microsoft", "Unused")),
+        "defines operator Unused in domain 'com.microsoft'",
+    ),
+    "an operator of onnxruntime under its own name": (
+        lambda: contributed("QuickGelu", own("com.microsoft", "QuickGelu")),
+        "defines operator QuickGelu in domain 'com.microsoft'",
+    ),
+    "an operator of onnxruntime beside one of another domain": (
+        lambda: contributed("Gelu", own("mine", "Gelu")),
+        "operator Gelu of domain 'com.microsoft'",
+    ),
+    "a domain that is a number": (lambda: disguised(b"\x3dmine"), "operator Gelu of domain 'com.microsoft'"),
+    "a field beyond 32 bits": (lambda: disguised(varint((1 << 35) + (7 << 3) + 2) + b"\x04mine"), "not an ONNX model"),
+    "an operator of the standard redefined": (
+        lambda: pooled(helper.make_node("Relu", ["q"], ["y"]), functions=[own("", "Relu")]),
+        "defines operator Relu in domain ''",
+    ),
+    "random numbers": (lambda: random("RandomNormalLike", seed=1.0), "RandomNormalLike, which is random"),
+    "random choices": (lambda: random("Bernoulli"), "Bernoulli, which is random"),
+    "random numbers in an operator of its own": (random_inside, "RandomNormalLike, which is random"),
+    "dropout that drops": (dropping, "Dropout with a training mode"),
+}
+
+
+@pytest.mark.parametrize("case", NOT_PLAIN)
+def test_a_model_of_foreign_or_random_operators_is_refused_before_it_is_loaded(case: str) -> None:
+    make, reason = NOT_PLAIN[case]
+    model = make()
+    with pytest.raises(extractor_child.Refused, match=reason):
+        extractor_child.check_is_plain(model if isinstance(model, bytes) else model.SerializeToString())
+
+
 @pytest.mark.parametrize("case", BAD)
 def test_a_model_that_cannot_serve_is_refused_with_its_reason(case: str, tmp_path: Path) -> None:
     make, reason = BAD[case]
@@ -271,7 +352,7 @@ def test_two_outputs_are_refused(tmp_path: Path) -> None:
 def test_a_model_that_runs_for_ever_is_stopped(tmp_path: Path) -> None:
     limits = ExtractorLimits(batch_s=4.0)
     with pytest.raises(BadExtractor, match="more than 4 s for loading and a dummy batch"):
-        inspect(saved(tmp_path, endless())[0], limits)
+        inspect(saved(tmp_path, endless_model())[0], limits)
 
 
 def test_a_file_that_changed_since_it_was_registered_is_refused(tmp_path: Path) -> None:
