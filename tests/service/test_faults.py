@@ -25,6 +25,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -107,21 +108,33 @@ class Uses:
     mirrored: int = 0
     extractors: list[str] = field(default_factory=list)
     wrong: list[str] = field(default_factory=list)
+    errors: Counter[str] = field(default_factory=Counter)
     _bodies: dict[str, bytes] = field(default_factory=dict)
 
-    def run(self) -> None:
+    def run_draws(self) -> None:
         while not self.ended.is_set():
             try:
                 with Client(self.service.url, retries=0) as client:
                     mirror = Mirror(client, "b", self.folder)
                     while not self.ended.is_set():
                         self.draw(client, mirror)
-                        self.register(client)
-            except (EngramError, httpx.TransportError):
+            except (EngramError, httpx.TransportError) as error:
+                self.errors[f"{type(error).__name__}: {error}"[:80]] += 1
+                time.sleep(0.02)
+
+    def run_registrations(self) -> None:
+        while not self.ended.is_set():
+            try:
+                with Client(self.service.url, retries=0) as client:
+                    made = client.register_extractor(model(seed=len(self.extractors) % 20))
+                    self.extractors.append(made.sha256)
+            except EngramError:
                 time.sleep(0.02)
 
     def draw(self, client: Client, mirror: Mirror) -> None:
         mirror.refresh()
+        if mirror.generation == 0:
+            return
         for seed in range(5):
             query = f"size=8&seed={seed}&generation={mirror.generation}"
             answer = httpx.get(f"{self.service.url}/v1/buffers/b/draw?{query}")
@@ -135,11 +148,6 @@ class Uses:
             if drawn.images.tobytes() != copied.images.tobytes():
                 self.wrong.append(f"{query} gave another batch than the mirror")
             self.mirrored += 1
-
-    def register(self, client: Client) -> None:
-        number = len(self.extractors)
-        if number < 10:
-            self.extractors.append(client.register_extractor(model(seed=number)).sha256)
 
 
 def kill(service: ServiceProcess, target: Target) -> None:
@@ -167,6 +175,13 @@ def wait_for_work(database: Database) -> None:
         time.sleep(0.01)
 
 
+def wait_for_draws(uses: Uses) -> None:
+    """Somebody draws from the service as it runs now, or there has been nothing to draw for a while."""
+    before, deadline = uses.draws, time.monotonic() + 10
+    while uses.draws == before and time.monotonic() < deadline:
+        time.sleep(0.01)
+
+
 def check_budget(database: Database, store: PackStore) -> int:
     """At every generation that is left: packs on disk, of one quality, within the budget; returns the last one."""
     with database.reading() as session:
@@ -188,7 +203,8 @@ def torment(folder: Path, seed: int) -> tuple[int, int]:
     service = ServiceProcess(folder, lease_s=0.5, worker_poll_s=0.02, max_attempts=50)
     database, store = Database(service.settings), PackStore(service.settings.packs_dir)
     uploads, uses = Uploads(service, seed), Uses(service, folder / "mirror")
-    threads = [threading.Thread(target=uploads.run), threading.Thread(target=uses.run)]
+    runs = (uploads.run, uses.run_draws, uses.run_registrations)
+    threads = [threading.Thread(target=run) for run in runs]
     for thread in threads:
         thread.start()
     try:
@@ -196,6 +212,7 @@ def torment(folder: Path, seed: int) -> tuple[int, int]:
             target = TARGETS[number % len(TARGETS)]
             if target != "service":
                 wait_for_work(database)
+                wait_for_draws(uses)
             # Several times what an ingest takes, so that any moment of one is hit, and some get through.
             time.sleep(generator.uniform(0, 0.8))
             kill(service, target)
@@ -214,8 +231,8 @@ def torment(folder: Path, seed: int) -> tuple[int, int]:
     finally:
         service.stop()
     assert uses.wrong == []
-    assert uses.draws > 0
-    assert uses.mirrored > 0
+    assert uses.draws > 0, uses.errors
+    assert uses.mirrored > 0, uses.errors
     for digest in uses.extractors:
         assert hashlib.sha256((service.settings.extractors_dir / digest).read_bytes()).hexdigest() == digest
     attempts = check_promises(database, store, service.settings, ended)
