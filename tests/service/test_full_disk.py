@@ -70,6 +70,7 @@ def test_what_frees_room_works_on_a_full_disk_and_frees_it_at_once(full: Service
     assert sum(store.path(digest).stat().st_size for digest in left) < before
 
 
+@pytest.mark.slow
 def test_everything_can_be_deleted_step_by_step_until_there_is_room_for_uploads(full: ServiceThread) -> None:
     with http(full) as client:
         for task in range(3):
