@@ -37,7 +37,7 @@ from numpy.typing import NDArray
 
 from engram import batch, files, forks, index, pack
 from engram.draw import Plan
-from engram.errors import EngramError, NotFound, StorageFull, Unavailable
+from engram.errors import EngramError, NotFound, Unavailable
 from engram.schemas import PackEntry
 from engram.strip import Bytes, Exemplars, Loose, runs_of
 
@@ -148,7 +148,7 @@ class PackFolder:
         """The pack, parsed as `exemplars`, has an index; or has none if it cannot be written: it is not essential."""
         try:
             files.write_whole(self.index_path(digest), index.to_bytes(exemplars, digest))
-        except (OSError, StorageFull) as error:
+        except EngramError as error:
             logger.warning("the index of pack %s cannot be written: %s", digest, error)
 
     def read_index(self, digest: str) -> index.Index | None:

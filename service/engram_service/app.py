@@ -11,6 +11,7 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from fastapi.routing import APIRoute
 
+from engram.errors import StorageFull, Unavailable
 from engram.packs import PackCache, raise_handles
 
 from . import __version__, problems
@@ -20,9 +21,10 @@ from .database import Database
 from .extractors import Turns
 from .liveness import Liveness
 from .replay import Replay
+from .room import Room
 from .routes import buffers, draw, exemplars, export, extractors, health, ingests, packs, tasks
 from .settings import Settings
-from .storage import PackStore
+from .storage import PackStore, Reserve
 
 DESCRIPTION = """A compressed replay memory for continual learning.
 
@@ -38,7 +40,6 @@ def create_app(settings: Settings) -> FastAPI:
         Unavailable: the database does not answer, or its schema is another version's.
     """
     require_token_beyond_loopback(settings)
-    settings.make_folders()
     database = open_database(settings)
     store = PackStore(settings.packs_dir)
     raise_handles()
@@ -67,6 +68,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.state.replay = replay
     app.state.extractor_turns = Turns(settings)
     app.state.liveness = Liveness(settings)
+    app.state.room = Room(database, store, settings)
     problems.install(app)
     app.add_middleware(BodyLimit, settings=settings)
     app.add_middleware(Gate, settings=settings)
@@ -82,14 +84,32 @@ def open_database(settings: Settings) -> Database:
     """The database at the schema of this version; an empty embedded one is migrated on the way.
 
     Raises:
-        Unavailable: it does not answer, or its schema is another version's.
+        Unavailable: it does not answer, is corrupt or its schema is another version's; or it is empty where there are
+            packs, which would be collected; or the data folder cannot be written to.
+        StorageFull: the disk is full, to the last byte of what is kept for this.
     """
     settings.make_folders()
+    reserve = Reserve(settings.reserve_path, settings.reserve_bytes)
+    try:
+        database = _opened(settings)
+    except StorageFull:
+        with reserve.given_up():
+            database = _opened(settings)
+    reserve.keep()
+    return database
+
+
+def _opened(settings: Settings) -> Database:
     database = Database(settings)
     try:
         if settings.is_embedded and database.schema_state() == "empty":
+            if any(PackStore(settings.packs_dir).digests()):
+                raise Unavailable(
+                    f"the database in {settings.data_dir} is gone or empty, and there are packs in "
+                    f"{settings.packs_dir}; put back a backup of the data folder, or move the packs away to start anew"
+                )
             database.migrate()
-        database.ping()
+        database.check()
     except BaseException:
         database.close()
         raise

@@ -93,9 +93,10 @@ def work(data_dir: DataDir = None, workers: Workers = None, log_level: LogLevel 
 def migrate(data_dir: DataDir = None, log_level: LogLevel = None) -> None:
     """Bring the database to the schema of this version."""
     settings = _settings(data_dir=data_dir, log_level=log_level)
-    settings.make_folders()
-    database = Database(settings)
+    database = None
     try:
+        settings.make_folders()
+        database = Database(settings)
         before = database.schema_state()
         if before == "unknown":
             _die(
@@ -105,7 +106,8 @@ def migrate(data_dir: DataDir = None, log_level: LogLevel = None) -> None:
     except EngramError as error:
         _die(error.message)
     finally:
-        database.close()
+        if database is not None:
+            database.close()
     typer.echo(
         "the schema was current already" if before == "current" else f"the schema was {before} and is current now"
     )

@@ -8,6 +8,8 @@ Four kinds of leftovers:
 - uploads whose ingest is final, or that nobody finished (a crash between rename and commit);
 - extractors that nothing names any more (`extractors.collect`).
 
+On a full disk removing rows needs room first: it is taken from the reserve (`storage.Reserve`).
+
 A commit writes its packs before the rows that name them, so a file without a row may be about to get one. Two
 things make removal safe. Files are removed inside a transaction that excludes commits (`commit.exclusive`), and a
 commit checks, inside its own such transaction, that its files still exist before it names them; if one is gone it
@@ -32,14 +34,14 @@ from pathlib import Path
 from sqlalchemy import delete, func, select, update
 from sqlalchemy.orm import Session
 
-from engram.errors import EngramError
+from engram.errors import EngramError, StorageFull
 
 from . import extractors
 from .commit import exclusive
 from .database import Database
 from .ingest import ACTIVE
 from .settings import Settings
-from .storage import PackStore
+from .storage import PackStore, Reserve
 from .tables import BufferRow, IngestRow, PackRow
 
 logger = logging.getLogger(__name__)
@@ -65,6 +67,11 @@ class Collected:
     extractors: int
     stuck: Stuck = field(default_factory=dict)
 
+    @property
+    def counts(self) -> tuple[int, int, int, int]:
+        """What was removed of each kind."""
+        return self.rows, self.packs, self.uploads, self.extractors
+
 
 class Collector:
     """Collects again and again; nothing that goes wrong there gets out."""
@@ -82,9 +89,8 @@ class Collector:
         except Exception as error:
             logger.error("leftovers cannot be collected; this is a defect of Engram", exc_info=error)
         else:
-            counts = found.rows, found.packs, found.uploads, found.extractors
-            if any(counts):
-                logger.info("collected %d old pack rows, %d packs, %d uploads, %d extractors", *counts)
+            if any(found.counts):
+                logger.info("collected %d old pack rows, %d packs, %d uploads, %d extractors", *found.counts)
             self._tell(found.stuck)
 
     def _tell(self, stuck: Stuck) -> None:
@@ -115,6 +121,27 @@ def collect(
     Raises:
         StorageFull, Unavailable: the database does not answer.
     """
+    reserve = Reserve(settings.reserve_path, settings.reserve_bytes)
+    try:
+        found = collect_rows(database, store, settings, pulse=pulse)
+    except StorageFull:
+        with reserve.given_up():
+            found = collect_rows(database, store, settings, pulse=pulse)
+    with _passing_over(store.folder, found.stuck):
+        store.sweep(settings.grace_s, lambda path, error: found.stuck.update({str(path): error}))
+    if any(found.counts):
+        reserve.keep()
+    return found
+
+
+def collect_rows(
+    database: Database, store: PackStore, settings: Settings, *, pulse: Callable[[], None] = lambda: None
+) -> Collected:
+    """As `collect`, but for the temporary files of writers that died.
+
+    Raises:
+        StorageFull: there is no room to remove rows.
+    """
     stuck: Stuck = {}
     retired = _retired_rows(database, settings)
     unwanted = dict.fromkeys(retired)
@@ -126,8 +153,6 @@ def collect(
     packs = _unnamed_packs(database, store, list(unwanted), stuck, pulse)
     uploads = _uploads(database, settings.spool_dir, stuck, pulse)
     models = extractors.collect(database, settings, stuck=stuck, pulse=pulse)
-    with _passing_over(store.folder, stuck):
-        store.sweep(settings.grace_s, lambda path, error: stuck.update({str(path): error}))
     return Collected(len(retired), packs, uploads, models, stuck)
 
 

@@ -15,6 +15,8 @@ from pydantic import Field, SecretStr, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 from sqlalchemy import make_url
 
+from engram.files import disk_errors
+
 
 class Settings(BaseSettings):
     """Where the service keeps things, where it listens, and what it refuses."""
@@ -130,6 +132,10 @@ class Settings(BaseSettings):
     """Packs that only older generations name. Beyond it the oldest generations go before `grace_s` is over; the last
     one before the current stays for all of it."""
 
+    reserve_bytes: Annotated[int, Field(ge=2**16)] = 8 * 2**20
+    """A file of this size that is given up when the disk is full, so that deleting and shrinking still work there. With
+    fewer bytes than this free besides, the service is not ready."""
+
     @field_validator("admin_token")
     @classmethod
     def _sendable(cls, token: SecretStr | None) -> SecretStr | None:
@@ -164,6 +170,16 @@ class Settings(BaseSettings):
         return self.data_dir / "extractors"
 
     @property
+    def reserve_path(self) -> Path:
+        """See `reserve_bytes`."""
+        return self.data_dir / "reserve"
+
+    @property
+    def folders(self) -> tuple[Path, ...]:
+        """The data folder and its parts."""
+        return self.data_dir, self.packs_dir, self.spool_dir, self.extractors_dir
+
+    @property
     def sqlalchemy_url(self) -> str:
         """`database_url`, or the embedded SQLite database in the data folder."""
         return self.database_url or f"sqlite:///{self.data_dir.absolute() / 'engram.sqlite'}"
@@ -174,6 +190,11 @@ class Settings(BaseSettings):
         return make_url(self.sqlalchemy_url).get_backend_name() == "sqlite"
 
     def make_folders(self) -> None:
-        """The data folder and its parts exist afterwards, readable by this user only where they are new."""
-        for folder in (self.data_dir, self.packs_dir, self.spool_dir, self.extractors_dir):
-            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        """The data folder and its parts exist afterwards, readable by this user only where they are new.
+
+        Raises:
+            StorageFull, Unavailable: the disk does not take them.
+        """
+        for folder in self.folders:
+            with disk_errors(folder, 0):
+                folder.mkdir(parents=True, exist_ok=True, mode=0o700)

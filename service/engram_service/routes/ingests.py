@@ -19,6 +19,7 @@ from engram.schemas import MAX_TASK, Ingest, IngestOptions
 
 from .. import buffers, extractors, ingest
 from ..database import Database
+from ..room import Room
 from ..settings import Settings
 
 router = APIRouter(tags=["ingests"])
@@ -109,8 +110,13 @@ async def read(
 def cancel(request: Request, ingest_id: str) -> Ingest:
     """Cancel an ingest that has not committed yet."""
     database: Database = request.app.state.database
-    with database.session() as session:
-        return ingest.cancel(session, ingest_id)
+    room: Room = request.app.state.room
+
+    def cancelled() -> Ingest:
+        with database.session() as session:
+            return ingest.cancel(session, ingest_id)
+
+    return room.freeing(cancelled)
 
 
 def _check_names(database: Database, buffer: str, options: IngestOptions) -> None:
