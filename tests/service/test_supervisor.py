@@ -245,8 +245,9 @@ def test_a_service_that_runs_no_workers_does_not_ask_for_any(database: Database,
 def test_a_service_whose_workers_are_gone_is_not_ready_and_says_so(
     serve_thread: Callable[..., ServiceThread],
 ) -> None:
-    served = serve_thread(workers=1, worker_silent_s=0.2)
+    served = serve_thread(workers=1)
     database = served.state.database
+    served.app.state.liveness = Liveness(served.settings.model_copy(update={"worker_silent_s": 0.2}))
     with http(served) as web:
         assert eventually(lambda: web.get("/readyz").status_code == 503)
         assert "no worker has been alive for" in web.get("/readyz").json()["detail"]
