@@ -26,8 +26,9 @@ import resource
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
+from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
 from typing import TypeVar, cast
@@ -371,6 +372,14 @@ class LoadedPack:
         """True if the disk should be asked again."""
         return self.rows is not None and time.monotonic() - self.loaded_at > RECHECK_S
 
+    @cached_property
+    def largest(self) -> int:
+        """Bytes of the largest of its exemplars, record included; at most."""
+        found = self.exemplars
+        if found is None:
+            return 0
+        return int(found.lengths.max()) + (0 if found.record_lengths is None else int(found.record_lengths.max()))
+
     @property
     def bytes(self) -> int:
         """Of its data in memory."""
@@ -473,18 +482,18 @@ class PackCache:
             return self._keep(opened or self._load(digest, count))
 
     def whole(self, digest: str, count: int) -> LoadedPack:
-        """As `get`, every byte verified and in memory, for as long as the caller keeps it if it does not fit.
+        """As `get`, every byte verified; in memory if it is held and fits there.
 
         Raises:
             Unavailable: the disk does not answer.
         """
-        known = self._packs.get(digest)
-        if known is not None and known.in_memory and not known.is_due:
-            return known
+        loaded = self.get(digest, count)
+        if loaded.in_memory:
+            return loaded
         with self._turn(digest):
-            loaded = self._read(digest, count) or self._load(digest, count)
-            self._keep(loaded)
-        return loaded
+            if digest in self._held and self.bytes + loaded.pack_bytes <= self.max_bytes:
+                return self._keep(self._read(digest, count) or self._load(digest, count))
+        return loaded if self._matches_on_disk(loaded, gently=False) else self.reload(digest, count)
 
     def read(self, packs: Sequence[tuple[str, int]], use: Callable[[list[LoadedPack]], _T]) -> _T:
         """What `use` makes of these packs, each given by digest and count of exemplars.
@@ -678,12 +687,12 @@ class PackCache:
         elif not self._matches_on_disk(loaded):
             self._keep(self._load(digest, count))
 
-    def _matches_on_disk(self, loaded: LoadedPack) -> bool:
+    def _matches_on_disk(self, loaded: LoadedPack, *, gently: bool = True) -> bool:
         found, at = sha256(), 0
         data = cast(Exemplars, loaded.exemplars).data
         while at < loaded.pack_bytes and not self._is_closed.is_set():
             end = min(at + _BLOCK_BYTES, loaded.pack_bytes)
-            with _Breath(self._is_closed):
+            with _Breath(self._is_closed) if gently else nullcontext():
                 try:
                     found.update(data[at:end])
                 except Damaged:

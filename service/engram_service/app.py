@@ -15,8 +15,9 @@ from engram.errors import StorageFull, Unavailable
 from engram.packs import PackCache, raise_handles
 
 from . import __version__, problems
+from .answers import Answers
 from .auth import OPEN_PATHS, Gate, require_token_beyond_loopback
-from .bodies import BodyLimit
+from .bodies import Bodies
 from .database import Database
 from .extractors import Turns
 from .liveness import Liveness
@@ -66,11 +67,12 @@ def create_app(settings: Settings) -> FastAPI:
     app.state.settings, app.state.database = settings, database
     app.state.store, app.state.cache = store, cache
     app.state.replay = replay
+    app.state.room = Room(database, store, settings)
     app.state.extractor_turns = Turns(settings)
     app.state.liveness = Liveness(settings)
-    app.state.room = Room(database, store, settings)
+    app.state.answers = Answers(settings.answer_memory_bytes)
     problems.install(app)
-    app.add_middleware(BodyLimit, settings=settings)
+    app.add_middleware(Bodies, settings=settings, answers=app.state.answers)
     app.add_middleware(Gate, settings=settings)
     app.add_middleware(problems.LastResort)
     # Routes are tried in order: draws come by the hundred a second, everything else now and then.

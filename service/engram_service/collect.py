@@ -141,6 +141,7 @@ def collect_rows(
 
     Raises:
         StorageFull: there is no room to remove rows.
+        Unavailable: the database does not answer.
     """
     stuck: Stuck = {}
     retired = _retired_rows(database, settings)

@@ -55,7 +55,10 @@ def metadata(database: Database) -> list[str]:
 
 
 def workers(database: Database, liveness: Liveness) -> list[str]:
-    """What is wrong with the workers."""
-    with database.reading() as session:
-        problem = liveness.problem(session)
+    """What is wrong with the workers: none has been alive for too long."""
+    try:
+        with database.reading() as session:
+            problem = liveness.problem(session)
+    except EngramError as error:
+        return [error.message]
     return [] if problem is None else [problem]

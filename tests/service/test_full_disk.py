@@ -28,7 +28,7 @@ RESERVE_BYTES = 2**20
 def full(tmp_path: Path) -> Iterator[ServiceThread]:
     """A service with three tasks, a waiting upload and a second buffer, whose disk was filled to the last byte."""
     with small_disk(tmp_path / "disk", DISK_BYTES) as disk:
-        settings = Settings(data_dir=disk / "data", reserve_bytes=RESERVE_BYTES)
+        settings = Settings(data_dir=disk / "data", reserve_bytes=RESERVE_BYTES, workers=0)
         service = ServiceThread(settings)
         database = service.state.database
         for name in ("b", "c"):
@@ -115,7 +115,7 @@ def test_the_collector_works_on_a_full_disk(full: ServiceThread) -> None:
 
 def test_a_change_larger_than_the_reserve_goes_task_by_task(tmp_path: Path) -> None:
     with small_disk(tmp_path / "disk", DISK_BYTES) as disk:
-        settings = Settings(data_dir=disk / "data", reserve_bytes=2**17)
+        settings = Settings(data_dir=disk / "data", reserve_bytes=2**17, workers=0)
         service = ServiceThread(settings)
         create(service.state.database, budget_bytes=3 * 10**6, quality=95)
         for task in range(12):

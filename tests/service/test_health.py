@@ -215,7 +215,7 @@ def test_no_command_starts_on_a_read_only_folder_and_each_says_so(settings: Sett
 def test_a_service_says_what_happened_to_its_folder_while_it_ran(
     make_service: Callable[..., ServiceProcess],
 ) -> None:
-    service = make_service("--workers", "0")
+    service = make_service(workers=0)
     with httpx.Client(base_url=service.url) as client:
         assert says(client) == ("ok", 200, "")
         service.data_dir.rename(service.data_dir.with_name("elsewhere"))

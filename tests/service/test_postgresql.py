@@ -28,7 +28,7 @@ T = TypeVar("T")
 
 @pytest.fixture
 def settings(postgres_url: str, tmp_path: Path) -> Settings:
-    found = Settings(data_dir=tmp_path / "data", database_url=postgres_url)
+    found = Settings(data_dir=tmp_path / "data", database_url=postgres_url, workers=0)
     found.make_folders()
     return found
 
