@@ -139,10 +139,10 @@ class Settings(BaseSettings):
     """How far workers and their extractors stand back on a processor that others want, as `nice` counts it: draws and
     requests come first. 0 is for a machine that serves nothing."""
 
-    worker_poll_s: Annotated[float, Field(gt=0)] = 0.2
+    worker_poll_s: Annotated[float, Field(gt=0, le=2)] = 0.2
     """How often an idle worker looks for a new ingest."""
 
-    worker_silent_s: Annotated[float, Field(gt=0)] = 30.0
+    worker_silent_s: Annotated[float, Field(ge=4)] = 30.0
     """How long a worker may show no sign of life: then its process is ended and another one starts, and without any
     other that is alive `/readyz` answers 503. It stops a worker that hangs from keeping its place for ever."""
 
