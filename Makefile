@@ -16,13 +16,13 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 DEV := $(VENV)/.installed-dev
 DEMO := $(VENV)/.installed-demo
-BENCHES := strip draw ingest selection stream budget gem
+BENCHES := strip draw ingest selection ratios stream budget gem
 
 # The tests and the benchmarks count on one thread per process: more only fight over the cores.
 export OMP_NUM_THREADS ?= 1
 
 .NOTPARALLEL:
-.PHONY: help install test slow lint format types check docs demo bench bench-quick clean
+.PHONY: help install test slow kills lint format types check docs demo bench bench-quick clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -45,6 +45,11 @@ format: $(DEV) ## let ruff rewrite the files
 
 types: $(DEV) ## mypy --strict
 	$(BIN)/mypy
+
+KILLS ?= 200
+
+kills: $(DEV) ## services, workers, mirrors, registrations and migrations are killed at random and at every step
+	KILLS=$(KILLS) $(BIN)/python -m pytest -q -m "slow or not slow" tests/service/test_faults.py $(PYTEST_ARGS)
 
 check: lint types slow test ## what CI runs
 

@@ -245,7 +245,7 @@ def first_draw_ms(folder: Path, buffer: str, plan: Plan) -> float:
     """Median milliseconds of the first draw of a service process that has just started on this data folder."""
     times = []
     for restart in range(plan.restarts):
-        with local_service(folder, "--no-worker") as served:
+        with local_service(folder, "--workers", "0") as served:
             connection = http.client.HTTPConnection(served.url.removeprefix("http://"))
             connection.connect()
             start = time.perf_counter()

@@ -88,7 +88,7 @@ def measure(images: UInt8Array) -> Line:
     class_ids = np.arange(len(images)) * CLASSES // len(images)
     with (
         tempfile.TemporaryDirectory(prefix="engram-bench-") as folder,
-        local_service(folder, log_level="warning") as service,
+        local_service(folder, log_level="warning", workers=1) as service,
     ):
         process = psutil.Process(service.process.pid)
         with Client(service.url) as client, Memory(process) as memory:

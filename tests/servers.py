@@ -14,7 +14,7 @@ import httpx
 from fastapi import FastAPI
 
 from engram_service.app import create_app
-from engram_service.cli import Server, listen, uvicorn_config
+from engram_service.edge import Server, listen
 from engram_service.settings import Settings
 from engram_trainer.local_service import START_S, LocalService, environment
 
@@ -27,7 +27,8 @@ class ServiceProcess(LocalService):
     """A service in a process of its own, started when it is made, with the settings that it has."""
 
     def __init__(self, folder: Path, *arguments: str, **settings: object) -> None:
-        super().__init__(folder, *arguments, **settings)
+        # One worker is enough for most, and another takes a second of a core to start. Tests wait for it.
+        super().__init__(folder, *arguments, **{"workers": 1, "worker_niceness": 0, **settings})
         self.start()
 
     @property
@@ -53,7 +54,7 @@ class ServiceThread:
         self.app: FastAPI = create_app(settings)
         listener = listen("127.0.0.1", 0)
         self.url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-        self._server = PromptServer(uvicorn_config(self.app, settings))
+        self._server = PromptServer(self.app, settings)
         self._thread = threading.Thread(target=self._server.run, kwargs={"sockets": [listener]}, daemon=True)
         self._thread.start()
         deadline = time.monotonic() + START_S

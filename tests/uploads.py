@@ -13,7 +13,7 @@ from PIL import Image
 
 from engram import tar
 from engram.schemas import Ingest, IngestOptions
-from engram_service import ingest, worker
+from engram_service import ingest, work
 from engram_service.database import Database
 from engram_service.settings import Settings
 from engram_service.storage import PackStore
@@ -74,7 +74,7 @@ def queue(
 def work_through(database: Database, store: PackStore, settings: Settings, owner: str = "test") -> None:
     """Every claimable ingest has been attempted until none is left."""
     while (held := ingest.claim(database, settings, owner=owner)) is not None:
-        worker.attempt(database, store, settings, held, threading.Event())
+        work.attempt(database, store, settings, held, threading.Event())
 
 
 def final(database: Database, queued: Ingest) -> Ingest:

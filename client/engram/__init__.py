@@ -29,6 +29,7 @@ from engram.loader import ReplayLoader
 from engram.local import LocalBuffer
 from engram.mirror import Mirror
 from engram.schemas import Buffer, Decision, Ingest, IngestOptions, Manifest, Task
+from engram.strip import decode_jpeg
 
 __version__ = "0.2.0"
 
@@ -60,4 +61,5 @@ __all__ = [
     "Unauthorized",
     "Unavailable",
     "__version__",
+    "decode_jpeg",
 ]

@@ -9,12 +9,12 @@ from __future__ import annotations
 import errno
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from secrets import token_hex
 
-from engram.errors import StorageFull
+from engram.errors import StorageFull, Unavailable
 
 # A full disk, a full quota, a file-size limit of the process: nothing an operator would tell apart from "full".
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
@@ -28,6 +28,7 @@ def write_durably(path: Path, data: bytes) -> None:
 
     Raises:
         StorageFull: the disk is full; nothing is left behind.
+        Unavailable: the disk does not take it for another reason; nothing is left behind.
     """
     with disk_errors(path, len(data)):
         if not path.parent.is_dir():
@@ -42,6 +43,7 @@ def write_whole(path: Path, data: bytes) -> None:
 
     Raises:
         StorageFull: the disk is full; nothing is left behind.
+        Unavailable: the disk does not take it for another reason; nothing is left behind.
     """
     with disk_errors(path, len(data)):
         _write(path, data, durably=False)
@@ -49,20 +51,23 @@ def write_whole(path: Path, data: bytes) -> None:
 
 @contextmanager
 def disk_errors(path: Path, needed_bytes: int) -> Iterator[None]:
-    """A full disk inside the block becomes `StorageFull`; other failures of the disk stay as they are.
+    """What the disk refuses inside the block becomes an error of the tree.
 
     Raises:
         StorageFull: the disk, the quota or the file-size limit has no room.
+        Unavailable: anything else: a folder that is gone or read-only, a disk that fails.
     """
     try:
         yield
     except OSError as error:
         if error.errno not in _FULL:
-            raise
+            raise Unavailable(
+                f"the disk does not take {path}: {error.strerror}; is its folder there, and may it be written to?"
+            ) from error
         free_bytes = _free_bytes(path)
         raise StorageFull(
             f"{needed_bytes} bytes were to be written and {free_bytes} are free ({os.strerror(error.errno)}); "
-            "nothing was half-written. Free some space or lower a budget, then try again",
+            "nothing was half-written. Free some space or delete a task or a buffer, then try again",
             needed_bytes=needed_bytes,
             free_bytes=free_bytes,
         ) from error
@@ -77,14 +82,30 @@ def fsync_path(path: Path) -> None:
         os.close(descriptor)
 
 
-def sweep(temporaries: Iterator[Path], older_than_s: float) -> int:
-    """Temporary files older than this are removed: a crash left them behind; returns how many."""
+def pass_over(path: Path, error: OSError) -> None:
+    """Says nothing of a file that cannot be removed."""
+
+
+def sweep(
+    temporaries: Iterator[Path], older_than_s: float, refused: Callable[[Path, OSError], None] = pass_over
+) -> int:
+    """Temporary files older than this are removed: a crash left them behind; returns how many.
+
+    Args:
+        temporaries: to look at.
+        older_than_s: since they were written.
+        refused: called with each file that cannot be removed, and why.
+    """
     removed = 0
     for path in temporaries:
-        with suppress(FileNotFoundError):
+        try:
             if time.time() - path.stat().st_mtime > older_than_s:
                 path.unlink()
                 removed += 1
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            refused(path, error)
     return removed
 
 

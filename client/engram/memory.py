@@ -380,7 +380,9 @@ def _rank(
                 features_ND, is_new_N = pool.embed(numbers[part], embedder), numbers[part] >= pool.stored
                 mean_D, weight = ranking.mean_seen(features_ND, is_new_N, known.get(class_id), seen / len(parts))
                 count = min(len(part), -(-(most + stored) // len(parts)))
-                picks.append(part[ranking.rank(features_ND, count, method=options.ranking, mean_D=mean_D)])
+                picks.append(
+                    part[ranking.rank(features_ND, count, method=options.ranking, mean_D=mean_D, pulse=pool.done.pulse)]
+                )
                 means_GD.append(mean_D)
                 weights_G.append(weight)
             order[class_id] = numbers[ranking.deal(picks, most + stored)]
@@ -414,7 +416,7 @@ def _settle(
         if len(exemplars) == len(pool.class_ids) and _fits(others, share):
             reason = "everything uploaded so far fits at this quality; one is chosen when something would have to go"
             return exemplars, replace(joined, quality=policy.roomy_quality), reason
-        joined = _weighed(joined, share, but=number)
+        joined = _weighed(joined, share, but=number, done=pool.done)
         task = joined.tasks[number]
         assert task.decision is not None, "the upload was measured"
         if pool.stored and not is_enough([task.decision], task.seen):
@@ -422,7 +424,7 @@ def _settle(
             joined = replace(joined, tasks={**joined.tasks, number: replace(task, decision=decision)})
     chosen, reason = _chosen(joined, last=number)
     if content.is_provisional and (content.quality is None or was_roomy or not chosen.is_provisional):
-        settled = _encode_again(chosen, reason, but=number)
+        settled = _encode_again(chosen, reason, but=number, done=pool.done)
     else:
         kind = "provisional" if content.is_provisional else "decided earlier"
         alone = choose(joined.decisions(last=number)[-1:])[1]
@@ -453,7 +455,13 @@ def _weightier(before: Decision | None, now: Decision) -> Decision:
     return before
 
 
-def _weighed(content: Content, share: Mapping[int, Mapping[int, int]], *, but: int | None = None) -> Content:
+def _weighed(
+    content: Content,
+    share: Mapping[int, Mapping[int, int]],
+    *,
+    but: int | None = None,
+    done: WorkDone | None = None,
+) -> Content:
     """Every task but one has been measured on all that it holds, which is as good as the originals while there is room.
 
     So what came in uploads too small to say anything has a say. Only tasks that have not said enough are measured, on
@@ -465,7 +473,7 @@ def _weighed(content: Content, share: Mapping[int, Mapping[int, int]], *, but: i
         exemplars = None if number == but or said is None or is_enough([said], task.seen) else task.load()
         if exemplars is None or said is None:
             continue
-        pool = Pool(exemplars, NO_IMAGES, content.policy.subsampling)
+        pool = Pool(exemplars, NO_IMAGES, content.policy.subsampling, done)
         order = {class_id: np.flatnonzero(exemplars.class_ids == class_id) for class_id in task.kept}
         options = IngestOptions(
             candidates=tuple(candidate.quality for candidate in said.candidates),
@@ -487,7 +495,7 @@ def _chosen(content: Content, *, last: int | None = None) -> tuple[Content, str]
     return replace(content, quality=quality, is_provisional=not is_enough(decisions, classes)), reason
 
 
-def _encode_again(content: Content, reason: str, *, but: int | None = None) -> Content:
+def _encode_again(content: Content, reason: str, *, but: int | None = None, done: WorkDone | None = None) -> Content:
     """Every pack, but that of one task, is encoded at the content's quality."""
     assert content.quality is not None, "a quality was chosen"
     tasks = dict(content.tasks)
@@ -495,7 +503,7 @@ def _encode_again(content: Content, reason: str, *, but: int | None = None) -> C
         exemplars = None if number == but else task.load()
         if exemplars is None or exemplars.form.quality == content.quality:
             continue
-        pool = Pool(exemplars, NO_IMAGES, content.policy.subsampling)
+        pool = Pool(exemplars, NO_IMAGES, content.policy.subsampling, done)
         said = {"quality": content.quality, "reason": f"encoded again with the whole buffer: {reason}"}
         tasks[number] = _saying(task, said).holding(pool.encode(np.arange(len(exemplars)), content.quality))
     return replace(content, tasks=tasks)

@@ -26,8 +26,9 @@ import resource
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
+from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
 from typing import TypeVar, cast
@@ -37,7 +38,7 @@ from numpy.typing import NDArray
 
 from engram import batch, files, forks, index, pack
 from engram.draw import Plan
-from engram.errors import EngramError, NotFound, StorageFull, Unavailable
+from engram.errors import EngramError, NotFound, Unavailable
 from engram.schemas import PackEntry
 from engram.strip import Bytes, Exemplars, Loose, runs_of
 
@@ -148,7 +149,7 @@ class PackFolder:
         """The pack, parsed as `exemplars`, has an index; or has none if it cannot be written: it is not essential."""
         try:
             files.write_whole(self.index_path(digest), index.to_bytes(exemplars, digest))
-        except (OSError, StorageFull) as error:
+        except EngramError as error:
             logger.warning("the index of pack %s cannot be written: %s", digest, error)
 
     def read_index(self, digest: str) -> index.Index | None:
@@ -217,10 +218,15 @@ class PackFolder:
                 if _NAME.fullmatch(path.name):
                     yield path.name, now - path.stat().st_mtime
 
-    def sweep(self, older_than_s: float) -> int:
-        """Temporary files, and indexes without a pack, that are older than this are removed; returns how many."""
+    def sweep(self, older_than_s: float, refused: Callable[[Path, OSError], None] = files.pass_over) -> int:
+        """Temporary files, and indexes without a pack, that are older than this are removed; returns how many.
+
+        Args:
+            older_than_s: since they were written.
+            refused: called with each file that cannot be removed, and why.
+        """
         left = (path for path in self.folder.glob(self.pattern) if self._is_left_behind(path))
-        return files.sweep(left, older_than_s)
+        return files.sweep(left, older_than_s, refused)
 
     def _is_left_behind(self, path: Path) -> bool:
         if path.suffix == _INDEX and not path.name.startswith("."):
@@ -366,6 +372,14 @@ class LoadedPack:
         """True if the disk should be asked again."""
         return self.rows is not None and time.monotonic() - self.loaded_at > RECHECK_S
 
+    @cached_property
+    def largest(self) -> int:
+        """Bytes of the largest of its exemplars, record included; at most."""
+        found = self.exemplars
+        if found is None:
+            return 0
+        return int(found.lengths.max()) + (0 if found.record_lengths is None else int(found.record_lengths.max()))
+
     @property
     def bytes(self) -> int:
         """Of its data in memory."""
@@ -468,18 +482,18 @@ class PackCache:
             return self._keep(opened or self._load(digest, count))
 
     def whole(self, digest: str, count: int) -> LoadedPack:
-        """As `get`, every byte verified and in memory, for as long as the caller keeps it if it does not fit.
+        """As `get`, every byte verified; in memory if it is held and fits there.
 
         Raises:
             Unavailable: the disk does not answer.
         """
-        known = self._packs.get(digest)
-        if known is not None and known.in_memory and not known.is_due:
-            return known
+        loaded = self.get(digest, count)
+        if loaded.in_memory:
+            return loaded
         with self._turn(digest):
-            loaded = self._read(digest, count) or self._load(digest, count)
-            self._keep(loaded)
-        return loaded
+            if digest in self._held and self.bytes + loaded.pack_bytes <= self.max_bytes:
+                return self._keep(self._read(digest, count) or self._load(digest, count))
+        return loaded if self._matches_on_disk(loaded, gently=False) else self.reload(digest, count)
 
     def read(self, packs: Sequence[tuple[str, int]], use: Callable[[list[LoadedPack]], _T]) -> _T:
         """What `use` makes of these packs, each given by digest and count of exemplars.
@@ -673,12 +687,12 @@ class PackCache:
         elif not self._matches_on_disk(loaded):
             self._keep(self._load(digest, count))
 
-    def _matches_on_disk(self, loaded: LoadedPack) -> bool:
+    def _matches_on_disk(self, loaded: LoadedPack, *, gently: bool = True) -> bool:
         found, at = sha256(), 0
         data = cast(Exemplars, loaded.exemplars).data
         while at < loaded.pack_bytes and not self._is_closed.is_set():
             end = min(at + _BLOCK_BYTES, loaded.pack_bytes)
-            with _Breath(self._is_closed):
+            with _Breath(self._is_closed) if gently else nullcontext():
                 try:
                     found.update(data[at:end])
                 except Damaged:

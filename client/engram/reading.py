@@ -82,7 +82,8 @@ class Reading:
     def export(self, buffer: str, file: str | Path | BinaryIO, *, generation: int | None = None) -> int:
         """Write all exemplars to `file` as a WebDataset tar of JPEGs; returns its bytes.
 
-        A file named by its path appears only when it is complete.
+        A file named by its path appears only when it is complete. `engram.decode_jpeg` gives the pixels of its members
+        as draws have them; of other decoders they differ by 1 on average where colour is subsampled.
         """
         if not isinstance(file, (str, Path)):
             return self._export(buffer, file, generation)

@@ -11,17 +11,21 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from fastapi.routing import APIRoute
 
+from engram.errors import StorageFull, Unavailable
 from engram.packs import PackCache, raise_handles
 
 from . import __version__, problems
+from .answers import Answers
 from .auth import OPEN_PATHS, Gate, require_token_beyond_loopback
-from .bodies import BodyLimit
+from .bodies import Bodies
 from .database import Database
 from .extractors import Turns
+from .liveness import Liveness
 from .replay import Replay
+from .room import Room
 from .routes import buffers, draw, exemplars, export, extractors, health, ingests, packs, tasks
 from .settings import Settings
-from .storage import PackStore
+from .storage import PackStore, Reserve
 
 DESCRIPTION = """A compressed replay memory for continual learning.
 
@@ -37,7 +41,6 @@ def create_app(settings: Settings) -> FastAPI:
         Unavailable: the database does not answer, or its schema is another version's.
     """
     require_token_beyond_loopback(settings)
-    settings.make_folders()
     database = open_database(settings)
     store = PackStore(settings.packs_dir)
     raise_handles()
@@ -64,9 +67,12 @@ def create_app(settings: Settings) -> FastAPI:
     app.state.settings, app.state.database = settings, database
     app.state.store, app.state.cache = store, cache
     app.state.replay = replay
+    app.state.room = Room(database, store, settings)
     app.state.extractor_turns = Turns(settings)
+    app.state.liveness = Liveness(settings)
+    app.state.answers = Answers(settings.answer_memory_bytes)
     problems.install(app)
-    app.add_middleware(BodyLimit, settings=settings)
+    app.add_middleware(Bodies, settings=settings, answers=app.state.answers)
     app.add_middleware(Gate, settings=settings)
     app.add_middleware(problems.LastResort)
     # Routes are tried in order: draws come by the hundred a second, everything else now and then.
@@ -80,14 +86,32 @@ def open_database(settings: Settings) -> Database:
     """The database at the schema of this version; an empty embedded one is migrated on the way.
 
     Raises:
-        Unavailable: it does not answer, or its schema is another version's.
+        Unavailable: it does not answer, is corrupt or its schema is another version's; or it is empty where there are
+            packs, which would be collected; or the data folder cannot be written to.
+        StorageFull: the disk is full, to the last byte of what is kept for this.
     """
     settings.make_folders()
+    reserve = Reserve(settings.reserve_path, settings.reserve_bytes)
+    try:
+        database = _opened(settings)
+    except StorageFull:
+        with reserve.given_up():
+            database = _opened(settings)
+    reserve.keep()
+    return database
+
+
+def _opened(settings: Settings) -> Database:
     database = Database(settings)
     try:
         if settings.is_embedded and database.schema_state() == "empty":
+            if any(PackStore(settings.packs_dir).digests()):
+                raise Unavailable(
+                    f"the database in {settings.data_dir} is gone or empty, and there are packs in "
+                    f"{settings.packs_dir}; put back a backup of the data folder, or move the packs away to start anew"
+                )
             database.migrate()
-        database.ping()
+        database.check()
     except BaseException:
         database.close()
         raise

@@ -13,6 +13,8 @@ from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
 from sqlalchemy import Select, Text, cast, or_, select
+from sqlalchemy import delete as delete_from
+from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
 from engram import shares
@@ -40,9 +42,21 @@ def create(session: Session, wanted: BufferCreate) -> Buffer:
         oldest_generation=0,
         created_at=time.time(),
     )
+    return describe(session, add_row(session, row))
+
+
+def add_row(session: Session, row: BufferRow) -> BufferRow:
+    """The row of a new buffer is there, for this transaction to commit.
+
+    Raises:
+        Conflict: another transaction has made one of that name meanwhile. (On SQLite they come one after the other.)
+    """
     session.add(row)
-    session.flush()
-    return describe(session, row)
+    try:
+        session.flush()
+    except IntegrityError as error:
+        raise _taken(row.name) from error
+    return row
 
 
 def check_free(session: Session, name: str) -> None:
@@ -52,7 +66,11 @@ def check_free(session: Session, name: str) -> None:
         Conflict: there is one of that name.
     """
     if session.get(BufferRow, name) is not None:
-        raise Conflict(f"there is a buffer {name!r} already; delete it first or choose another name")
+        raise _taken(name)
+
+
+def _taken(name: str) -> Conflict:
+    return Conflict(f"there is a buffer {name!r} already; delete it first or choose another name")
 
 
 def check_thawed(row: BufferRow) -> None:
@@ -88,7 +106,10 @@ def delete(session: Session, name: str) -> None:
     Raises:
         NotFound: there is no such buffer.
     """
-    session.delete(find(session, name))
+    # By its name and not as a row that was read: another transaction may be deleting it at this moment.
+    gone = session.execute(delete_from(BufferRow).where(BufferRow.name == name).returning(BufferRow.name))
+    if gone.first() is None:
+        raise _unknown(name)
 
 
 def find(session: Session, name: str) -> BufferRow:

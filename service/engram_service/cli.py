@@ -6,34 +6,48 @@
 from __future__ import annotations
 
 import logging
-import os
 import signal
-import socket
 import sys
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
-import uvicorn
 from pydantic import ValidationError
 
 from engram.errors import EngramError
 
-from . import __version__, worker
+from . import __version__
 from .app import create_app, open_database
 from .database import Database
+from .edge import Server, listen
 from .settings import Settings
+from .supervisor import Supervisor
 
-app = typer.Typer(help="A compressed replay memory for continual learning.", no_args_is_help=True, add_completion=False)
+app = typer.Typer(
+    help="A compressed replay memory for continual learning.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
 
 DataDir = Annotated[Path | None, typer.Option(help="Folder of packs, uploads and the SQLite database.")]
+Workers = Annotated[int | None, typer.Option(help="Worker processes; by default one per core, from 2 to 4.")]
 LogLevel = Annotated[str | None, typer.Option(help="debug, info, warning or error.")]
 
-KEEP_ALIVE_S = 75
-"""How long an idle connection stays open: most pauses of a trainer are shorter."""
 
-SHUTDOWN_S = 10
-"""How long requests in progress may go on after a signal."""
+def _version(is_asked: bool) -> None:
+    if is_asked:
+        typer.echo(f"engram {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _command(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
 
 
 @app.command()
@@ -42,11 +56,11 @@ def serve(
     port: Annotated[int | None, typer.Option(help="Port; 0 takes a free one.")] = None,
     data_dir: DataDir = None,
     port_file: Annotated[Path | None, typer.Option(help="Write the port here once requests are accepted.")] = None,
-    with_worker: Annotated[bool, typer.Option("--worker/--no-worker", help="Run the worker too.")] = True,
+    workers: Workers = None,
     log_level: LogLevel = None,
 ) -> None:
-    """Serve the API, with a worker beside it."""
-    settings = _settings(host=host, port=port, data_dir=data_dir, log_level=log_level)
+    """Serve the API, with workers beside it."""
+    settings = _settings(host=host, port=port, data_dir=data_dir, workers=workers, log_level=log_level)
     _stop_on_sigterm()
     try:
         application = create_app(settings)
@@ -55,39 +69,46 @@ def serve(
         _die(error.message)
     except OSError as error:
         _die(f"cannot serve on {settings.host} port {settings.port} with data in {settings.data_dir}: {error}")
-    supervisor = worker.Supervisor(settings) if with_worker else None
-    if supervisor is not None:
-        supervisor.start()
+    supervisor = Supervisor(settings)
+    supervisor.start()
     try:
-        Server(uvicorn_config(application, settings), port_file).run(sockets=[listener])
+        Server(application, settings, port_file).run(sockets=[listener])
     except KeyboardInterrupt:
         pass
     finally:
-        if supervisor is not None:
-            supervisor.stop()
+        supervisor.stop()
 
 
 @app.command(name="worker")
-def work(data_dir: DataDir = None, log_level: LogLevel = None) -> None:
+def work(data_dir: DataDir = None, workers: Workers = None, log_level: LogLevel = None) -> None:
     """Work on ingests without serving: for machines beside the one that serves."""
-    settings = _settings(data_dir=data_dir, log_level=log_level)
+    settings = _settings(data_dir=data_dir, workers=workers, log_level=log_level)
+    if settings.worker_count == 0:
+        _die("0 workers do no work; give --workers 1 or more, or none for one per core")
     _stop_on_sigterm()
     try:
         open_database(settings).close()
-        worker.run(settings)
     except EngramError as error:
         _die(error.message)
+    supervisor = Supervisor(settings)
+    supervisor.start()
+    try:
+        while True:
+            signal.pause()
     except KeyboardInterrupt:
         pass
+    finally:
+        supervisor.stop()
 
 
 @app.command()
 def migrate(data_dir: DataDir = None, log_level: LogLevel = None) -> None:
     """Bring the database to the schema of this version."""
     settings = _settings(data_dir=data_dir, log_level=log_level)
-    settings.make_folders()
-    database = Database(settings)
+    database = None
     try:
+        settings.make_folders()
+        database = Database(settings)
         before = database.schema_state()
         if before == "unknown":
             _die(
@@ -97,60 +118,10 @@ def migrate(data_dir: DataDir = None, log_level: LogLevel = None) -> None:
     except EngramError as error:
         _die(error.message)
     finally:
-        database.close()
+        if database is not None:
+            database.close()
     typer.echo(
         "the schema was current already" if before == "current" else f"the schema was {before} and is current now"
-    )
-
-
-@app.command()
-def version() -> None:
-    """Print the version."""
-    typer.echo(__version__)
-
-
-class Server(uvicorn.Server):
-    """Says where it listens once it does: scripts and tests wait for that line, or for the file."""
-
-    def __init__(self, config: uvicorn.Config, port_file: Path | None = None) -> None:
-        super().__init__(config)
-        self.port_file = port_file
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Connections are accepted when the line is out."""
-        await super().startup(sockets)
-        if not sockets or not self.started:
-            return
-        host, port = sockets[0].getsockname()[:2]
-        if self.port_file is not None:
-            partial = self.port_file.with_name(f".{self.port_file.name}.{os.getpid()}")
-            partial.write_text(f"{port}\n")
-            partial.rename(self.port_file)
-        print(f"Engram service on http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
-
-
-def listen(host: str, port: int) -> socket.socket:
-    """A socket that is bound, so that its port is known, and not yet listening."""
-    family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    listener = socket.socket(family, kind, protocol)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind(address)
-    except OSError:
-        listener.close()
-        raise
-    return listener
-
-
-def uvicorn_config(application: Any, settings: Settings) -> uvicorn.Config:
-    """How the application is served; loop and parser are uvloop and httptools where they are installed."""
-    return uvicorn.Config(
-        application,
-        log_config=None,
-        access_log=settings.access_log,
-        server_header=False,
-        timeout_keep_alive=KEEP_ALIVE_S,
-        timeout_graceful_shutdown=SHUTDOWN_S,
     )
 
 

@@ -1,17 +1,22 @@
 """Removes what no row of the database names, and never what one will.
 
-Three kinds of leftovers:
+Four kinds of leftovers:
 
 - packs of generations whose grace period is over, and of the oldest ones if retired packs take more than
   `retired_bytes`: the rows first, then the files that no row names any more;
 - packs of commits that never happened (a crash, a lost race): files older than the grace period without a row;
-- uploads whose ingest is final, or that nobody finished (a crash between rename and commit).
+- uploads whose ingest is final, or that nobody finished (a crash between rename and commit);
+- extractors that nothing names any more (`extractors.collect`).
+
+On a full disk removing rows needs room first: it is taken from the reserve (`storage.Reserve`).
 
 A commit writes its packs before the rows that name them, so a file without a row may be about to get one. Two
 things make removal safe. Files are removed inside a transaction that excludes commits (`commit.exclusive`), and a
 commit checks, inside its own such transaction, that its files still exist before it names them; if one is gone it
 writes it again. The age limit only spares it that second try. Uploads are told apart by the lock that their
 receiver holds (see `ingest`).
+
+A file that cannot be removed is passed over, so that one bad sector stops nothing, and told now and then.
 """
 
 from __future__ import annotations
@@ -20,17 +25,23 @@ import fcntl
 import logging
 import os
 import time
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from sqlalchemy import delete, func, select, update
 from sqlalchemy.orm import Session
 
+from engram.errors import EngramError, StorageFull
+
+from . import extractors
 from .commit import exclusive
 from .database import Database
 from .ingest import ACTIVE
 from .settings import Settings
-from .storage import PackStore
+from .storage import PackStore, Reserve
 from .tables import BufferRow, IngestRow, PackRow
 
 logger = logging.getLogger(__name__)
@@ -39,28 +50,116 @@ logger = logging.getLogger(__name__)
 BATCH = 100
 
 
+# How often the log names a file that cannot be removed.
+TELL_EVERY_S = 3600.0
+
+Stuck = dict[str, OSError]
+"""Files that cannot be removed, and why."""
+
+
 @dataclass(frozen=True)
 class Collected:
-    """How many of each kind were removed."""
+    """How many of each kind were removed, and what could not be."""
 
     rows: int
     packs: int
     uploads: int
+    extractors: int
+    stuck: Stuck = field(default_factory=dict)
 
 
-def collect(database: Database, store: PackStore, settings: Settings) -> Collected:
-    """Leftovers older than the grace period are gone; safe to run at any time, in any number of processes."""
-    retired = _retired_rows(database, settings)
-    old = [digest for digest, age_s in store.digests() if age_s > settings.grace_s]
-    found = Collected(
-        rows=len(retired),
-        packs=_unnamed_packs(database, store, list(dict.fromkeys([*retired, *old]))),
-        uploads=_uploads(database, settings.spool_dir),
-    )
-    store.sweep(settings.grace_s)
-    if found != Collected(0, 0, 0):
-        logger.info("collected %d old pack rows, %d packs, %d uploads", found.rows, found.packs, found.uploads)
+class Collector:
+    """Collects again and again; nothing that goes wrong there gets out."""
+
+    def __init__(self, database: Database, store: PackStore, settings: Settings, pulse: Callable[[], None]) -> None:
+        self._collect = partial(collect, database, store, settings, pulse=pulse)
+        self._told: dict[str, float] = {}
+
+    def run(self) -> None:
+        """What can be collected is gone."""
+        try:
+            found = self._collect()
+        except EngramError as error:
+            logger.warning("leftovers cannot be collected now: %s", error)
+        except Exception as error:
+            logger.error("leftovers cannot be collected; this is a defect of Engram", exc_info=error)
+        else:
+            counts = found.rows, found.packs, found.uploads, found.extractors
+            if any(counts):
+                logger.info("collected %d old pack rows, %d packs, %d uploads, %d extractors", *counts)
+            self._tell(found.stuck)
+
+    def _tell(self, stuck: Stuck) -> None:
+        now = time.monotonic()
+        self._told = {path: at for path, at in self._told.items() if path in stuck and now - at < TELL_EVERY_S}
+        news = [path for path in stuck if path not in self._told]
+        if news:
+            logger.warning(
+                "%d leftovers cannot be removed and keep their room, among them %s: %s",
+                len(stuck),
+                news[0],
+                stuck[news[0]].strerror,
+            )
+        self._told |= dict.fromkeys(news, now)
+
+
+def collect(
+    database: Database, store: PackStore, settings: Settings, *, pulse: Callable[[], None] = lambda: None
+) -> Collected:
+    """Leftovers older than the grace period are gone; safe to run at any time, in any number of processes.
+
+    Args:
+        database: that of the service.
+        store: its packs.
+        settings: `grace_s`, `retired_bytes` and where uploads are.
+        pulse: called now and then; what it raises ends the collecting.
+
+    Raises:
+        StorageFull, Unavailable: the database does not answer.
+    """
+    reserve = Reserve(settings.reserve_path, settings.reserve_bytes)
+    try:
+        found = collect_rows(database, store, settings, pulse=pulse)
+    except StorageFull:
+        with reserve.given_up():
+            found = collect_rows(database, store, settings, pulse=pulse)
+    with _passing_over(store.folder, found.stuck):
+        store.sweep(settings.grace_s, lambda path, error: found.stuck.update({str(path): error}))
+    if found.rows or found.packs or found.uploads or found.extractors:
+        reserve.keep()
     return found
+
+
+def collect_rows(
+    database: Database, store: PackStore, settings: Settings, *, pulse: Callable[[], None] = lambda: None
+) -> Collected:
+    """As `collect`, but for the temporary files of writers that died.
+
+    Raises:
+        StorageFull: there is no room to remove rows.
+        Unavailable: the database does not answer.
+    """
+    stuck: Stuck = {}
+    retired = _retired_rows(database, settings)
+    unwanted = dict.fromkeys(retired)
+    with _passing_over(store.folder, stuck):
+        for digest, age_s in store.digests():
+            pulse()
+            if age_s > settings.grace_s:
+                unwanted[digest] = None
+    packs = _unnamed_packs(database, store, list(unwanted), stuck, pulse)
+    uploads = _uploads(database, settings.spool_dir, stuck, pulse)
+    models = extractors.collect(database, settings, stuck=stuck, pulse=pulse)
+    return Collected(len(retired), packs, uploads, models, stuck)
+
+
+@contextmanager
+def _passing_over(path: Path, stuck: Stuck) -> Iterator[None]:
+    """What the disk refuses inside the block is noted and ends the block."""
+    try:
+        yield
+    except OSError as error:
+        stuck[str(path)] = error
 
 
 def _retired_rows(database: Database, settings: Settings) -> list[str]:
@@ -106,10 +205,13 @@ def _oldest_generations(session: Session, settings: Settings) -> dict[str, int]:
     return oldest
 
 
-def _unnamed_packs(database: Database, store: PackStore, digests: list[str]) -> int:
+def _unnamed_packs(
+    database: Database, store: PackStore, digests: list[str], stuck: Stuck, pulse: Callable[[], None]
+) -> int:
     """Those of these packs that no row names have no file any more; returns how many had."""
     removed = 0
     for some in (digests[at : at + BATCH] for at in range(0, len(digests), BATCH)):
+        pulse()
         named_by = select(PackRow.digest).where(PackRow.digest.in_(some))
         with database.reading() as session:
             if set(some) <= set(session.scalars(named_by)):
@@ -117,21 +219,28 @@ def _unnamed_packs(database: Database, store: PackStore, digests: list[str]) -> 
         with database.session() as session:
             exclusive(session)
             for digest in set(some) - set(session.scalars(named_by)):
-                store.delete(digest)
-                removed += 1
+                with _passing_over(store.path(digest), stuck):
+                    store.delete(digest)
+                    removed += 1
     return removed
 
 
-def _uploads(database: Database, folder: Path) -> int:
+def _uploads(database: Database, folder: Path, stuck: Stuck, pulse: Callable[[], None]) -> int:
+    """Uploads that nobody will ask for any more are gone; returns how many."""
     with database.reading() as session:
         active = set(session.scalars(select(IngestRow.id).where(IngestRow.state.in_(ACTIVE))))
-    waiting = [path for path in folder.glob("*.*") if path.suffix in {".part", ".tar"} and path.stem not in active]
-    return sum(_remove_if_abandoned(database, path) for path in waiting)
+    removed = 0
+    for path in folder.glob("*.*"):
+        pulse()
+        if path.suffix in {".part", ".tar"} and path.stem not in active:
+            with _passing_over(path, stuck):
+                removed += _remove_if_abandoned(database, path)
+    return removed
 
 
 def _remove_if_abandoned(database: Database, path: Path) -> bool:
     try:
-        file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except FileNotFoundError:
         return False
     try:

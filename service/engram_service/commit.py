@@ -8,6 +8,9 @@ Every change (an upload, another budget, other names, a deleted task) goes the s
 4. in one transaction: compare the buffer's generation with g and set it to g + 1, end the replaced pack rows, add the
    new ones, update the tasks, mark the ingest committed. If the generation moved meanwhile, start again at 1.
 
+On a full disk a change that frees room may go in several steps, a generation each: some tasks at a time, as far as the
+new packs find room beside the old ones, which are removed before the next step.
+
 A crash before 4 leaves files that no row names (see `collect`); after 4 everything is done. So at every generation
 `used_bytes`, the sum of the sizes of the live packs, is at most the buffer's limit, and an ingest commits once.
 """
@@ -15,9 +18,13 @@ A crash before 4 leaves files that no row names (see `collect`); after 4 everyth
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import replace
 from functools import partial
+from itertools import accumulate
 from typing import Any
 
 from sqlalchemy import delete, select, text, update
@@ -26,13 +33,13 @@ from sqlalchemy.sql.elements import ColumnElement
 
 from engram import memory, pack
 from engram.content import Content, Means, Policy, Task
-from engram.errors import Conflict, NotFound, Unavailable
+from engram.errors import Conflict, NotFound, StorageFull, Unavailable
 from engram.fields import Schema
 from engram.memory import Where
 from engram.schemas import Buffer, BufferChange, Decision, ForkCreate
 from engram.strip import Exemplars
 
-from .buffers import check_free, check_thawed, class_names, describe, entry, find, image_shape, live_packs
+from .buffers import add_row, check_free, check_thawed, class_names, describe, entry, find, image_shape, live_packs
 from .database import Database
 from .ingest import Claim, LeaseLost, holds
 from .storage import PackStore
@@ -43,8 +50,15 @@ logger = logging.getLogger(__name__)
 # Losing ten races in a row means ten other commits to the same buffer succeeded meanwhile.
 MAX_RACES = 10
 
+# What a pack takes on the disk beside its bytes: the rest of its last block, its index, a row.
+FILE_BYTES = 2**14
+
 # Key of the PostgreSQL advisory lock that commits and collectors take; SQLite has one writer anyway.
 COMMIT_LOCK = 0x656E6772616D01
+
+
+Emergency = Callable[[], AbstractContextManager[Callable[[], object]]]
+"""See `room.Room.emergency`."""
 
 
 class _Raced(Exception):
@@ -59,6 +73,7 @@ def commit(
     *,
     ingest: Claim | None = None,
     expected_generation: int | None = None,
+    emergency: Emergency | None = None,
 ) -> int:
     """The buffer's content is what `change` makes of it; returns the new generation.
 
@@ -66,14 +81,38 @@ def commit(
         change: called again if another commit came first; what it raises leaves everything as it was.
         ingest: ends as committed in the same transaction.
         expected_generation: that `change` is meant for.
+        emergency: what to do if the disk is full and `change` frees room. The change may then take several generations.
 
     Raises:
         NotFound: no such buffer.
         Conflict: the buffer is frozen, or not at `expected_generation`.
         LeaseLost: the ingest was cancelled, deleted or claimed by another worker; nothing changed.
-        StorageFull: the disk is full; nothing changed.
+        StorageFull: the disk is full; nothing changed, or in an emergency only some of the tasks.
         Unavailable: lost too many races; nothing changed.
     """
+    try:
+        return _commit(database, store, buffer, change, ingest, expected_generation)
+    except StorageFull:
+        if emergency is None:
+            raise
+    with emergency() as collect:
+        while True:
+            collect()
+            step = _Step(change, _free_bytes(store))
+            expected_generation = _commit(database, store, buffer, step, None, expected_generation)
+            if step.is_last:
+                collect()
+                return expected_generation
+
+
+def _commit(
+    database: Database,
+    store: PackStore,
+    buffer: str,
+    change: Callable[[Content], Content],
+    ingest: Claim | None,
+    expected_generation: int | None,
+) -> int:
     for _ in range(MAX_RACES):
         with database.reading() as session:
             row = find(session, buffer)
@@ -89,8 +128,35 @@ def commit(
     raise _overtaken(buffer)
 
 
+class _Step:
+    """As much of a change as the disk has room for: some of its tasks, or all that it does."""
+
+    def __init__(self, change: Callable[[Content], Content], free_bytes: int) -> None:
+        self.is_last = False
+        self._change, self._free_bytes = change, free_bytes
+
+    def __call__(self, before: Content) -> Content:
+        after = self._change(before)
+        changed = [number for number, task in after.tasks.items() if task is not before.tasks.get(number)]
+        changed.sort(key=lambda number: after.tasks[number].pack_bytes)
+        needed = accumulate(after.tasks[number].pack_bytes + FILE_BYTES for number in changed)
+        # The other half is for rows, and for what others write meanwhile.
+        fitting = [number for number, size in zip(changed, needed, strict=True) if size < self._free_bytes // 2]
+        # All exemplars of a buffer have one quality, so a change of quality is one step.
+        self.is_last = after.quality != before.quality or len(fitting) in (0, len(changed))
+        if self.is_last:
+            return after
+        return replace(before, tasks={**before.tasks, **{number: after.tasks[number] for number in fitting}})
+
+
 def change(
-    database: Database, store: PackStore, buffer: str, wanted: BufferChange, *, expected_generation: int | None = None
+    database: Database,
+    store: PackStore,
+    buffer: str,
+    wanted: BufferChange,
+    *,
+    expected_generation: int | None = None,
+    emergency: Emergency | None = None,
 ) -> int:
     """The buffer has this budget and its classes these names; returns the new generation.
 
@@ -105,7 +171,7 @@ def change(
             content = memory.rename(content, wanted.class_names)
         return content if wanted.budget_bytes is None else memory.reshare(content, budget_bytes=wanted.budget_bytes)
 
-    return commit(database, store, buffer, make, expected_generation=expected_generation)
+    return commit(database, store, buffer, make, expected_generation=expected_generation, emergency=emergency)
 
 
 def reshare(
@@ -116,6 +182,7 @@ def reshare(
     budget_bytes: int | None = None,
     without_task: int | None = None,
     expected_generation: int | None = None,
+    emergency: Emergency | None = None,
 ) -> int:
     """The buffer has this budget and no longer has this task; returns the new generation. See `memory.reshare`.
 
@@ -124,7 +191,7 @@ def reshare(
         Conflict, StorageFull, Unavailable: as `commit`.
     """
     make = partial(memory.reshare, budget_bytes=budget_bytes, without_task=without_task)
-    return commit(database, store, buffer, make, expected_generation=expected_generation)
+    return commit(database, store, buffer, make, expected_generation=expected_generation, emergency=emergency)
 
 
 def fork(database: Database, store: PackStore, source: str, wanted: ForkCreate) -> Buffer:
@@ -152,6 +219,11 @@ def fork(database: Database, store: PackStore, source: str, wanted: ForkCreate) 
     raise _overtaken(source)
 
 
+def _free_bytes(store: PackStore) -> int:
+    disk = os.statvfs(store.folder)
+    return disk.f_bavail * disk.f_frsize
+
+
 def _check_generation(row: BufferRow, expected: int | None) -> None:
     """Returns if the buffer is at this generation, None being any.
 
@@ -173,7 +245,13 @@ def _overtaken(buffer: str) -> Unavailable:
 
 
 def remove(
-    database: Database, store: PackStore, buffer: str, where: Where, *, expected_generation: int | None = None
+    database: Database,
+    store: PackStore,
+    buffer: str,
+    where: Where,
+    *,
+    expected_generation: int | None = None,
+    emergency: Emergency | None = None,
 ) -> int:
     """The buffer has these exemplars no longer; returns the new generation. See `memory.remove`.
 
@@ -181,7 +259,8 @@ def remove(
         NotFound: no such buffer, or nothing that `where` names.
         Conflict, StorageFull, Unavailable: as `commit`.
     """
-    return commit(database, store, buffer, partial(memory.remove, where=where), expected_generation=expected_generation)
+    change = partial(memory.remove, where=where)
+    return commit(database, store, buffer, change, expected_generation=expected_generation, emergency=emergency)
 
 
 def relabel(
@@ -309,6 +388,9 @@ def _write(
             session.add(row)
         gone = [number for number in touched if number not in after.tasks]
         session.execute(delete(TaskRow).where(TaskRow.buffer == buffer.name, TaskRow.task.in_(gone)))
+        # What was deleted may be uploaded again.
+        uploads = (IngestRow.buffer == buffer.name, IngestRow.task.in_(gone), IngestRow.state == "committed")
+        session.execute(update(IngestRow).where(*uploads).values(idempotency_key=None))
         for number in touched:
             if number in after.tasks:
                 session.merge(_task_row(buffer.name, number, after.tasks[number]))
@@ -343,9 +425,7 @@ def _write_fork(
             "is_frozen": wanted.frozen,
             "created_at": time.time(),
         }
-        made = BufferRow(**(copied | _columns(after) | own))
-        session.add(made)
-        session.flush()
+        made = add_row(session, BufferRow(**(copied | _columns(after) | own)))
         shared = [row for row in live_packs(session, source.name) if row.task in kept]
         for row in [*packs, *(_copy(row, wanted.name) for row in shared)]:
             row.since = source.generation
@@ -399,7 +479,7 @@ def _task_row(buffer: str, number: int, task: Task) -> TaskRow:
 def _end(session: Session, ingest: Claim, generation: int, now: float) -> None:
     """The ingest is committed, if it is still the worker's to commit."""
     committed = update(IngestRow).where(holds(ingest)).values(state="committed", generation=generation)
-    committed = committed.values(images_done=IngestRow.images_total, lease_owner=None, lease_expires_at=None)
+    committed = committed.values(images_done=IngestRow.images_total, lease_owner=None)
     if _changed(session, committed.values(updated_at=now)) != 1:
         raise LeaseLost(ingest.id)
 

@@ -6,10 +6,11 @@
     received -> selecting -> encoding -> committed | failed | cancelled
 
 `202` is a promise, so it is sent after the file is synced, renamed, its folder synced and the row of table
-`ingests` committed. That row is the queue entry: a worker claims it by writing its name and an expiry time (a
-lease) into it, and every later write of that worker asks whether the lease is still its own. The lease of a
-worker that dies runs out, and another one claims the row. Ingests of one buffer are worked on in order
-of arrival, one at a time.
+`ingests` committed. That row is the queue entry: a worker claims it by writing its name into it (a lease), and every
+later write of that worker asks whether the lease is still its own. While it works it counts `beat` up. Whoever sees a
+lease whose `beat` has stood still for `lease_s` takes it over, and a pause between two attempts is over for whoever has
+seen it for `pause_s`: each by its own stopwatch (`Watch`), because clocks differ between machines and are set. Ingests
+of one buffer are worked on in order of arrival, one at a time.
 
 The flock lasts from the first byte to the commit of the row and dies with its process, so whoever finds a file
 unlocked and without a row knows that nobody will ever ask for it (see `collect`).
@@ -22,7 +23,7 @@ import hashlib
 import os
 import time
 from base64 import b64encode
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -37,7 +38,7 @@ from sqlalchemy.sql.elements import ColumnElement
 
 from engram.errors import BadUpload, Conflict, EngramError, NotFound, TooLarge
 from engram.files import disk_errors, fsync_path
-from engram.schemas import Ingest, IngestOptions, State
+from engram.schemas import Ingest, IngestOptions, IngestPage, State
 
 from . import buffers
 from .database import Database
@@ -51,22 +52,48 @@ FINAL: tuple[State, ...] = tuple(state for state in get_args(State) if state not
 BLOCK_BYTES = 1 << 20
 
 
+# How often a worker looks again at once where others were faster; after that it waits as if there were nothing.
+CLAIM_TRIES = 10
+
+
 class LeaseLost(Exception):
     """The ingest is no longer this worker's: it was cancelled, deleted with its buffer, or claimed by another."""
 
 
 @dataclass(frozen=True)
-class Claim:
-    """An ingest as its worker took it. `owner` is written into every row that the claim allows to change."""
+class Lease:
+    """The right of a worker to change the row of an ingest: its name stands in it."""
 
     id: str
+    owner: str
+
+
+@dataclass(frozen=True)
+class Claim(Lease):
+    """An ingest as its worker took it."""
+
     buffer: str
     task: int
     options: IngestOptions
     body_sha256: str
     attempts: int
-    owner: str
     spool: Path
+
+
+class Watch:
+    """For how long rows have been as they are, by the stopwatch of whoever looks at them."""
+
+    def __init__(self) -> None:
+        self._first: dict[str, tuple[int, float]] = {}
+
+    def unchanged_s(self, beats: Mapping[str, int]) -> dict[str, float]:
+        """The seconds since each of these was first seen at this beat; others are forgotten."""
+        now, known = time.monotonic(), self._first
+        self._first = {
+            name: known[name] if name in known and known[name][0] == beat else (beat, now)
+            for name, beat in beats.items()
+        }
+        return {name: now - since for name, (_, since) in self._first.items()}
 
 
 class SpoolFile:
@@ -220,8 +247,12 @@ def _insert(
     with database.session() as session:
         buffers.check_thawed(buffers.find(session, buffer))
         earlier = None if key is None else _earlier(session, wanted)
-        if earlier is not None:
+        if earlier is not None and earlier.state not in ("failed", "cancelled"):
             return to_model(earlier), False
+        if earlier is not None:
+            # It kept nothing, so the same upload may be tried again, after the budget was raised for instance.
+            earlier.idempotency_key = None
+            session.flush()
         # Order of arrival decides what is kept: a clock that was set back must not put an upload before an earlier one.
         latest = session.scalar(select(func.max(IngestRow.created_at)).where(IngestRow.buffer == buffer))
         wanted.created_at = wanted.updated_at = max(time.time(), (latest or 0.0) + 1e-6)
@@ -259,6 +290,23 @@ def read(session: Session, ingest_id: str) -> Ingest:
     return to_model(_row(session, ingest_id))
 
 
+def page(session: Session, buffer: str | None, *, limit: int, before: str | None) -> IngestPage:
+    """Ingests of a buffer, or of all, the newest first, from the one that is older than this on.
+
+    Raises:
+        NotFound: no such buffer.
+    """
+    if buffer is not None:
+        buffers.find(session, buffer)
+    wanted = select(IngestRow).order_by(IngestRow.id.desc()).limit(limit + 1)
+    if buffer is not None:
+        wanted = wanted.where(IngestRow.buffer == buffer)
+    if before is not None:
+        wanted = wanted.where(IngestRow.id < before)
+    found = [to_model(row) for row in session.scalars(wanted)]
+    return IngestPage(ingests=found[:limit], next=found[limit - 1].id if len(found) > limit else None)
+
+
 def cancel(session: Session, ingest_id: str) -> Ingest:
     """The ingest will never commit; cancelling one that failed or was cancelled before changes nothing.
 
@@ -269,7 +317,7 @@ def cancel(session: Session, ingest_id: str) -> Ingest:
     session.execute(
         update(IngestRow)
         .where(IngestRow.id == ingest_id, IngestRow.state.in_(ACTIVE))
-        .values(state="cancelled", lease_owner=None, lease_expires_at=None, updated_at=time.time())
+        .values(state="cancelled", lease_owner=None, **_changed())
     )
     row = _row(session, ingest_id)
     if row.state == "committed":
@@ -308,23 +356,30 @@ def to_model(row: IngestRow) -> Ingest:
     )
 
 
-def claim(database: Database, settings: Settings, *, owner: str) -> Claim | None:
+def claim(database: Database, settings: Settings, *, owner: str, watch: Watch | None = None) -> Claim | None:
     """The oldest ingest that nobody works on, now leased to `owner`; None if there is none.
 
     An ingest that was started `max_attempts` times without an end fails here: it may be what kills the workers.
+
+    Args:
+        owner: the name of the worker.
+        watch: what the worker has seen of other leases so far. Without one only free ingests are claimed.
     """
-    while True:
+    watch = watch or Watch()
+    for _ in range(CLAIM_TRIES):
         with database.reading() as session:
-            if session.scalars(_claimable(time.time())).first() is None:
-                return None
+            found = _claimable(session, watch, settings.lease_s)
+        if found is None:
+            return None
         with database.session() as session:
-            now = time.time()
-            row = session.scalars(_claimable(now).with_for_update(skip_locked=True)).first()
+            unmoved = _heads().where(IngestRow.id == found[0], IngestRow.beat == found[1])
+            row = session.scalars(unmoved.with_for_update(skip_locked=True)).first()
             if row is None:
-                return None
-            row.updated_at = now
+                continue
+            row.updated_at = time.time()
+            row.beat, row.pause_s = row.beat + 1, None
             if row.attempts >= settings.max_attempts:
-                row.state, row.lease_owner, row.lease_expires_at = "failed", None, None
+                row.state, row.lease_owner = "failed", None
                 row.problem = EngramError(
                     f"the upload was started {row.attempts} times and its worker died each time (too little memory?); "
                     f"it is given up. The service's log tells more; a smaller upload may pass",
@@ -333,26 +388,27 @@ def claim(database: Database, settings: Settings, *, owner: str) -> Claim | None
                 continue
             row.attempts += 1
             row.images_done = 0
-            row.state, row.lease_owner, row.lease_expires_at = "selecting", owner, now + settings.lease_s
+            row.state, row.lease_owner = "selecting", owner
             return Claim(
                 id=row.id,
+                owner=owner,
                 buffer=row.buffer,
                 task=row.task,
                 options=IngestOptions.model_validate(row.options),
                 body_sha256=row.body_sha256,
                 attempts=row.attempts,
-                owner=owner,
                 spool=spool_path(settings.spool_dir, row.id),
             )
+    return None
 
 
-def _claimable(now: float) -> Any:
+def _heads() -> Any:
+    """The ingest of each buffer that comes next or is being worked on, the oldest first."""
     earlier = aliased(IngestRow)
     return (
         select(IngestRow)
         .where(
             IngestRow.state.in_(ACTIVE),
-            or_(IngestRow.lease_expires_at.is_(None), IngestRow.lease_expires_at <= now),
             ~exists().where(
                 earlier.buffer == IngestRow.buffer,
                 earlier.state.in_(ACTIVE),
@@ -363,40 +419,35 @@ def _claimable(now: float) -> Any:
             ),
         )
         .order_by(IngestRow.created_at, IngestRow.id)
-        .limit(1)
     )
 
 
-def heartbeat(
-    database: Database, settings: Settings, held: Claim, *, state: State, images_done: int, images_total: int
-) -> None:
-    """The lease runs for `lease_s` from now and the progress is published.
+def _claimable(session: Session, watch: Watch, lease_s: float) -> tuple[str, int] | None:
+    """The first ingest that may be claimed, and its beat."""
+    columns = IngestRow.id, IngestRow.beat, IngestRow.lease_owner, IngestRow.pause_s
+    heads = session.execute(_heads().with_only_columns(*columns)).all()
+    waits_s = {name: lease_s if owner is not None else pause_s or 0.0 for name, _, owner, pause_s in heads}
+    unchanged_s = watch.unchanged_s({name: beat for name, beat, _, _ in heads})
+    return next(((name, beat) for name, beat, _, _ in heads if unchanged_s[name] >= waits_s[name]), None)
+
+
+def heartbeat(database: Database, held: Lease, *, state: State, images_done: int, images_total: int) -> None:
+    """Others see that the work goes on, and how far it is.
 
     Raises:
         LeaseLost: the ingest is no longer this worker's.
     """
-    now = time.time()
-    _change(
-        database,
-        held,
-        state=state,
-        images_done=images_done,
-        images_total=images_total,
-        lease_expires_at=now + settings.lease_s,
-        updated_at=now,
-    )
+    _change(database, held, state=state, images_done=images_done, images_total=images_total)
 
 
-def fail(database: Database, held: Claim, error: EngramError) -> None:
+def fail(database: Database, held: Lease, error: EngramError) -> None:
     """The ingest has failed with this problem; the buffer is as it was.
 
     Raises:
         LeaseLost: the ingest is no longer this worker's.
     """
     problem = error.to_problem(instance=f"/v1/ingests/{held.id}")
-    _change(
-        database, held, state="failed", problem=problem, lease_owner=None, lease_expires_at=None, updated_at=time.time()
-    )
+    _change(database, held, state="failed", problem=problem, lease_owner=None)
 
 
 def release(database: Database, held: Claim, *, after_s: float, counts: bool = True) -> None:
@@ -405,27 +456,45 @@ def release(database: Database, held: Claim, *, after_s: float, counts: bool = T
     Raises:
         LeaseLost: the ingest is no longer this worker's.
     """
-    now = time.time()
-    _change(
-        database,
-        held,
-        state="received",
-        images_done=0,
-        attempts=held.attempts if counts else held.attempts - 1,
-        lease_owner=None,
-        lease_expires_at=now + after_s if after_s > 0 else None,
-        updated_at=now,
-    )
+    attempts = held.attempts if counts else held.attempts - 1
+    _change(database, held, **_FREE, attempts=attempts, pause_s=after_s if after_s > 0 else None)
 
 
-def holds(held: Claim) -> ColumnElement[bool]:
-    """The condition under which a row is still the claim's to change."""
+def release_all(database: Database, owner: str, *, counts: bool = True) -> None:
+    """What a worker that has died was at is free for the next one, at once; see `release` for `counts`."""
+    attempts = IngestRow.attempts if counts else IngestRow.attempts - 1
+    with database.session() as session:
+        own = (IngestRow.lease_owner == owner, IngestRow.state.in_(ACTIVE))
+        session.execute(update(IngestRow).where(*own).values(**_FREE, **_changed(), attempts=attempts))
+
+
+def held_by(session: Session, leases: Iterable[Lease]) -> set[Lease]:
+    """Those of these leases that are still held, or whose ingests their workers brought to an end."""
+    by_id = {lease.id: lease for lease in leases}
+    rows = session.execute(
+        select(IngestRow.id, IngestRow.lease_owner, IngestRow.state).where(IngestRow.id.in_(by_id))
+    ).all()
+    return {
+        by_id[name] for name, owner, state in rows if owner == by_id[name].owner or state in ("committed", "failed")
+    }
+
+
+def holds(held: Lease) -> ColumnElement[bool]:
+    """The condition under which a row is still the worker's to change."""
     return and_(IngestRow.id == held.id, IngestRow.lease_owner == held.owner, IngestRow.state.in_(ACTIVE))
 
 
-def _change(database: Database, held: Claim, **values: Any) -> None:
+_FREE: dict[str, Any] = {"state": "received", "images_done": 0, "lease_owner": None}
+
+
+def _changed() -> dict[str, Any]:
+    """What every change of a row writes beside its own."""
+    return {"beat": IngestRow.beat + 1, "updated_at": time.time()}
+
+
+def _change(database: Database, held: Lease, **values: Any) -> None:
     with database.session() as session:
-        changed = session.execute(update(IngestRow).where(holds(held)).values(**values))
+        changed = session.execute(update(IngestRow).where(holds(held)).values(**values, **_changed()))
         if changed.rowcount != 1:  # type: ignore[attr-defined]
             raise LeaseLost(held.id)
 

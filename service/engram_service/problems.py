@@ -6,6 +6,7 @@ import json
 import logging
 import math
 from http import HTTPStatus
+from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -18,6 +19,7 @@ from starlette.routing import Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from engram.errors import BadUpload, EngramError, InvalidRequest, NotFound, RateLimited, Unauthorized, Unavailable
+from engram.files import disk_errors
 from engram.schemas import API_HEADER, API_NUMBER
 
 logger = logging.getLogger(__name__)
@@ -78,6 +80,12 @@ def install(app: FastAPI) -> None:
             headers["Allow"] = ", ".join(_methods(app, request))
         return _response(problem | {"instance": path}, headers)
 
+    # What is read and written is translated where that happens; files are also looked at, renamed and removed.
+    @app.exception_handler(OSError)
+    def disk(request: Request, error: OSError) -> Response:
+        logger.error("%s %s failed", request.method, request.url.path, exc_info=error)
+        return problem_response(_of_disk(error), request.url.path)
+
     # Nobody reads this answer; without it, every cancelled upload would be logged as a defect.
     @app.exception_handler(ClientDisconnect)
     def gone(request: Request, error: ClientDisconnect) -> Response:
@@ -119,6 +127,15 @@ def _methods(app: FastAPI, request: Request) -> list[str]:
         for method in ("DELETE", "GET", "PATCH", "POST", "PUT")
         if any(route.matches({**request.scope, "method": method})[0] is Match.FULL for route in app.routes)
     ]
+
+
+def _of_disk(error: OSError) -> EngramError:
+    """An error of the system that nobody translated, as one of the tree."""
+    try:
+        with disk_errors(Path(error.filename or "."), 0):
+            raise error
+    except EngramError as translated:
+        return translated
 
 
 def _invalid_request(request: Request, error: RequestValidationError) -> InvalidRequest:

@@ -15,12 +15,14 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
+from typing import NamedTuple
 
 import numpy as np
 
 from engram import batch, packs, strip, tar
-from engram.draw import STRATEGIES, Layout, Plan, Request, plan
+from engram.draw import STRATEGIES, IntArray, Layout, Plan, Request, plan
 from engram.errors import InvalidRequest, NotFound, Unavailable
 from engram.fields import KEY, Cell
 from engram.packs import LoadedPack, PackCache
@@ -28,6 +30,7 @@ from engram.schemas import Exemplar, ExemplarPage, PackEntry
 from engram.strip import Exemplars, Loose
 
 from . import buffers
+from .answers import LARGE_BYTES
 from .buffers import DrawnFrom
 from .database import Database
 from .settings import Settings
@@ -48,8 +51,13 @@ IDLE_SUPERSEDED_S = 60.0
 MAX_SUPERSEDED = 16
 """Generations of one buffer that are kept beside its newest: each may have all its packs in memory for itself."""
 
+EXPORT_BYTES = 2**20
+"""Of exemplars that an export holds at once; its answer takes a few times that."""
+
 Write = Callable[[Sequence[batch.Part]], bytes]
 Collect = Callable[[dict[int, strip.Exemplars], Plan, batch.IntArray], list[batch.Part]]
+
+_PIECE_ROWS = 4096
 
 # A string of 64 characters and its place in three lists.
 _PACK_BYTES = 137
@@ -65,6 +73,8 @@ class View:
         self.layout = Layout(held)
         self.digests = [pack.digest for pack in held]
         self.counts = [pack.exemplars for pack in held]
+        self.largest = 0
+        """Bytes of the largest exemplar that was met in its packs so far."""
         self._rest = [(pack.task, pack.quality, pack.bytes) for pack in held]
         self.checked_at = time.monotonic()
 
@@ -93,6 +103,15 @@ class View:
             quality=quality,
             runs=self.layout.runs(place),
         )
+
+
+class Picked(NamedTuple):
+    """A draw that is planned and not made yet. `bytes` are about those of the answer that `write` makes of it."""
+
+    view: View
+    chosen: Plan
+    write: Write
+    bytes: int
 
 
 @dataclass(frozen=True)
@@ -168,10 +187,12 @@ class Replay:
         *,
         may_load: bool = True,
     ) -> Drawn | None:
-        """What the request asks for, as `write` makes it; None if it is not all in memory and `may_load` is false.
+        """What the request asks for, as `write` makes it.
+
+        Without `may_load` it is None if not all of it is in memory, or it is large.
 
         Raises:
-            InvalidRequest: more exemplars than one answer may hold.
+            InvalidRequest: more exemplars, or more bytes, than one answer may hold.
             NotFound: a task is not in this generation, or it was collected meanwhile.
             Conflict: there is nothing to draw from.
             Unavailable: every chosen exemplar is damaged, or the disk does not answer.
@@ -180,13 +201,37 @@ class Replay:
         chosen = plan(view.layout, request)
         touched = list(dict.fromkeys(chosen.packs.tolist()))
         loaded = self.cache.peek([view.digests[index] for index in touched])
-        if loaded is None and not may_load:
-            return None
+        if loaded is None or len(chosen.rows) * max([found.largest for found in loaded]) > LARGE_BYTES:
+            return self.make(self._weigh(view, chosen, write)) if may_load else None
+        return self._drawn(view, chosen, write, _draw(view, chosen, touched, loaded, batch.collect))
+
+    def pick(self, view: View, request: Request, write: Write = batch.assemble) -> Picked:
+        """What the request asks for, to be made by `make` when there is room for so much.
+
+        Raises:
+            InvalidRequest: more exemplars, or more bytes, than one answer may hold.
+            NotFound, Conflict, Unavailable: as `draw`.
+        """
+        self._check_size(view.layout, request)
+        return self._weigh(view, plan(view.layout, request), write)
+
+    def make(self, picked: Picked) -> Drawn:
+        """The answer.
+
+        Raises:
+            NotFound, Unavailable: as `draw`.
+        """
+        view, chosen, write, _ = picked
+        touched = list(dict.fromkeys(chosen.packs.tolist()))
+        loaded = self.cache.peek([view.digests[index] for index in touched])
         if loaded is not None:
             drawn = _draw(view, chosen, touched, loaded, batch.collect)
         else:
             wanted = [(view.digests[index], view.counts[index]) for index in touched]
             drawn = self.cache.read(wanted, lambda opened: _draw(view, chosen, touched, opened, packs.collect))
+        return self._drawn(view, chosen, write, drawn)
+
+    def _drawn(self, view: View, chosen: Plan, write: Write, drawn: tuple[list[batch.Part], int]) -> Drawn:
         parts, missing = drawn
         if missing:
             self._check_stands(view)
@@ -194,13 +239,41 @@ class Replay:
             raise Unavailable(f"all {missing} exemplars of this draw are damaged on disk; /healthz names the packs")
         return Drawn(write(parts), view.generation, len(chosen.rows) - missing, missing)
 
+    def _weigh(self, view: View, chosen: Plan, write: Write) -> Picked:
+        """The draw, weighed before a byte of it is read.
+
+        Raises:
+            InvalidRequest: the answer would be too large.
+        """
+        touched = list(dict.fromkeys(chosen.packs.tolist()))
+        loaded = [self.cache.get(view.digests[index], view.counts[index]) for index in touched]
+        count = len(chosen.rows)
+        view.largest = max(view.largest, *(found.largest for found in loaded))
+        size = count * (view.largest + _EXTRA_BYTES[write])
+        if size > LARGE_BYTES:
+            ends = np.append(np.flatnonzero(np.diff(chosen.packs)) + 1, count)
+            starts = np.append(0, ends[:-1])
+            drawn = zip(loaded, starts.tolist(), ends.tolist(), strict=True)
+            size = sum(_bytes_of(found, chosen.rows[start:end], _EXTRA_BYTES[write]) for found, start, end in drawn)
+        most = self.settings.max_answer_bytes
+        if size > most:
+            fits = most * count // size
+            raise InvalidRequest(
+                f"this draw of {count} exemplars has about {size} bytes, and ENGRAM_MAX_ANSWER_BYTES allows {most} in "
+                f"one answer: about {fits} of these exemplars fit; draw fewer at a time",
+                max_answer_bytes=most,
+                answer_bytes=size,
+                fits=fits,
+            )
+        return Picked(view, chosen, write, size)
+
     def export(self, view: View) -> Iterator[bytes]:
-        """Every exemplar of the generation as a WebDataset tar of stand-alone JPEGs, one pack in memory at a time.
+        """Every exemplar of the generation as a WebDataset tar of stand-alone JPEGs, a piece in memory at a time.
 
         Raises:
             Unavailable: the disk does not answer. (Raised at the first chunk if it is the first pack.)
         """
-        return tar.write_encoded(_files(self._every_pack(view)))
+        return tar.write_encoded(_files(self._every_piece(view)))
 
     def page(
         self, view: View, *, task: int | None, class_id: int | None, limit: int, after: tuple[int, int, int] | None
@@ -313,11 +386,17 @@ class Replay:
                     **{name: most},
                 )
 
-    def _every_pack(self, view: View) -> Iterator[Loose]:
+    def _every_piece(self, view: View) -> Iterator[Loose]:
         for digest, count in zip(view.digests, view.counts, strict=True):
-            exemplars = self.cache.whole(digest, count).exemplars
-            if exemplars is not None:
-                yield exemplars.loose()
+            self.cache.hold([digest])
+            try:
+                first = 0
+                while first < count:
+                    found, first = self.cache.read([(digest, count)], partial(_piece, first=first, count=count))
+                    if found is not None:
+                        yield found
+            finally:
+                self.cache.release([digest])
 
     def _describe(self, entry: PackEntry, rows: Iterator[tuple[int, int, int]], limit: int) -> list[Exemplar]:
         wanted = list(islice(rows, limit))
@@ -361,9 +440,39 @@ def _draw(
     return (collect(held, chosen, places) if len(places) else []), lost
 
 
+def _bytes_of(loaded: LoadedPack, rows: IntArray, extra_bytes: int) -> int:
+    """What these rows of a pack, as far as they are intact, add to an answer."""
+    places = loaded.places(rows)
+    places, found = places[places >= 0], loaded.exemplars
+    if found is None:
+        return 0
+    records = 0 if found.record_lengths is None else int(found.record_lengths[places].sum(dtype=np.int64))
+    return int(found.lengths[places].sum(dtype=np.int64)) + records + extra_bytes * len(places)
+
+
+def _piece(loaded: list[LoadedPack], *, first: int, count: int) -> tuple[Loose | None, int]:
+    """The exemplars from this row on that make up about `EXPORT_BYTES`, and the row after them."""
+    (pack,) = loaded
+    rows = np.arange(first, min(first + _PIECE_ROWS, count))
+    places = pack.places(rows)
+    rows, places = rows[places >= 0], places[places >= 0]
+    if pack.exemplars is None or not len(rows):
+        return None, first + _PIECE_ROWS
+    sizes = pack.exemplars.lengths[places].astype(np.int64)
+    if pack.exemplars.record_lengths is not None:
+        sizes += pack.exemplars.record_lengths[places]
+    some = max(1, int(np.searchsorted(np.cumsum(sizes), EXPORT_BYTES, side="right")))
+    after = first + _PIECE_ROWS if some >= len(rows) else int(rows[some])
+    return packs.pick(pack.exemplars, places[:some]), after
+
+
 def tar_of(parts: Sequence[batch.Part]) -> bytes:
     """The exemplars of a draw as a WebDataset tar of stand-alone JPEGs."""
     return b"".join(tar.write_encoded(_files(part.exemplars for part in parts)))
+
+
+_EXTRA_BYTES: dict[Write, int] = {batch.assemble: 32, batch.picture: 8, tar_of: 4096}
+"""What each form of a draw adds to an exemplar, at most or about: marks and checksums; a head, two headers, padding."""
 
 
 def _files(packs: Iterable[Loose]) -> Iterator[tuple[str, bytes, int, dict[str, Cell]]]:

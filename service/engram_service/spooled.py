@@ -35,9 +35,6 @@ Shape = tuple[int, int, int]
 # Decoded images that are kept: each candidate quality reads the same ones again. One of the largest fits.
 DECODED_BYTES = 2**26
 
-# How often the first pass reports: seldom enough to cost nothing, often enough to notice a cancellation.
-REPORT_EVERY = 256
-
 
 class SpooledImages:
     """The images of one upload. Enter it to keep the file open."""
@@ -50,7 +47,8 @@ class SpooledImages:
         Args:
             path: the tar stream.
             settings: limits on images, classes, pixels and sides.
-            report: called now and then with the number of images found so far; what it raises ends the pass.
+            report: called for each image, and often, with the number of images found so far; what it raises ends the
+                pass.
             schema: the fields that every image must bring.
 
         Raises:
@@ -82,13 +80,11 @@ class SpooledImages:
         with self._path.open("rb", buffering=1 << 20) as stream:
             for member in tar.read(stream, schema=self.schema, check=lambda: report(len(self))):
                 self._add(member)
-                if len(self) % REPORT_EVERY == 0:
-                    report(len(self))
+                report(len(self))
         if len(self) == 0:
             raise BadUpload(
                 "the upload has 0 images; it must hold KEY.ppm|pgm|png|jpg|jpeg|webp + KEY.cls pairs", images=0
             )
-        report(len(self))
 
     def __len__(self) -> int:
         return len(self._offsets)
@@ -146,7 +142,16 @@ class SpooledImages:
             self._records.close()
 
     def _add(self, member: tar.Member) -> None:
-        settings, found = self._settings, self._decode(member.image, member.name).shape
+        settings = self._settings
+        pixels = (len(self) + 1) * self.shape[0] * self.shape[1]
+        if pixels > settings.max_decoded_pixels:
+            raise TooLarge(
+                f"the images up to member {member.name!r} have {pixels} pixels together, at most "
+                f"{settings.max_decoded_pixels} are decoded of one upload; split it, or make the images smaller",
+                member=member.name,
+                max_decoded_pixels=settings.max_decoded_pixels,
+            )
+        found = self._decode(member.image, member.name).shape
         if len(self) == 0:
             self.shape = found[0], found[1], found[2]
         if found != self.shape:

@@ -1,15 +1,28 @@
-"""Where the service keeps its packs: a folder of folders, so that none holds more files than a file system likes.
+"""Keeps packs in a folder of folders, so that none holds more files than a file system likes, and room for a full disk.
 
     packs/ab/abcd...ef          one pack, named by the SHA-256 of its bytes, under its first two hex digits
     packs/ab/abcd...ef.index    where its exemplars lie
     packs/ab/.abcd...tmp        a file being written; left behind only by a crash
 
-How they are written and read is in `engram.packs`.
+    reserve         takes up room that only what frees room may use
+
+How packs are written and read is in `engram.packs`.
 """
 
 from __future__ import annotations
 
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from engram.errors import StorageFull
+from engram.files import disk_errors
 from engram.packs import PackFolder
+
+LEAST_RESERVE_BYTES = 2**16
+"""Where there is no room for all of the reserve, it is made in half the size, and so on down to this."""
 
 
 class PackStore(PackFolder):
@@ -24,3 +37,76 @@ class PackStore(PackFolder):
             NotFound: `digest` is not 64 hex digits, so that a name from the network never becomes a path.
         """
         return f"{super().place(digest)[:-64]}{digest[:2]}/{digest}"
+
+
+class Reserve:
+    """Bytes on the disk that are given up when it is full: deleting something writes a little first."""
+
+    def __init__(self, path: Path, size: int) -> None:
+        self.path = path
+        self.size = size
+
+    def keep(self) -> bool:
+        """The reserve is as large as the disk has room for; True if it is whole. Nothing happens while it is in use.
+
+        Raises:
+            Unavailable: the folder is gone or cannot be written to.
+        """
+        if self._is_whole():
+            return True
+        with self._locked(fcntl.LOCK_EX | fcntl.LOCK_NB) as is_mine:
+            if is_mine:
+                self._make()
+        return self._is_whole()
+
+    @contextmanager
+    def given_up(self) -> Iterator[None]:
+        """Inside the block its bytes are free; one block at a time. Afterwards it is kept again, as far as possible.
+
+        Raises:
+            Unavailable: the folder is gone or cannot be written to.
+        """
+        with self._locked(fcntl.LOCK_EX):
+            with disk_errors(self.path, 0):
+                self.path.unlink(missing_ok=True)
+            try:
+                yield
+            finally:
+                self._make()
+
+    def _is_whole(self) -> bool:
+        try:
+            return self.path.stat().st_size >= self.size
+        except OSError:
+            return False
+
+    def _make(self) -> None:
+        size = self.size
+        with disk_errors(self.path, size):
+            file = os.open(self.path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        try:
+            while size >= LEAST_RESERVE_BYTES:
+                try:
+                    with disk_errors(self.path, size):
+                        os.posix_fallocate(file, 0, size)
+                    return
+                except StorageFull:
+                    os.ftruncate(file, 0)
+                    size //= 2
+        finally:
+            os.close(file)
+
+    @contextmanager
+    def _locked(self, how: int) -> Iterator[bool]:
+        """The folder is locked, by its own descriptor: the file comes and goes. False if another one has the lock."""
+        with disk_errors(self.path, 0):
+            folder = os.open(self.path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            try:
+                fcntl.flock(folder, how)
+            except BlockingIOError:
+                yield False
+            else:
+                yield True
+        finally:
+            os.close(folder)

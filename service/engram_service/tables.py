@@ -1,4 +1,4 @@
-"""The database schema: one row per buffer, task, pack, ingest and extractor, never one per exemplar.
+"""The database schema: one row per buffer, task, pack, ingest, worker and extractor, never one per exemplar.
 
 A pack row is live in generations `since` <= g < `until` (`until` NULL: still live), so a manifest of an older
 generation can be answered until the grace period has passed and the row is deleted together with its object.
@@ -108,10 +108,10 @@ class PackRow(Base):
 
 
 class IngestRow(Base):
-    """An upload and the queue entry for its work, in one. Claimable when its lease is free or has expired."""
+    """An upload and the queue entry for its work, in one; see `ingest` for when it may be claimed."""
 
     __tablename__ = "ingests"
-    __table_args__ = (UniqueConstraint("buffer", "idempotency_key"), Index(None, "state", "lease_expires_at"))
+    __table_args__ = (UniqueConstraint("buffer", "idempotency_key"), Index(None, "state"))
 
     id: Mapped[str] = mapped_column(String(32), primary_key=True)
     buffer: Mapped[str] = mapped_column(ForeignKey("buffers.name", ondelete="CASCADE"))
@@ -125,11 +125,27 @@ class IngestRow(Base):
     images_done: Mapped[int] = mapped_column(Integer, default=0)
     attempts: Mapped[int] = mapped_column(Integer, default=0)
     lease_owner: Mapped[str | None] = mapped_column(String(64), default=None)
-    lease_expires_at: Mapped[float | None] = mapped_column(Float, default=None)
+    # Grows with every change of the lease, and each time that its worker shows that it is alive.
+    beat: Mapped[int] = mapped_column(Integer, server_default="0", default=0)
+    # How long a free ingest has to wait for its next attempt.
+    pause_s: Mapped[float | None] = mapped_column(Float, default=None)
     problem: Mapped[dict[str, Any] | None] = mapped_column(JSON, default=None)
     generation: Mapped[int | None] = mapped_column(Integer, default=None)
     created_at: Mapped[float] = mapped_column(Float)
     updated_at: Mapped[float] = mapped_column(Float)
+
+
+class WorkerRow(Base):
+    """A worker process. `beat` grows while it is alive; `seen_at`, by the clock of its machine, is for people."""
+
+    __tablename__ = "workers"
+
+    name: Mapped[str] = mapped_column(String(64), primary_key=True)
+    host: Mapped[str] = mapped_column(String(255))
+    pid: Mapped[int] = mapped_column(Integer)
+    beat: Mapped[int] = mapped_column(Integer)
+    started_at: Mapped[float] = mapped_column(Float)
+    seen_at: Mapped[float] = mapped_column(Float)
 
 
 class ExtractorRow(Base):

@@ -1,171 +1,88 @@
-"""The worker: claim ingests, select and encode their exemplars, commit them, collect garbage.
+"""A worker process: claim an ingest, work on it, and so on; collect garbage in between.
 
-One worker does one ingest at a time. `engram-service serve` runs one as a child process (`Supervisor`), so that a
-large upload never slows a draw and a crash in a codec never takes the service along; `engram-service worker` runs
-another one anywhere that reaches the same database and data folder.
-
-A worker may be killed at any moment. A thread renews its lease while the work goes on; once it is killed the lease
-runs out and its ingest is claimed again. One that is asked to stop gives its ingest back at once. A child whose
-parent died reads the end of its standard input and does the same.
-
-What an upload did wrong (`EngramError`) ends its ingest with a problem for the user. A full disk or a silent
-database is tried again, and so is anything unexpected, `max_attempts` times in all.
+It is started by a `Supervisor` (`supervisor.py`), which describes what goes over the pipes between the two. A worker
+may be killed at any moment: its ingest is then claimed by another one. One that is asked to stop gives its ingest back
+at once, and so does one that reads the end of its standard input, because its parent has died.
 """
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import signal
 import socket
-import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from pathlib import Path
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import partial
 from secrets import token_hex
-from types import TracebackType
 
-from engram import memory
-from engram.content import Content
-from engram.errors import EngramError, NotFound, StorageFull, Unavailable
-from engram.schemas import State
-from engram.selection.embedding import BuiltinEmbedder, Embedder
+from engram.errors import EngramError
 
-from . import buffers, extractors, ingest
-from .collect import collect
-from .commit import commit
+from . import ingest
+from .collect import Collector
 from .database import Database
-from .embedder import OnnxEmbedder
-from .ingest import Claim, LeaseLost
+from .ingest import Watch
 from .settings import Settings
-from .spooled import SpooledImages
 from .storage import PackStore
+from .work import attempt
 
 logger = logging.getLogger(__name__)
 
-# Progress is what a person watches: once a second is enough, and one small transaction.
-HEARTBEAT_S = 1.0
 COLLECT_S = 60.0
 # What a stopping worker may take to notice: it looks after every batch of images.
-STOP_S = 10.0
-# Starting takes about a second anyway: a worker that cannot start costs a fraction of one core, and says so.
-RESTART_S = 0.2
+STOP_S = 5.0
 
 
-class Stopped(Exception):
-    """The worker was asked to stop in the middle of an ingest."""
+@dataclass(frozen=True)
+class Post:
+    """The place of a worker among those of its supervisor, held by one process once: the name is never used again."""
+
+    name: str = field(default_factory=lambda: f"{socket.gethostname()[:32]}:{token_hex(8)}")
+    number: int = 0
+    of: int = 1
 
 
-class Heartbeat:
-    """Keeps a claim alive from a thread, publishes its progress, and tells the work when to give up."""
+def run(
+    settings: Settings,
+    stop: threading.Event | None = None,
+    post: Post | None = None,
+    is_alive: Callable[[str | None], None] = lambda ingest_id: None,
+) -> None:
+    """Process ingests until `stop` is set.
 
-    def __init__(self, database: Database, settings: Settings, held: Claim, stop: threading.Event) -> None:
-        self.state: State = "selecting"
-        self.images_done = 0
-        self.images_total = 0
-        self._database, self._settings, self._held, self._stop = database, settings, held, stop
-        self._is_lost = False
-        self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
-
-    def __enter__(self) -> Heartbeat:
-        self._thread.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._ended.set()
-        self._thread.join()
-
-    def set_total(self, images: int) -> None:
-        """The upload has so many images.
-
-        Raises:
-            LeaseLost: the ingest is no longer ours.
-            Stopped: the worker is to stop.
-        """
-        self.images_total = images
-        self.check()
-
-    def advance(self, images: int) -> None:
-        """So many more images have been worked on.
-
-        Raises:
-            LeaseLost: the ingest is no longer ours.
-            Stopped: the worker is to stop.
-        """
-        self.images_done = min(self.images_done + images, self.images_total)
-        self.check()
-
-    def check(self) -> None:
-        """Returns if the work should go on.
-
-        Raises:
-            LeaseLost: the ingest is no longer ours.
-            Stopped: the worker is to stop.
-        """
-        if self._is_lost:
-            raise LeaseLost(self._held.id)
-        if self._stop.is_set():
-            raise Stopped(self._held.id)
-
-    def enter(self, state: State) -> None:
-        """The ingest is in this state now, for everybody to see.
-
-        Raises:
-            LeaseLost: the ingest is no longer ours.
-            Stopped: the worker is to stop.
-            StorageFull, Unavailable: the database does not take it.
-        """
-        self.state = state
-        self._publish()
-        self.check()
-
-    def _publish(self) -> None:
-        ingest.heartbeat(
-            self._database,
-            self._settings,
-            self._held,
-            state=self.state,
-            images_done=self.images_done,
-            images_total=self.images_total,
-        )
-
-    def _beat(self) -> None:
-        interval_s = min(HEARTBEAT_S, self._settings.lease_s / 4)
-        while not self._ended.wait(interval_s):
-            try:
-                self._publish()
-            except LeaseLost:
-                self._is_lost = True
-                return
-            except EngramError as error:
-                logger.warning("ingest %s: its lease could not be renewed: %s", self._held.id, error)
-
-
-def run(settings: Settings, stop: threading.Event | None = None) -> None:
-    """Process ingests until `stop` is set."""
-    stop = stop or threading.Event()
+    Args:
+        settings: of the service.
+        stop: looked at wherever the work can be interrupted.
+        post: the worker's name, and which part of the collecting is its own.
+        is_alive: called every second or so, and often, with the ingest that the worker is at, or None.
+    """
+    stop, post = stop or threading.Event(), post or Post()
     settings.make_folders()
     database, store = Database(settings), PackStore(settings.packs_dir)
-    owner = f"{socket.gethostname()[:32]}:{os.getpid()}:{token_hex(4)}"
-    collect_every_s = min(COLLECT_S, max(1.0, settings.grace_s))
-    collect_at = time.monotonic()
+    watch = Watch()
+    # The workers of a supervisor take turns.
+    collector = Collector(database, store, settings, pulse=lambda: is_alive(None))
+    round_s = min(COLLECT_S, max(1.0, settings.grace_s))
+    collect_at = time.monotonic() + post.number * round_s
     try:
         while not stop.is_set():
+            if time.monotonic() >= collect_at:
+                collector.run()
+                collect_at = time.monotonic() + post.of * round_s
+            is_alive(None)
             try:
-                if time.monotonic() >= collect_at:
-                    collect(database, store, settings)
-                    collect_at = time.monotonic() + collect_every_s
-                held = ingest.claim(database, settings, owner=owner)
+                held = ingest.claim(database, settings, owner=post.name, watch=watch)
                 if held is None:
                     stop.wait(settings.worker_poll_s)
-                else:
-                    attempt(database, store, settings, held, stop)
+                    continue
+                is_busy = partial(is_alive, held.id)
+                is_busy()
+                attempt(database, store, settings, held, stop, is_busy)
             except EngramError as error:
                 logger.warning("the worker cannot work: %s", error)
                 stop.wait(1.0)
@@ -173,169 +90,40 @@ def run(settings: Settings, stop: threading.Event | None = None) -> None:
         database.close()
 
 
-def attempt(database: Database, store: PackStore, settings: Settings, held: Claim, stop: threading.Event) -> None:
-    """The claim has ended, one way or another: committed, failed, or given back to be tried again.
+class Signs:
+    """What the supervisor reads: a line with the ingest that the worker is at, when it changes and every second."""
 
-    Raises:
-        Unavailable: the database does not answer; the lease will run out.
-    """
-    try:
-        generation = perform(database, store, settings, held, stop)
-        logger.info("ingest %s: committed as generation %d of buffer %s", held.id, generation, held.buffer)
-    except LeaseLost:
-        logger.info("ingest %s: cancelled, deleted or taken over", held.id)
-        return
-    except Stopped:
-        with suppress(LeaseLost):
-            ingest.release(database, held, after_s=0, counts=False)
-        return
-    except Exception as error:
-        if not _is_final(error) and held.attempts < settings.max_attempts:
-            logger.warning("ingest %s: attempt %d failed, another follows", held.id, held.attempts, exc_info=error)
-            with suppress(LeaseLost):
-                ingest.release(database, held, after_s=_pause_s(error, held, settings))
-            return
-        problem = error if isinstance(error, EngramError) else _defect(error, held)
-        logger.info("ingest %s: failed: %s", held.id, problem, exc_info=None if problem is error else error)
-        with suppress(LeaseLost):
-            ingest.fail(database, held, problem)
-    held.spool.unlink(missing_ok=True)
+    EVERY_S = 1.0
 
-
-def _is_final(error: Exception) -> bool:
-    """True if another attempt would end the same way."""
-    return isinstance(error, EngramError) and not isinstance(error, (StorageFull, Unavailable))
-
-
-def _pause_s(error: Exception, held: Claim, settings: Settings) -> float:
-    """How long until the next attempt: a full disk needs somebody to come, other failures often are gone at once."""
-    return settings.lease_s if isinstance(error, EngramError) else min(settings.lease_s, 0.25 * 2**held.attempts)
-
-
-def _defect(error: Exception, held: Claim) -> EngramError:
-    return EngramError(
-        f"{type(error).__name__} in the worker, {held.attempts} times; this is a defect of Engram, "
-        "its log has the details",
-        attempts=held.attempts,
-    )
-
-
-def perform(database: Database, store: PackStore, settings: Settings, held: Claim, stop: threading.Event) -> int:
-    """The upload is committed; returns the generation. Nothing has changed if it raises.
-
-    Raises:
-        BadUpload, TooLarge, Conflict, BudgetExceeded, BadExtractor, NotFound: what is wrong with the upload.
-        LeaseLost: the ingest is no longer this worker's.
-        Stopped: `stop` was set.
-        StorageFull, Unavailable: worth another attempt.
-    """
-    with database.reading() as session:
-        schema = buffers.schema(session, held.buffer)
-    with (
-        Heartbeat(database, settings, held, stop) as beat,
-        SpooledImages(held.spool, settings, beat.set_total, schema) as images,
-        embedder(settings, held, images.shape) as chosen,
-    ):
-        upload = memory.Upload(held.task, images, held.options, images.names)
-
-        def grow(content: Content) -> Content:
-            beat.enter("selecting")
-            after = memory.add(content, upload, chosen, advance=beat.advance)
-            beat.enter("encoding")
-            return after
-
-        return commit(database, store, held.buffer, grow, ingest=held)
-
-
-@contextmanager
-def embedder(settings: Settings, held: Claim, shape: tuple[int, int, int]) -> Iterator[Embedder]:
-    """The embedding that the ingest asks for.
-
-    Raises:
-        NotFound: no extractor of that digest is registered.
-        BadExtractor: the model fails.
-    """
-    digest = held.options.extractor
-    if digest is None:
-        yield BuiltinEmbedder(shape)
-        return
-    path = extractors.path(settings, digest)
-    if not path.is_file():
-        raise NotFound(f"no extractor {digest}; register it with PUT /v1/extractors/{digest}", extractor=digest)
-    with OnnxEmbedder(path, digest, extractors.limits(settings)) as model:
-        yield model
-
-
-class Supervisor:
-    """A worker in a child process, started again whenever it ends, stopped with its parent."""
-
-    def __init__(self, settings: Settings) -> None:
-        self._settings = settings
-        self._stopping = threading.Event()
-        self._child: subprocess.Popen[str] | None = None
+    def __init__(self, pipe: int) -> None:
+        self._pipe = pipe
+        self._said: str | None = None
+        self._said_at = float("-inf")
         self._lock = threading.Lock()
-        self._thread = threading.Thread(target=self._supervise, name="supervisor", daemon=True)
 
-    def start(self) -> None:
-        """The worker is being started."""
-        self._thread.start()
-
-    def stop(self) -> None:
-        """The worker has ended; an ingest it was at is given back."""
-        self._stopping.set()
+    def __call__(self, ingest_id: str | None) -> None:
+        """The supervisor is told, unless it has just been told the same."""
         with self._lock:
-            if self._child is not None:
-                self._let_go(self._child)
-        self._thread.join(2 * STOP_S)
-
-    def _supervise(self) -> None:
-        while not self._stopping.is_set():
-            child = self._spawn()
-            if child is None:
-                return
-            code = child.wait()
-            self._let_go(child)
-            if not self._stopping.is_set():
-                logger.error("the worker ended with %d; another one starts", code)
-                self._stopping.wait(RESTART_S)
-
-    def _spawn(self) -> subprocess.Popen[str] | None:
-        # It finds the modules that its parent found, and none of its parent's secrets: the token is the HTTP side's.
-        environment = {name: value for name, value in os.environ.items() if name != "ENGRAM_ADMIN_TOKEN"}
-        # The matrices of selection are small: more threads only fight over the cores (16 s against 121 s when busy).
-        environment.setdefault("OMP_NUM_THREADS", "1")
-        environment["PYTHONPATH"] = os.pathsep.join(str(Path(part).absolute()) for part in sys.path if part)
-        with self._lock:
-            if self._stopping.is_set():
-                return None
-            child = subprocess.Popen(
-                [sys.executable, "-m", "engram_service.worker"],
-                stdin=subprocess.PIPE,
-                env=environment,
-                text=True,
-                encoding="utf-8",
-            )
-            self._child = child
-            if child.stdin is not None:
-                with suppress(BrokenPipeError):
-                    child.stdin.write(self._settings.model_dump_json(exclude={"admin_token"}) + "\n")
-                    child.stdin.flush()
-            return child
-
-    @staticmethod
-    def _let_go(child: subprocess.Popen[str]) -> None:
-        """The child reads the end of its standard input."""
-        if child.stdin is not None:
-            with suppress(BrokenPipeError):
-                child.stdin.close()
+            now = time.monotonic()
+            if ingest_id != self._said or now - self._said_at >= self.EVERY_S:
+                self._said, self._said_at = ingest_id, now
+                with suppress(OSError):  # the parent is gone, which `main` notices in its own way
+                    os.write(self._pipe, json.dumps(ingest_id).encode() + b"\n")
 
 
 def main() -> None:
-    """A supervised worker: settings come as a line on standard input, its end means that the parent is gone."""
+    """A supervised worker; see `supervisor` for its arguments and pipes."""
     settings = Settings.model_validate_json(sys.stdin.readline())
+    name, number, of = sys.argv[1:]
     logging.basicConfig(
-        level=settings.log_level.upper(), format="%(levelname)s: worker: %(message)s", stream=sys.stderr
+        level=settings.log_level.upper(),
+        format="%(asctime)s %(levelname)s worker %(process)d: %(message)s",
+        stream=sys.stderr,
     )
+    # Standard output is for signs alone: what libraries print there goes where the log goes.
+    signs = Signs(os.dup(1))
+    os.dup2(2, 1)
+    os.nice(settings.worker_niceness)
     stop = threading.Event()
     # Ctrl-C reaches the whole foreground group; the parent decides what it means.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -352,7 +140,7 @@ def main() -> None:
         os._exit(1)
 
     threading.Thread(target=wait_for_parent, name="parent", daemon=True).start()
-    run(settings, stop)
+    run(settings, stop, Post(name, int(number), int(of)), signs)
 
 
 if __name__ == "__main__":

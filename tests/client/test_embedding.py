@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from engram.selection.embedding import BuiltinEmbedder
+from engram.selection.embedding import BuiltinEmbedder, shrink
 from tests.photos import photos
 
 
@@ -48,13 +48,26 @@ def test_brightness_does_not_matter_but_the_picture_does() -> None:
 
 
 @pytest.mark.parametrize("sides", [(128, 96), (97, 33), (32 * 257, 32), (32 * 258, 32)])
-def test_a_large_image_embeds_as_the_means_of_its_cells(sides: tuple[int, int]) -> None:
+def test_a_thumbnail_is_the_means_of_its_cells(sides: tuple[int, int]) -> None:
     small = np.where(photos(3, (32, 32, 1)) < 128, 0, 255).astype(np.uint8)
     large = small
     for axis, side in enumerate(sides, start=1):
         large = large.repeat(np.diff(np.arange(33) * side // 32), axis=axis)
-    expected = BuiltinEmbedder((32, 32, 1)).embed(small)
-    assert np.allclose(BuiltinEmbedder((*sides, 1)).embed(large), expected, atol=1e-5)
+    assert np.allclose(shrink(large, 32, 32), small, atol=1e-5)
+
+
+def test_large_images_with_one_thumbnail_differ_by_their_detail() -> None:
+    plain = photos(4, (32, 32, 3), noise=0).repeat(7, axis=1).repeat(7, axis=2) // 2 + 60
+    checks = np.where(np.indices((224, 224)).sum(axis=0) % 2, 40, -40)[..., None]
+    checked = (plain + checks).astype(np.uint8)
+    assert np.abs(shrink(checked, 32, 32) - shrink(plain, 32, 32)).max() < 1
+    embedder = BuiltinEmbedder((224, 224, 3))
+    assert (np.einsum("nd,nd->n", embedder.embed(plain), embedder.embed(checked)) < 0.7).all()
+
+
+def test_images_up_to_32_by_32_have_no_detail_beside_their_pixels() -> None:
+    row = BuiltinEmbedder((32, 32, 3)).embed(photos(1, (32, 32, 3)))[0]
+    assert np.round(row[:4].astype(float), 4).tolist() == [0.0763, -0.0932, -0.0508, 0.1545]
 
 
 def test_the_batch_does_not_change_an_image(monkeypatch: pytest.MonkeyPatch) -> None:

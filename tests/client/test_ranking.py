@@ -108,6 +108,20 @@ def test_greedy_dpp_picks_what_the_printed_algorithm_picks(seed: int) -> None:
     assert rank(features, 20, method="greedy_dpp").tolist() == reference_greedy_dpp(features, 20)
 
 
+@pytest.mark.parametrize("method", BY_FEATURES)
+def test_a_ranking_can_be_ended_at_any_image(method: Ranking) -> None:
+    turns: list[int] = []
+
+    def end() -> None:
+        turns.append(1)
+        if len(turns) == 20:
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        rank(unit_rows(60, 8), 40, method=method, pulse=end)
+    assert len(turns) == 20
+
+
 def test_greedy_dpp_starts_a_new_round_when_nothing_left_adds_volume() -> None:
     features = np.repeat(np.eye(3, dtype=np.float32), 2, axis=0)  # rows 0 and 1 are equal, 2 and 3, 4 and 5
     assert rank(features, 6, method="greedy_dpp").tolist() == [0, 2, 4, 1, 3, 5]

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+import engram
 from engram import strip
 from engram.errors import InvalidRequest, StripCorrupt, TooLarge
 from engram.form import MAX_STRIP_PIXELS, Form
@@ -270,3 +271,19 @@ def test_a_strip_of_version_1_is_refused_with_what_to_do() -> None:
         StripCorrupt, match=r"version 1.* export its buffer with Engram 0\.1 and upload the export again"
     ):
         strip.parse(data)
+
+
+@pytest.mark.parametrize(("channels", "subsampling"), [(3, "4:2:0"), (3, "4:4:4"), (1, "4:2:0")])
+def test_a_file_is_decoded_to_the_pixels_of_a_draw_in_one_line(channels: int, subsampling: Subsampling) -> None:
+    images = pictures(3, 19, 26, channels) // 2 + np.random.default_rng(0).integers(0, 128, (3, 19, 26, channels))
+    exemplars = strip.encode(images.astype(np.uint8), [0, 1, 1], quality=50, subsampling=subsampling)
+    drawn = exemplars.decode()
+    files = [exemplars.jpeg(row) for row in range(3)]
+    assert np.array_equal(np.stack([engram.decode_jpeg(file) for file in files]), drawn)
+    by_pillow = np.stack([np.asarray(Image.open(io.BytesIO(file))) for file in files]).reshape(drawn.shape)
+    assert np.array_equal(by_pillow, drawn) == (channels == 1 or subsampling == "4:4:4")
+
+
+def test_what_is_no_jpeg_is_not_decoded() -> None:
+    with pytest.raises(ValueError):
+        engram.decode_jpeg(b"P6 1 1 255 abc")

@@ -16,6 +16,7 @@ from engram import tar
 from engram.errors import BadUpload, EngramError, TooLarge
 from engram.fields import Schema
 from engram.images import decode as decode_image
+from engram.labelled import labelled
 from engram.tar.blocks import Archive
 from engram.tar.reading import MAX_FIELD_BYTES
 
@@ -119,7 +120,7 @@ def test_names_of_classes_are_written_and_read() -> None:
 
 
 def test_texts_that_are_one_name_are_one_class() -> None:
-    _, places, names = tar.labelled(images(3), ["caf\u00e9", " cafe\u0301 ", "bar"])
+    _, places, names = labelled(images(3), ["caf\u00e9", " cafe\u0301 ", "bar"])
     assert names == ("bar", "caf\u00e9")
     assert places.tolist() == [1, 1, 0]
 

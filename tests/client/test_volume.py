@@ -7,6 +7,8 @@ import numpy.typing as npt
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
+from sklearn.datasets import load_sample_images
 
 from engram import strip
 from engram.schemas import Definition
@@ -122,6 +124,30 @@ def test_measured_ratios_are_the_formulas_of_the_docstring(quality: int, shape: 
     comparison = Comparison(pool_of(images, class_ids), order, {2: 17, 9: 5}, block=6, embedder=embedder)
     found = ratios(list(comparison.volumes(quality).values()), comparison.block)
     assert found == pytest.approx(plain_ratios(images, order, {2: 17, 9: 12}, block=6, quality=quality), rel=1e-4)
+
+
+@pytest.mark.parametrize("side", [64, 96, 224])
+def test_r_of_large_photographs_falls_with_the_quality(side: int) -> None:
+    images = crops(128, side)
+    pool = pool_of(images, np.zeros(len(images), np.int64))
+    everything = {0: np.arange(len(images))}
+    comparison = Comparison(pool, everything, {0: len(images)}, block=32, embedder=BuiltinEmbedder(pool.shape))
+    of_quality = [ratios(list(comparison.volumes(quality).values()), 32)["raw"] or 0 for quality in (5, 25, 75)]
+    assert of_quality == sorted(of_quality)
+    assert of_quality[0] < 0.88 < of_quality[2] < 1.1
+
+
+def crops(count: int, side: int) -> UInt8Array:
+    """Squares of two photographs at random places, of random sizes, all scaled to one."""
+    rng = np.random.default_rng(3)
+    photographs = [Image.fromarray(photograph) for photograph in load_sample_images().images]
+    scaled = []
+    for number in range(count):
+        size = int(rng.integers(224, 427))
+        x, y = rng.integers(0, [640 - size, 427 - size]).tolist()
+        crop = photographs[number % 2].resize((side, side), Image.Resampling.LANCZOS, (x, y, x + size, y + size))
+        scaled.append(np.asarray(crop))
+    return np.stack(scaled)
 
 
 @given(n=st.integers(4, 40), block=st.integers(2, 16), seed=st.integers(0, 99), quality=st.sampled_from([10, 50, 90]))

@@ -96,7 +96,7 @@ def test_filters_keep_and_drop_tasks(client: httpx.Client, pixels: dict[int, UIn
 def test_the_same_url_gives_the_same_bytes_from_another_process(
     make_service: Callable[..., ServiceProcess],
 ) -> None:
-    service = make_service("--no-worker")
+    service = make_service("--workers", "0")
     database = Database(service.settings)
     create(database)
     fill(database, service.settings, 0, {0: 30, 1: 30})

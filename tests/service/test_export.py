@@ -54,7 +54,7 @@ def test_damaged_exemplars_are_left_out(client: httpx.Client, served: ServiceThr
 
 
 def test_a_client_that_leaves_midway_leaves_nothing_behind(make_service: Callable[..., ServiceProcess]) -> None:
-    service = make_service("--no-worker", cache_bytes=1)
+    service = make_service("--workers", "0", cache_bytes=1)
     database = Database(service.settings)
     create(database, budget_bytes=10**8)
     # 2,500 pictures of 64x64 are some 10 MB of tar: more than the sockets' buffers take.

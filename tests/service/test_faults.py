@@ -1,19 +1,28 @@
-"""Services and workers are killed with SIGKILL at 50 random instants while a client uploads to them.
+"""Services and workers are killed with SIGKILL at 50 random instants while clients use them; KILLS=200 for as many.
 
-Two services run side by side. Of each five kills three hit the worker and one the service and its worker together, some
-time after an ingest was being worked on; one hits the service at any time, mostly while it starts or receives. After
-every kill the data folder is inspected as the dead left it, and at the end every promise is called in:
+Two services run side by side. One client uploads to each, another one draws, mirrors, and registers extractors. Of
+each five kills three hit the workers and one the service and its workers together, some time after an ingest was being
+worked on; one hits the service at any time, mostly while it starts or receives. After every kill the data folder is
+inspected as the dead left it, and at the end every promise is called in:
 
 - every acknowledged upload was committed, once: the counts of images seen and of generations agree;
 - at every generation the packs are on disk, verify, are of one quality, and together within the budget;
+- every draw of a generation was what it had been before, and a mirror's is the service's;
+- every extractor that was acknowledged is there;
 - nothing is left over once the collector has run.
+
+Migrations and registrations are killed at every statement and file operation by `tests.service.deaths`.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import random
 import signal
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +31,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+import httpx
 import numpy as np
 import psutil
 import pytest
@@ -30,18 +40,21 @@ from sqlalchemy import select
 from engram import pack
 from engram.client import Client
 from engram.errors import EngramError
+from engram.mirror import Mirror
 from engram.schemas import Ingest, IngestOptions
 from engram_service.collect import collect
 from engram_service.database import Database
 from engram_service.ingest import ACTIVE
 from engram_service.settings import Settings
 from engram_service.storage import PackStore
-from engram_service.tables import IngestRow, PackRow, TaskRow
+from engram_service.tables import ExtractorRow, IngestRow, PackRow, TaskRow
 from tests.contents import pictures
-from tests.servers import ServiceProcess
+from tests.models import model
+from tests.servers import ServiceProcess, environment
 
 BUDGET_BYTES = 6000
-KILLS_PER_SERVICE = 25
+KILLS = int(os.environ.get("KILLS", "50"))
+SERVICES = 2
 PATIENCE_S = 60.0
 Target = Literal["worker", "service", "both"]
 TARGETS: tuple[Target, ...] = ("worker", "both", "worker", "service", "worker")
@@ -83,6 +96,52 @@ class Uploads:
         return sum(client.ingest(one).state in ACTIVE for one in self.acknowledged[-3:])
 
 
+@dataclass
+class Uses:
+    """A client that draws, mirrors and registers extractors until it is told to stop, and compares what it gets."""
+
+    service: ServiceProcess
+    folder: Path
+    ended: threading.Event = field(default_factory=threading.Event)
+    draws: int = 0
+    mirrored: int = 0
+    extractors: list[str] = field(default_factory=list)
+    wrong: list[str] = field(default_factory=list)
+    _bodies: dict[str, bytes] = field(default_factory=dict)
+
+    def run(self) -> None:
+        while not self.ended.is_set():
+            try:
+                with Client(self.service.url, retries=0) as client:
+                    mirror = Mirror(client, "b", self.folder)
+                    while not self.ended.is_set():
+                        self.draw(client, mirror)
+                        self.register(client)
+            except (EngramError, httpx.TransportError):
+                time.sleep(0.02)
+
+    def draw(self, client: Client, mirror: Mirror) -> None:
+        mirror.refresh()
+        for seed in range(5):
+            query = f"size=8&seed={seed}&generation={mirror.generation}"
+            answer = httpx.get(f"{self.service.url}/v1/buffers/b/draw?{query}")
+            if answer.status_code != 200:
+                return
+            self.draws += 1
+            if self._bodies.setdefault(query, answer.content) != answer.content:
+                self.wrong.append(f"{query} gave other bytes than before")
+            drawn = client.draw("b", 8, seed=seed, generation=mirror.generation)
+            copied = mirror.draw(8, seed=seed)
+            if drawn.images.tobytes() != copied.images.tobytes():
+                self.wrong.append(f"{query} gave another batch than the mirror")
+            self.mirrored += 1
+
+    def register(self, client: Client) -> None:
+        number = len(self.extractors)
+        if number < 10:
+            self.extractors.append(client.register_extractor(model(seed=number)).sha256)
+
+
 def kill(service: ServiceProcess, target: Target) -> None:
     """SIGKILL, also to what only the service could have told to stop."""
     workers = []
@@ -109,7 +168,7 @@ def wait_for_work(database: Database) -> None:
 
 
 def check_budget(database: Database, store: PackStore) -> int:
-    """At every generation so far: packs on disk, of one quality, within the budget; returns the last generation."""
+    """At every generation that is left: packs on disk, of one quality, within the budget; returns the last one."""
     with database.reading() as session:
         rows = list(session.scalars(select(PackRow)))
     for digest, size in {(row.digest, row.bytes) for row in rows}:
@@ -124,15 +183,16 @@ def check_budget(database: Database, store: PackStore) -> int:
 
 
 def torment(folder: Path, seed: int) -> tuple[int, int]:
-    """Kill a service and its workers `KILLS_PER_SERVICE` times; returns how many uploads and attempts there were."""
+    """Kill a service and its workers some times; returns how many uploads and attempts there were."""
     generator = random.Random(seed)
     service = ServiceProcess(folder, lease_s=0.5, worker_poll_s=0.02, max_attempts=50)
     database, store = Database(service.settings), PackStore(service.settings.packs_dir)
-    uploads = Uploads(service, seed)
-    uploading = threading.Thread(target=uploads.run)
-    uploading.start()
+    uploads, uses = Uploads(service, seed), Uses(service, folder / "mirror")
+    threads = [threading.Thread(target=uploads.run), threading.Thread(target=uses.run)]
+    for thread in threads:
+        thread.start()
     try:
-        for number in range(KILLS_PER_SERVICE):
+        for number in range(KILLS // SERVICES):
             target = TARGETS[number % len(TARGETS)]
             if target != "service":
                 wait_for_work(database)
@@ -144,12 +204,20 @@ def torment(folder: Path, seed: int) -> tuple[int, int]:
                 service.start()
     finally:
         uploads.ended.set()
-        uploading.join()
+        uses.ended.set()
+        for thread in threads:
+            thread.join()
     try:
         with Client(service.url) as client:
             ended = [client.wait(one, timeout_s=PATIENCE_S) for one in uploads.acknowledged]
+            Mirror(client, "b", folder / "mirror")
     finally:
         service.stop()
+    assert uses.wrong == []
+    assert uses.draws > 0
+    assert uses.mirrored > 0
+    for digest in uses.extractors:
+        assert hashlib.sha256((service.settings.extractors_dir / digest).read_bytes()).hexdigest() == digest
     attempts = check_promises(database, store, service.settings, ended)
     database.close()
     return len(ended), attempts
@@ -178,18 +246,51 @@ def check_promises(database: Database, store: PackStore, settings: Settings, end
     assert {digest for digest, _ in store.digests()} == live
     waiting = {f"{row.id}.tar" for row in rows if row.state in ACTIVE}
     assert {path.name for path in settings.spool_dir.iterdir()} == waiting
+    with database.reading() as session:
+        named = set(session.scalars(select(ExtractorRow.sha256)))
+    assert {path.name for path in settings.extractors_dir.iterdir()} == named
+    assert {path.suffix for path in settings.packs_dir.glob("*/*")} <= {"", ".index"}
+    # What a dead mirror left, the next one removes after an hour.
+    packs_of_mirror = settings.data_dir.parent / "mirror" / "packs"
+    assert {path.stem for path in packs_of_mirror.iterdir() if path.suffix != ".tmp"} <= {row.digest for row in packs}
     return sum(row.attempts for row in rows)
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(60 + 20 * KILLS)
 def test_killing_anything_at_any_time_loses_no_acknowledged_upload_and_never_exceeds_the_budget(
     tmp_path: Path,
 ) -> None:
-    folders = [tmp_path / "one", tmp_path / "two"]
+    folders = [tmp_path / str(number) for number in range(SERVICES)]
     for folder in folders:
         folder.mkdir()
     with ThreadPoolExecutor(len(folders)) as pool:
-        results = list(pool.map(torment, folders, (1, 2)))
+        results = list(pool.map(torment, folders, range(1, SERVICES + 1)))
     # Uploads got through between the kills, and kills hit uploads: the test has tested something.
     assert sum(uploads for uploads, _ in results) >= 10
     assert all(attempts > uploads for uploads, attempts in results)
+
+
+def deaths(name: str, folder: Path, points: int | None) -> dict[str, int]:
+    """What was left by processes that died in the middle of this work, counted."""
+    command = [sys.executable, "-m", "tests.service.deaths", name, str(folder), *([str(points)] if points else [])]
+    ended = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
+    found = json.loads(ended.stdout.splitlines()[-1])
+    assert sum(found["left"].values()) == found["deaths"] > 0
+    left: dict[str, int] = found["left"]
+    return left
+
+
+def test_a_migration_that_is_killed_leaves_the_old_database(tmp_path: Path) -> None:
+    assert set(deaths("migrate", tmp_path, 5)) == {"outdated"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "left"), [("migrate", {"outdated"}), ("register", {"registered", "not yet"}), ("mirror", {"whole"})]
+)
+def test_whatever_is_killed_at_any_step_leaves_what_the_next_one_can_use(
+    tmp_path: Path, name: str, left: set[str]
+) -> None:
+    assert set(deaths(name, tmp_path, None)) == left

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 
 import httpx
 import pytest
-from sqlalchemy import select, update
+from sqlalchemy import select
 
 from engram.errors import (
     BadUpload,
@@ -30,10 +30,10 @@ from engram.errors import (
     from_problem,
 )
 from engram.schemas import Ingest, IngestOptions
-from engram_service import ingest
+from engram_service import ingest, worker
 from engram_service.collect import collect
 from engram_service.database import Database
-from engram_service.ingest import LeaseLost
+from engram_service.ingest import LeaseLost, Watch
 from engram_service.settings import Settings
 from engram_service.storage import PackStore
 from engram_service.tables import IngestRow
@@ -309,13 +309,26 @@ def claimed(database: Database, settings: Settings, owner: str) -> ingest.Claim:
 
 
 def expire(database: Database, held: ingest.Claim) -> None:
-    """The lease has run out, as it does `lease_s` after the last heartbeat."""
-    with database.session() as session:
-        session.execute(update(IngestRow).where(IngestRow.id == held.id).values(lease_expires_at=time.time() - 1))
+    """The worker has died, and its supervisor has noticed."""
+    ingest.release_all(database, held.owner)
 
 
-def beat(database: Database, settings: Settings, held: ingest.Claim) -> None:
-    ingest.heartbeat(database, settings, held, state="selecting", images_done=1, images_total=2)
+def taken_over(database: Database, settings: Settings, owner: str) -> ingest.Claim:
+    """What a worker claims once it has seen the lease of another stand still for `lease_s`."""
+    watch, found = Watch(), list[ingest.Claim | None]()
+
+    def look() -> bool:
+        found.append(ingest.claim(database, settings, owner=owner, watch=watch))
+        return found[-1] is not None
+
+    assert eventually(look)
+    assert found[0] is None
+    assert found[-1] is not None
+    return found[-1]
+
+
+def beat(database: Database, held: ingest.Claim) -> None:
+    ingest.heartbeat(database, held, state="selecting", images_done=1, images_total=2)
 
 
 def test_ingests_of_a_buffer_are_worked_off_one_by_one_in_order_of_arrival(
@@ -361,22 +374,20 @@ def test_two_workers_never_hold_the_same_ingest(database: Database, settings: Se
     assert len(held) == len(set(held)) == 12
 
 
-def test_an_expired_lease_is_claimed_again_and_the_first_holder_loses_it(
+def test_a_lease_that_stands_still_is_claimed_again_and_the_first_holder_loses_it(
     database: Database, settings: Settings
 ) -> None:
     create(database)
     queued = queue(database, settings, BODY)
     first = claimed(database, settings, "first")
-    beat(database, settings, first)
-    assert ingest.claim(database, settings, owner="second") is None
-    expire(database, first)
-    second = claimed(database, settings, "second")
+    beat(database, first)
+    second = taken_over(database, settings.model_copy(update={"lease_s": 0.1}), "second")
     assert (second.id, second.attempts) == (queued.id, 2)
     with pytest.raises(LeaseLost):
-        beat(database, settings, first)
+        beat(database, first)
     with pytest.raises(LeaseLost):
         ingest.fail(database, first, BadUpload("late"))
-    beat(database, settings, second)
+    beat(database, second)
     assert final(database, queued).state == "selecting"
 
 
@@ -384,11 +395,60 @@ def test_a_heartbeat_keeps_the_lease_and_publishes_progress(database: Database, 
     create(database)
     queued = queue(database, settings, BODY)
     held = claimed(database, settings, "one")
-    expire(database, held)
-    ingest.heartbeat(database, settings, held, state="encoding", images_done=3, images_total=4)
-    assert ingest.claim(database, settings, owner="two") is None
+    watch, shortly = Watch(), settings.model_copy(update={"lease_s": 1e-9})
+    for images_done in range(3):
+        ingest.heartbeat(database, held, state="encoding", images_done=images_done, images_total=4)
+        assert ingest.claim(database, shortly, owner="two", watch=watch) is None
     now = final(database, queued)
-    assert (now.state, now.images_done, now.images_total) == ("encoding", 3, 4)
+    assert (now.state, now.images_done, now.images_total) == ("encoding", 2, 4)
+    assert ingest.claim(database, shortly, owner="two", watch=watch) is not None
+
+
+def clock(monkeypatch: pytest.MonkeyPatch, later_s: float) -> None:
+    """The clock of the machine is set; a stopwatch does not notice."""
+    real = time.time
+    monkeypatch.setattr(time, "time", lambda: real() + later_s)
+
+
+def test_a_clock_set_back_does_not_keep_the_lease_of_a_dead_worker_alive(
+    database: Database, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    create(database)
+    queued = queue(database, settings, BODY)
+    hasty = settings.model_copy(update={"lease_s": 0.3, "worker_poll_s": 0.02})
+    claimed(database, hasty, "one that dies")
+    clock(monkeypatch, -3600)
+    stop = threading.Event()
+    running = threading.Thread(target=worker.run, args=(hasty, stop))
+    running.start()
+    try:
+        assert eventually(lambda: final(database, queued).state == "committed")
+    finally:
+        stop.set()
+        running.join()
+
+
+def test_a_clock_set_forward_takes_no_lease_from_a_worker_that_is_alive(
+    database: Database, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    create(database)
+    queue(database, settings, BODY)
+    claimed(database, settings, "one")
+    clock(monkeypatch, 3600)
+    assert ingest.claim(database, settings, owner="two") is None
+
+
+def test_a_clock_that_is_set_changes_no_pause_between_two_attempts(
+    database: Database, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    create(database)
+    queued = queue(database, settings, BODY)
+    ingest.release(database, claimed(database, settings, "one"), after_s=0.2)
+    with monkeypatch.context() as patched:
+        clock(patched, 3600)
+        assert ingest.claim(database, settings, owner="two") is None
+    clock(monkeypatch, -3600)
+    assert taken_over(database, settings, "two").id == queued.id
 
 
 def test_an_upload_that_kills_its_workers_is_given_up(database: Database, settings: Settings) -> None:
@@ -423,7 +483,7 @@ def test_a_cancelled_ingest_stops_its_worker_and_frees_the_next_one(database: Da
         with database.session() as session:
             assert ingest.cancel(session, queued.id).state == "cancelled"
     with pytest.raises(LeaseLost):
-        beat(database, settings, held)
+        beat(database, held)
     assert claimed(database, settings, "one").id == behind.id
 
 

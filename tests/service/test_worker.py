@@ -3,36 +3,33 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import resource
-import signal
 import threading
-from collections.abc import Callable
+import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
-import psutil
 import pytest
 from sqlalchemy import select, update
 
 from engram import pack
-from engram.errors import EngramError, NotFound, from_problem
+from engram.errors import EngramError, NotFound, TooLarge, from_problem
 from engram.schemas import Ingest, IngestOptions, Ranking
 from engram_service import buffers, extractors, ingest, worker
 from engram_service.collect import collect
 from engram_service.database import Database
+from engram_service.heartbeat import Heartbeat, Stopped
 from engram_service.ingest import LeaseLost
 from engram_service.settings import Settings
 from engram_service.spooled import SpooledImages
 from engram_service.storage import PackStore
 from engram_service.tables import IngestRow, PackRow
-from engram_service.worker import Heartbeat, Stopped, Supervisor
+from engram_service.work import attempt
 from tests.contents import create, pictures
 from tests.models import model
 from tests.photos import photos
-from tests.servers import ServiceProcess, eventually, http
+from tests.servers import eventually
 from tests.uploads import encoded, final, pairs, queue, tar_of, tar_of_arrays, work_through
 
 PICTURES = pictures(1, 12)
@@ -129,7 +126,32 @@ def test_images_of_every_format_are_read_back_as_they_were(settings: Settings) -
         assert images.read([]).shape == (0, 16, 16, 3)
         with pytest.raises(IndexError):
             images.read([10])
-    assert found == [10]
+    assert found == list(range(1, 11))
+
+
+def test_an_upload_is_given_up_at_the_image_at_which_it_was_cancelled(settings: Settings) -> None:
+    path = settings.spool_dir / "x.tar"
+    path.write_bytes(tar_of_arrays(PICTURES, CLASS_IDS))
+
+    def report(found: int) -> None:
+        if found == 5:
+            raise LeaseLost
+
+    with pytest.raises(LeaseLost):
+        SpooledImages(path, settings, report)
+
+
+def test_the_pixels_of_one_upload_are_bounded(database: Database, store: PackStore, settings: Settings) -> None:
+    create(database)
+    bounded = settings.model_copy(update={"max_decoded_pixels": 10 * 16 * 16})
+    for images, state in ((10, "committed"), (11, "failed")):
+        queued = queue(database, settings, tar_of_arrays(PICTURES[:1].repeat(images, 0), [0] * images))
+        work_through(database, store, bounded)
+        ended = final(database, queued)
+        assert ended.state == state
+    assert ended.problem is not None
+    assert type(from_problem(ended.problem)) is TooLarge
+    assert "'0000000010.ppm' have 2816 pixels together, at most 2560" in ended.problem["detail"]
 
 
 def test_grey_images_stay_grey(database: Database, store: PackStore, settings: Settings) -> None:
@@ -166,9 +188,9 @@ def test_an_unregistered_extractor_is_not_found(database: Database, store: PackS
 
 
 def lapse(database: Database) -> None:
-    """Time has passed: what waits for another attempt may have it now."""
+    """Time has passed: what waits for another attempt may have it now, and no lease is held."""
     with database.session() as session:
-        session.execute(update(IngestRow).where(IngestRow.lease_expires_at.is_not(None)).values(lease_expires_at=1.0))
+        session.execute(update(IngestRow).values(lease_owner=None, pause_s=None, beat=IngestRow.beat + 1))
 
 
 def test_an_unexpected_failure_is_tried_again_and_then_told(
@@ -177,10 +199,10 @@ def test_an_unexpected_failure_is_tried_again_and_then_told(
     create(database)
     queued = queue(database, settings, tar_of_arrays(PICTURES, CLASS_IDS))
     ingest.spool_path(settings.spool_dir, queued.id).unlink()
-    for attempt in range(1, settings.max_attempts + 1):
+    for number in range(1, settings.max_attempts + 1):
         work_through(database, store, settings)
         now = final(database, queued)
-        assert (now.attempts, now.state) == (attempt, "received" if attempt < settings.max_attempts else "failed")
+        assert (now.attempts, now.state) == (number, "received" if number < settings.max_attempts else "failed")
         lapse(database)
     problem = final(database, queued).problem
     assert problem is not None
@@ -238,15 +260,12 @@ def test_the_work_on_a_cancelled_ingest_ends(database: Database, settings: Setti
 def test_the_heartbeat_outruns_the_lease(database: Database, settings: Settings) -> None:
     quick = settings.model_copy(update={"lease_s": 1.0})
     _, beat = held_heartbeat(database, quick, threading.Event())
-    first = lease(database)
+    watch, began = ingest.Watch(), time.monotonic()
     with beat:
-        assert eventually(lambda: lease(database) > first + 1.0)
-        assert ingest.claim(database, quick, owner="other") is None
-
-
-def lease(database: Database) -> float:
-    with database.reading() as session:
-        return session.scalars(select(IngestRow.lease_expires_at)).one() or 0.0
+        while time.monotonic() < began + 2 * quick.lease_s:
+            assert ingest.claim(database, quick, owner="other", watch=watch) is None
+            beat.check()
+            time.sleep(0.02)
 
 
 def test_a_worker_that_is_to_stop_gives_its_ingest_back(
@@ -257,12 +276,12 @@ def test_a_worker_that_is_to_stop_gives_its_ingest_back(
     stop.set()
     with beat, pytest.raises(Stopped):
         beat.advance(1)
-    worker.attempt(database, store, settings, held, stop)
+    attempt(database, store, settings, held, stop)
     assert final_state(database, held) == ("received", 0)
     assert held.spool.exists()
     again = ingest.claim(database, settings, owner="next")
     assert again is not None
-    worker.attempt(database, store, settings, again, threading.Event())
+    attempt(database, store, settings, again, threading.Event())
     assert final_state(database, held) == ("committed", 1)
 
 
@@ -282,12 +301,12 @@ def test_a_worker_whose_lease_was_taken_over_commits_nothing(
     lapse(database)
     second = ingest.claim(database, settings, owner="second")
     assert second is not None
-    worker.attempt(database, store, settings, first, threading.Event())
+    attempt(database, store, settings, first, threading.Event())
     assert generation(database) == 0
     assert second.spool.exists()
-    worker.attempt(database, store, settings, second, threading.Event())
+    attempt(database, store, settings, second, threading.Event())
     assert generation(database) == 1
-    worker.attempt(database, store, settings, first, threading.Event())
+    attempt(database, store, settings, first, threading.Event())
     assert generation(database) == 1
     assert final(database, queued).state == "committed"
 
@@ -299,7 +318,7 @@ def test_the_work_on_a_deleted_buffer_ends(database: Database, store: PackStore,
     assert held is not None
     with database.session() as session:
         buffers.delete(session, "b")
-    worker.attempt(database, store, settings, held, threading.Event())
+    attempt(database, store, settings, held, threading.Event())
     with database.reading() as session, pytest.raises(NotFound):
         buffers.read(session, "b")
     assert list(store.digests()) == []
@@ -317,42 +336,6 @@ def test_a_running_worker_takes_what_comes_and_stops_when_asked(
     stop.set()
     running.join(30)
     assert not running.is_alive()
-
-
-def children() -> list[psutil.Process]:
-    found = []
-    for child in psutil.Process().children():
-        with suppress(psutil.NoSuchProcess):  # killed, and not yet waited for
-            if "engram_service.worker" in " ".join(child.cmdline()):
-                found.append(child)
-    return found
-
-
-def test_a_killed_worker_is_started_again_and_stops_with_its_supervisor(database: Database, settings: Settings) -> None:
-    create(database)
-    supervisor = Supervisor(settings)
-    supervisor.start()
-    try:
-        assert eventually(lambda: len(children()) == 1)
-        first = children()[0].pid
-        os.kill(first, signal.SIGKILL)
-        assert eventually(lambda: [child.pid for child in children()] not in ([], [first]))
-        queued = queue(database, settings, tar_of_arrays(PICTURES, CLASS_IDS))
-        assert eventually(lambda: final(database, queued).state == "committed")
-    finally:
-        supervisor.stop()
-    assert children() == []
-
-
-def test_a_worker_ends_when_its_service_is_killed(make_service: Callable[..., ServiceProcess]) -> None:
-    service = make_service()
-    with http(service) as web:
-        web.get("/healthz").raise_for_status()
-    found = psutil.Process(service.process.pid)
-    assert eventually(lambda: len(found.children()) == 1)
-    child = found.children()[0]
-    service.kill()
-    assert eventually(lambda: not child.is_running() or child.status() == psutil.STATUS_ZOMBIE)
 
 
 @pytest.mark.services

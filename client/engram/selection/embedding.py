@@ -1,10 +1,14 @@
 """What selection compares images by: any embedder, and the built-in one.
 
-Every embedder turns uint8 images [N, H, W, C] into float32 rows [N, D] of unit L2 norm. The built-in one takes centred
-pixels under a fixed random projection: it keeps the geometry of pixels, knows nothing of classes, and is the lesser
-choice beside the features of the network that will replay the images. But it is the same for every task.
+Every embedder turns uint8 images [N, H, W, C] into float32 rows [N, D] of unit L2 norm. The built-in one takes pixels
+under a fixed random projection: it keeps the geometry of pixels, knows nothing of classes, and is the lesser choice
+beside the features of the network that will replay the images. But it is the same for every task.
 
-Letters: N images, H height, W width, C channels, P values of a thumbnail, D dimensions.
+An image above 32 x 32 is seen as a thumbnail, which coding hardly changes, and by its detail, which is what coding
+takes away: pixels of its cells of 8 x 8, less each cell's mean. Both weigh the same. By thumbnails alone R of
+photographs of 224 px stays near 1 down to quality 25 and rises below; by both it falls with the quality.
+
+Letters: N images, H height, W width, C channels, P values of a thumbnail or of the detail, D dimensions.
 """
 
 from __future__ import annotations
@@ -27,6 +31,13 @@ BUILTIN_BLOCK = 32
 EXTRACTOR_BLOCK = 16
 
 _THUMBNAIL_SIDE = 32
+# What the discrete cosine transform of JPEG works on. Of an image at most 8 x 8 cells are looked at, 4,096 pixels: four
+# times a thumbnail, and no more of a large image than of a small one.
+_CELL = 8
+_CELLS_A_SIDE = 8
+# In a product of two rows detail counts twice as much as the thumbnail: then 224 px photographs choose 50, as in the
+# paper. At equal weights they choose 10 to 50, at three to one 50 or 75.
+_DETAIL_WEIGHT = np.float32(2**0.5)
 _CHUNK_VALUES = 2**21
 # A flat image must not have its coding noise blown up to unit length: the constant added to every row weighs as much
 # as this many grey levels of contrast.
@@ -54,7 +65,7 @@ class Embedder(Protocol):
 
 
 class BuiltinEmbedder:
-    """Centred pixels of a thumbnail (at most 32x32) under a fixed random projection."""
+    """Pixels under a fixed random projection: of the image, or of a thumbnail at most 32 x 32 and of the detail."""
 
     name = "builtin"
     block = BUILTIN_BLOCK
@@ -63,11 +74,15 @@ class BuiltinEmbedder:
         height, width, channels = shape
         self._shape = shape
         self._thumbnail = (min(height, _THUMBNAIL_SIDE), min(width, _THUMBNAIL_SIDE))
+        self._cells = _Cells(height, width) if max(height, width) > _THUMBNAIL_SIDE else None
         pixels = self._thumbnail[0] * self._thumbnail[1] * channels
-        signs = _random_signs((pixels + 1) * dimensions).reshape(pixels + 1, dimensions)
+        detail = 0 if self._cells is None else self._cells.pixels * channels
+        signs = _random_signs((pixels + 1 + detail + 1) * dimensions).reshape(-1, dimensions)
         # Columns that sum to zero ignore the brightness of an image, which saves subtracting it.
-        self._projection_PD = signs[:-1] - signs[:-1].mean(axis=0)
-        self._flat_D = signs[-1] * np.float32(_FLAT_LEVELS * np.sqrt(pixels))
+        thumbnail, self._detail_PD = signs[:pixels], signs[pixels + 1 : -1]
+        self._projection_PD = thumbnail - thumbnail.mean(axis=0)
+        self._flat_D = signs[pixels] * np.float32(_FLAT_LEVELS * np.sqrt(pixels))
+        self._even_D = signs[-1] * np.float32(_FLAT_LEVELS * np.sqrt(detail))
 
     def embed(self, images_NHWC: UInt8Array) -> FloatArray:
         """One row per image, unit L2 norm.
@@ -78,11 +93,39 @@ class BuiltinEmbedder:
         if images_NHWC.shape[1:] != self._shape:
             raise ValueError(f"images are {images_NHWC.shape[1:]}, this embedder is for {self._shape}")
         features_ND = np.empty((len(images_NHWC), len(self._flat_D)), np.float32)
+        detail_ND = np.empty_like(features_ND[: len(images_NHWC) if self._cells else 0])
         for rows in slices(len(images_NHWC), self._shape, _CHUNK_VALUES):
-            pixels_NP = _shrink(images_NHWC[rows], *self._thumbnail).reshape(-1, len(self._projection_PD))
+            pixels_NP = shrink(images_NHWC[rows], *self._thumbnail).reshape(-1, len(self._projection_PD))
             np.matmul(pixels_NP, self._projection_PD, out=features_ND[rows])
+            if self._cells is not None:
+                np.matmul(self._cells.detail(images_NHWC[rows]), self._detail_PD, out=detail_ND[rows])
         features_ND += self._flat_D
+        unit_rows(features_ND)
+        if self._cells is None:
+            return features_ND
+        detail_ND += self._even_D
+        features_ND += _DETAIL_WEIGHT * unit_rows(detail_ND)
         return unit_rows(features_ND)
+
+
+class _Cells:
+    """Cells of 8 x 8 pixels spread evenly over an image, on the raster of JPEG; smaller where the image is."""
+
+    def __init__(self, height: int, width: int) -> None:
+        self._height, self._width = min(height, _CELL), min(width, _CELL)
+        self._rows, self._columns = (
+            side * np.linspace(0, count - 1, min(count, _CELLS_A_SIDE)).round().astype(np.int64)
+            for side, count in ((self._height, height // self._height), (self._width, width // self._width))
+        )
+        self.pixels = len(self._rows) * len(self._columns) * self._height * self._width
+
+    def detail(self, images_NHWC: UInt8Array) -> FloatArray:
+        """The pixels of the cells, each less the mean of its cell and channel, [N, P]."""
+        rows = (self._rows[:, None] + np.arange(self._height))[:, :, None, None]
+        columns = (self._columns[:, None] + np.arange(self._width))[None, None]
+        values = images_NHWC[:, rows, columns].astype(np.float32)
+        values -= values.mean(axis=(2, 4), keepdims=True)
+        return values.reshape(len(values), -1)
 
 
 Embed = Callable[[UInt8Array], npt.ArrayLike]
@@ -136,7 +179,7 @@ def _random_signs(count: int) -> FloatArray:
     return bits.astype(np.float32) * 2 - 1
 
 
-def _shrink(images_NHWC: UInt8Array, height: int, width: int) -> FloatArray:
+def shrink(images_NHWC: UInt8Array, height: int, width: int) -> FloatArray:
     """Each output pixel is the mean of its cell of whole input pixels; equal sizes are only converted."""
     n, h, w, c = images_NHWC.shape
     if (h, w) == (height, width):

@@ -25,7 +25,7 @@ Letters: N images of the class, D features.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -60,7 +60,14 @@ def deal(orders: Sequence[IntArray], count: int) -> IntArray:
     return np.concatenate(orders)[turns][:count]
 
 
-def rank(features_ND: FloatArray, count: int, *, method: Ranking, mean_D: DoubleArray | None = None) -> IntArray:
+def rank(
+    features_ND: FloatArray,
+    count: int,
+    *,
+    method: Ranking,
+    mean_D: DoubleArray | None = None,
+    pulse: Callable[[], None] = lambda: None,
+) -> IntArray:
     """The `count` images of one class that deserve most to be kept, best first.
 
     Args:
@@ -68,6 +75,7 @@ def rank(features_ND: FloatArray, count: int, *, method: Ranking, mean_D: Double
         count: 0..N.
         method: `herding` or `greedy_dpp`.
         mean_D: what to herd toward; None is the mean of the rows.
+        pulse: called before each image is picked; what it raises ends the ranking.
 
     Raises:
         ValueError: `count` is not in 0..N.
@@ -78,8 +86,8 @@ def rank(features_ND: FloatArray, count: int, *, method: Ranking, mean_D: Double
     if n == 0:
         return np.empty(0, np.int64)
     if method == "greedy_dpp":
-        return _greedy_dpp(features_ND, count)
-    return _herd(features_ND, features_ND.mean(axis=0, dtype=np.float64) if mean_D is None else mean_D, count)
+        return _greedy_dpp(features_ND, count, pulse)
+    return _herd(features_ND, features_ND.mean(axis=0, dtype=np.float64) if mean_D is None else mean_D, count, pulse)
 
 
 def mean_seen(
@@ -140,7 +148,7 @@ def _exponential(count: int, rng: np.random.Generator) -> DoubleArray:
     return -np.log(((words >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53)
 
 
-def _herd(features_ND: FloatArray, mean_D: DoubleArray, count: int) -> IntArray:
+def _herd(features_ND: FloatArray, mean_D: DoubleArray, count: int, pulse: Callable[[], None]) -> IntArray:
     """Every prefix of the result has a mean near `mean_D`.
 
     Source: Rebuffi et al., iCaRL (CVPR 2017), Algorithm 4, in the running form of the LUCIR and MRDC code: argmax of
@@ -152,6 +160,7 @@ def _herd(features_ND: FloatArray, mean_D: DoubleArray, count: int) -> IntArray:
     closed_N = np.zeros(len(features_ND), np.float32)
     picks = np.empty(count, np.int64)
     for turn in range(count):
+        pulse()
         scores_N = features_ND @ target_D.astype(np.float32)
         scores_N += closed_N
         picks[turn] = pick = int(scores_N.argmax())
@@ -160,7 +169,7 @@ def _herd(features_ND: FloatArray, mean_D: DoubleArray, count: int) -> IntArray:
     return picks
 
 
-def _greedy_dpp(features_ND: FloatArray, count: int) -> IntArray:
+def _greedy_dpp(features_ND: FloatArray, count: int, pulse: Callable[[], None]) -> IntArray:
     """Every prefix of the result spans, greedily, the largest volume: the greedy MAP of a k-DPP with kernel X X^T.
 
     A pick's gain is the squared distance of its row from the span of those already chosen. For a linear kernel the
@@ -179,6 +188,7 @@ def _greedy_dpp(features_ND: FloatArray, count: int) -> IntArray:
     gains_N = np.ones(n)
     rank_in_round = 0
     for turn in range(count):
+        pulse()
         pick = int(gains_N.argmax())
         if rank_in_round == len(directions_KD) or gains_N[pick] < _EXHAUSTED:
             gains_N = np.where(is_open_N, 1.0, -np.inf)

@@ -9,7 +9,17 @@ from fastapi import APIRouter, Header, Response
 from engram.schemas import Buffer, BufferChange, BufferCreate, BufferList, ForkCreate, Manifest
 
 from .. import buffers, commit
-from .parts import BufferPath, DatabasePart, ExpectedGeneration, Generation, ReplayPart, StorePart, etag, matches
+from .parts import (
+    BufferPath,
+    DatabasePart,
+    ExpectedGeneration,
+    Generation,
+    ReplayPart,
+    RoomPart,
+    StorePart,
+    etag,
+    matches,
+)
 
 router = APIRouter(prefix="/v1/buffers", tags=["buffers"])
 
@@ -47,10 +57,11 @@ def change_buffer(
     response: Response,
     database: DatabasePart,
     store: StorePart,
+    room: RoomPart,
     expected_generation: ExpectedGeneration,
 ) -> Buffer:
     """Give a buffer another budget, its classes other names; a smaller budget drops the tails of every class."""
-    commit.change(database, store, buffer, change, expected_generation=expected_generation)
+    commit.change(database, store, buffer, change, expected_generation=expected_generation, emergency=room.emergency)
     return read_buffer(buffer, response, database)
 
 
@@ -66,10 +77,14 @@ def fork_buffer(
 
 
 @router.delete("/{buffer}", status_code=204)
-def delete_buffer(buffer: BufferPath, database: DatabasePart, replay: ReplayPart) -> None:
+def delete_buffer(buffer: BufferPath, database: DatabasePart, replay: ReplayPart, room: RoomPart) -> None:
     """Delete a buffer and everything in it."""
-    with database.session() as session:
-        buffers.delete(session, buffer)
+
+    def delete() -> None:
+        with database.session() as session:
+            buffers.delete(session, buffer)
+
+    room.freeing(delete)
     replay.forget(buffer)
 
 

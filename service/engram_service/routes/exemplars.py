@@ -23,6 +23,7 @@ from .parts import (
     ExpectedGeneration,
     Generation,
     ReplayPart,
+    RoomPart,
     SettingsPart,
     StorePart,
     etag,
@@ -98,6 +99,7 @@ def remove_exemplars(
     buffer: BufferPath,
     database: DatabasePart,
     store: StorePart,
+    room: RoomPart,
     expected_generation: ExpectedGeneration,
     task: TaskFilter = None,
     class_id: ClassFilter = None,
@@ -105,7 +107,7 @@ def remove_exemplars(
 ) -> Buffer:
     """Remove all exemplars of a class or with a key, in a new generation, as if they had never come."""
     where = Where(task=task, class_id=class_id, key=key)
-    commit.remove(database, store, buffer, where, expected_generation=expected_generation)
+    commit.remove(database, store, buffer, where, expected_generation=expected_generation, emergency=room.emergency)
     return _as_it_stands(database, buffer)
 
 
@@ -133,11 +135,12 @@ def remove_exemplar(
     row: RowPath,
     database: DatabasePart,
     store: StorePart,
+    room: RoomPart,
     expected_generation: ExpectedGeneration,
 ) -> Buffer:
     """Remove one exemplar of the current generation, in a new one."""
     where, generation = _place_now(database, buffer, pack, row, expected_generation)
-    commit.remove(database, store, buffer, where, expected_generation=generation)
+    commit.remove(database, store, buffer, where, expected_generation=generation, emergency=room.emergency)
     return _as_it_stands(database, buffer)
 
 

@@ -4,23 +4,19 @@ from __future__ import annotations
 
 from fastapi import APIRouter
 
-from engram.errors import EngramError, Unavailable
+from engram.errors import Unavailable
 from engram.schemas import Health
 
-from .. import __version__, buffers
-from .parts import CachePart, DatabasePart, SettingsPart
+from .. import __version__, buffers, health
+from .parts import CachePart, DatabasePart, LivenessPart, SettingsPart
 
 router = APIRouter(tags=["health"])
 
 
 @router.get("/healthz")
-def healthz(database: DatabasePart, cache: CachePart) -> Health:
+def healthz(database: DatabasePart, settings: SettingsPart, liveness: LivenessPart, cache: CachePart) -> Health:
     """Tell that the process answers, and what is wrong with its data; 200 in both cases, so that nobody restarts it."""
-    problems = []
-    try:
-        database.ping()
-    except EngramError as error:
-        problems.append(error.message)
+    problems = health.problems(database, settings, liveness)
     damaged = cache.damaged()
     if damaged and not problems:
         with database.reading() as session:
@@ -37,9 +33,9 @@ def healthz(database: DatabasePart, cache: CachePart) -> Health:
 
 
 @router.get("/readyz")
-def readyz(database: DatabasePart, settings: SettingsPart) -> Health:
-    """Tell whether requests can be served: 503 while the database or the data folder cannot be reached."""
-    database.ping()
-    if not settings.packs_dir.is_dir():
-        raise Unavailable(f"the folder of packs, {settings.packs_dir}, is not there")
+def readyz(database: DatabasePart, settings: SettingsPart, liveness: LivenessPart) -> Health:
+    """Tell whether the service can work: 503, with what is wrong with its disk, its database or its workers."""
+    problems = health.problems(database, settings, liveness)
+    if problems:
+        raise Unavailable("; ".join(problems), problems=problems)
     return Health(status="ok", version=__version__, damaged_packs=[], problems=[])

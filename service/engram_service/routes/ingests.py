@@ -15,11 +15,13 @@ from starlette.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect
 
 from engram.errors import BadUpload, InvalidRequest
-from engram.schemas import MAX_TASK, Ingest, IngestOptions
+from engram.schemas import MAX_TASK, Ingest, IngestOptions, IngestPage
 
 from .. import buffers, extractors, ingest
 from ..database import Database
+from ..room import Room
 from ..settings import Settings
+from .parts import DatabasePart, SettingsPart
 
 router = APIRouter(tags=["ingests"])
 
@@ -86,6 +88,21 @@ async def upload(
     return answer
 
 
+@router.get("/v1/ingests")
+def list_ingests(
+    database: DatabasePart,
+    settings: SettingsPart,
+    buffer: Annotated[str | None, Query(description="Only those of this buffer.")] = None,
+    limit: Annotated[int, Query(ge=1, description="Ingests on the page.")] = 100,
+    cursor: Annotated[str | None, Query(pattern="^[0-9a-f]{32}$", description="`next` of the page before.")] = None,
+) -> IngestPage:
+    """List ingests, the newest first."""
+    if limit > settings.max_page:
+        raise InvalidRequest(f"limit must lie in 1..{settings.max_page}, got {limit}", max_page=settings.max_page)
+    with database.reading() as session:
+        return ingest.page(session, buffer, limit=limit, before=cursor)
+
+
 @router.get("/v1/ingests/{ingest_id}")
 async def read(
     request: Request,
@@ -109,8 +126,13 @@ async def read(
 def cancel(request: Request, ingest_id: str) -> Ingest:
     """Cancel an ingest that has not committed yet."""
     database: Database = request.app.state.database
-    with database.session() as session:
-        return ingest.cancel(session, ingest_id)
+    room: Room = request.app.state.room
+
+    def cancelled() -> Ingest:
+        with database.session() as session:
+            return ingest.cancel(session, ingest_id)
+
+    return room.freeing(cancelled)
 
 
 def _check_names(database: Database, buffer: str, options: IngestOptions) -> None:

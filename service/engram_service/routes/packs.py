@@ -6,13 +6,17 @@ import base64
 import re
 from typing import Annotated
 
+import numpy as np
+from anyio import from_thread
 from fastapi import APIRouter, Header, HTTPException, Path, Request, Response
 from fastapi.responses import FileResponse
 
-from engram.errors import Unavailable
+from engram import packs
+from engram.errors import InvalidRequest, Unavailable
 from engram.schemas import STRIPS_MEDIA_TYPE
 
 from .. import buffers
+from ..answers import LARGE_BYTES
 from .parts import JPEG_MEDIA_TYPE, CachePart, DatabasePart, asks_for_picture, etag, matches
 
 router = APIRouter(prefix="/v1/packs", tags=["packs"])
@@ -63,11 +67,32 @@ def read_pack(
     if as_picture:
         if exemplars is None:
             raise Unavailable(f"no exemplar of pack {sha256} is intact on disk", digest=sha256)
-        return Response(exemplars.loose().picture(), media_type=JPEG_MEDIA_TYPE, headers=headers)
+        _take_room(request, int(exemplars.lengths.sum(dtype=np.int64)))
+        picture = packs.pick(exemplars, np.arange(len(exemplars))).picture()
+        return Response(picture, media_type=JPEG_MEDIA_TYPE, headers=headers)
     if not loaded.is_damaged:
         headers["Repr-Digest"] = f"sha-256=:{base64.b64encode(bytes.fromhex(sha256)).decode()}:"
         _check_range(request, path.stat().st_size)
     return FileResponse(path, media_type=STRIPS_MEDIA_TYPE, headers=headers)
+
+
+def _take_room(request: Request, size: int) -> None:
+    """A picture of so many bytes may be made.
+
+    Raises:
+        InvalidRequest: it is too large.
+        Unavailable: there is no room for it now.
+    """
+    most: int = request.app.state.settings.max_answer_bytes
+    if size > most:
+        raise InvalidRequest(
+            f"the picture of this pack has {size} bytes, and ENGRAM_MAX_ANSWER_BYTES allows {most} in one answer; "
+            "without Accept: image/jpeg the pack itself is sent",
+            max_answer_bytes=most,
+            answer_bytes=size,
+        )
+    if size > LARGE_BYTES:
+        from_thread.run_sync(request.app.state.answers.take_now, request.scope, size)
 
 
 def _check_range(request: Request, size: int) -> None:

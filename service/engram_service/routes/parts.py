@@ -11,7 +11,9 @@ from engram.packs import PackCache
 from engram.schemas import MAX_TASK
 
 from ..database import Database
+from ..liveness import Liveness
 from ..replay import Replay
+from ..room import Room
 from ..settings import Settings
 from ..storage import PackStore
 
@@ -37,6 +39,16 @@ async def _replay(request: Request) -> Replay:
     return found
 
 
+async def _liveness(request: Request) -> Liveness:
+    found: Liveness = request.app.state.liveness
+    return found
+
+
+async def _room(request: Request) -> Room:
+    found: Room = request.app.state.room
+    return found
+
+
 async def _settings(request: Request) -> Settings:
     found: Settings = request.app.state.settings
     return found
@@ -59,6 +71,8 @@ DatabasePart = Annotated[Database, Depends(_database)]
 StorePart = Annotated[PackStore, Depends(_store)]
 CachePart = Annotated[PackCache, Depends(_cache)]
 ReplayPart = Annotated[Replay, Depends(_replay)]
+LivenessPart = Annotated[Liveness, Depends(_liveness)]
+RoomPart = Annotated[Room, Depends(_room)]
 SettingsPart = Annotated[Settings, Depends(_settings)]
 ExpectedGeneration = Annotated[int | None, Depends(_expected_generation)]
 

@@ -7,7 +7,7 @@ from fastapi import APIRouter
 from engram.schemas import Task
 
 from .. import buffers, commit
-from .parts import BufferPath, DatabasePart, ExpectedGeneration, StorePart, TaskPath
+from .parts import BufferPath, DatabasePart, ExpectedGeneration, RoomPart, StorePart, TaskPath
 
 router = APIRouter(prefix="/v1/buffers/{buffer}/tasks", tags=["tasks"])
 
@@ -25,7 +25,15 @@ def delete_task(
     task: TaskPath,
     database: DatabasePart,
     store: StorePart,
+    room: RoomPart,
     expected_generation: ExpectedGeneration,
 ) -> None:
     """Delete a task in a new generation; the shares of other tasks grow, for uploads to come."""
-    commit.reshare(database, store, buffer, without_task=task, expected_generation=expected_generation)
+    commit.reshare(
+        database,
+        store,
+        buffer,
+        without_task=task,
+        expected_generation=expected_generation,
+        emergency=room.emergency,
+    )

@@ -1,0 +1,177 @@
+"""On a disk without a free byte: what frees room works, its bytes are free at once, and nothing else breaks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from engram.errors import StorageFull
+from engram_service.app import create_app
+from engram_service.collect import collect
+from engram_service.database import Database
+from engram_service.room import Room
+from engram_service.settings import Settings
+from engram_service.storage import PackStore, Reserve
+from tests.contents import create, fill, pictures
+from tests.disks import fill_up, free_bytes, small_disk
+from tests.servers import ServiceThread, http
+from tests.uploads import queue, tar_of_arrays
+
+DISK_BYTES = 8 * 2**20
+RESERVE_BYTES = 2**20
+
+
+@pytest.fixture
+def full(tmp_path: Path) -> Iterator[ServiceThread]:
+    """A service with three tasks, a waiting upload and a second buffer, whose disk was filled to the last byte."""
+    with small_disk(tmp_path / "disk", DISK_BYTES) as disk:
+        settings = Settings(data_dir=disk / "data", reserve_bytes=RESERVE_BYTES, workers=0)
+        service = ServiceThread(settings)
+        database = service.state.database
+        for name in ("b", "c"):
+            create(database, name, budget_bytes=3 * 10**5, quality=90)
+        for task in range(3):
+            fill(database, settings, task, {2 * task: 150, 2 * task + 1: 150})
+        fill(database, settings, 0, {0: 20}, name="c")
+        with database.session() as session:
+            session.connection().exec_driver_sql("UPDATE ingests SET state = 'committed'")
+        for path in settings.spool_dir.iterdir():
+            path.unlink()
+        fill_up(disk / "others")
+        assert free_bytes(disk) == 0
+        yield service
+        service.stop()
+
+
+CHANGES: dict[str, Callable[[httpx.Client], httpx.Response]] = {
+    "delete a task": lambda client: client.delete("/v1/buffers/b/tasks/1"),
+    "delete a buffer": lambda client: client.delete("/v1/buffers/b"),
+    "shrink a budget": lambda client: client.patch("/v1/buffers/b", json={"budget_bytes": 150_000}),
+    "remove a class": lambda client: client.delete("/v1/buffers/b/exemplars?class_id=2"),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_what_frees_room_works_on_a_full_disk_and_frees_it_at_once(full: ServiceThread, name: str) -> None:
+    store: PackStore = full.state.store
+    before = sum(store.path(digest).stat().st_size for digest, _ in store.digests())
+    with http(full) as client:
+        answer = CHANGES[name](client)
+        assert answer.status_code in (200, 204), answer.text
+        left = {pack["digest"] for pack in client.get("/v1/buffers/c/manifest").json()["packs"]}
+        if name != "delete a buffer":
+            left |= {pack["digest"] for pack in client.get("/v1/buffers/b/manifest").json()["packs"]}
+            assert client.get("/v1/buffers/b").json()["used_bytes"] <= 3 * 10**5
+            assert client.get("/v1/buffers/b/draw?size=50").status_code == 200
+    assert {digest for digest, _ in store.digests()} == left
+    assert sum(store.path(digest).stat().st_size for digest in left) < before
+
+
+def test_everything_can_be_deleted_step_by_step_until_there_is_room_for_uploads(full: ServiceThread) -> None:
+    with http(full) as client:
+        for task in range(3):
+            assert client.delete(f"/v1/buffers/b/tasks/{task}").status_code == 204
+        assert client.delete("/v1/buffers/c").status_code == 204
+        assert client.get("/v1/buffers/b").json()["used_bytes"] == 0
+        (full.settings.data_dir.parent / "others").unlink()
+        body = tar_of_arrays(pictures(0, 20), [0] * 20)
+        assert client.post("/v1/buffers/b/tasks/7/ingests", content=body).status_code == 202
+
+
+def test_a_full_disk_makes_the_service_unready_until_there_is_room(full: ServiceThread) -> None:
+    with http(full) as client:
+        health, ready = client.get("/healthz"), client.get("/readyz")
+        assert (health.status_code, health.json()["status"], ready.status_code) == (200, "degraded", 503)
+        assert "0 bytes are free" in ready.json()["detail"]
+        assert client.get("/v1/buffers/b/draw?size=5").status_code == 200
+        body = tar_of_arrays(pictures(0, 20), [0] * 20)
+        assert client.post("/v1/buffers/b/tasks/7/ingests", content=body).status_code == 507
+        assert client.delete("/v1/buffers/b/tasks/0").status_code == 204
+        (full.settings.data_dir.parent / "others").unlink()
+        assert client.get("/readyz").status_code == 200
+    assert full.settings.reserve_path.stat().st_size == RESERVE_BYTES
+
+
+def test_an_upload_can_be_cancelled_on_a_full_disk(full: ServiceThread) -> None:
+    with full.state.room.reserve.given_up():
+        waiting = queue(full.state.database, full.settings, bytes(1000))
+    fill_up(full.settings.data_dir.parent / "more")
+    with http(full) as client:
+        assert client.delete(f"/v1/ingests/{waiting.id}").json()["state"] == "cancelled"
+    collect(full.state.database, full.state.store, full.settings)
+    assert list(full.settings.spool_dir.iterdir()) == []
+
+
+def test_the_collector_works_on_a_full_disk(full: ServiceThread) -> None:
+    database, store = full.state.database, full.state.store
+    with full.state.room.reserve.given_up(), database.session() as session:
+        session.connection().exec_driver_sql("UPDATE packs SET until = 3, retired_at = 0 WHERE task = 1")
+    fill_up(full.settings.data_dir.parent / "more")
+    assert collect(database, store, full.settings).packs == 1
+
+
+def test_a_change_larger_than_the_reserve_goes_task_by_task(tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk", DISK_BYTES) as disk:
+        settings = Settings(data_dir=disk / "data", reserve_bytes=2**17, workers=0)
+        service = ServiceThread(settings)
+        create(service.state.database, budget_bytes=3 * 10**6, quality=95)
+        for task in range(12):
+            fill(service.state.database, settings, task, {task: 200})
+        fill_up(disk / "others")
+        with http(service) as client:
+            before = client.get("/v1/buffers/b").json()
+            assert before["used_bytes"] > 4 * 2**17
+            wanted = before["used_bytes"] * 3 // 4
+            answer = client.patch("/v1/buffers/b", json={"budget_bytes": wanted})
+            assert answer.status_code == 200, answer.text
+            after = answer.json()
+            assert 0.9 * wanted < after["used_bytes"] <= after["budget_bytes"] == wanted
+            assert after["generation"] > before["generation"] + 1
+            assert client.get("/v1/buffers/b/draw?size=50").status_code == 200
+        service.stop()
+
+
+def test_a_service_starts_on_a_full_disk(tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk", DISK_BYTES) as disk:
+        settings = Settings(data_dir=disk / "data", reserve_bytes=RESERVE_BYTES)
+        create_app(settings).state.database.close()
+        fill_up(disk / "others")
+        service = ServiceThread(settings)
+        with http(service) as client:
+            assert client.get("/readyz").status_code == 503
+            assert client.post("/v1/buffers", json={"name": "c", "budget_bytes": 1000}).status_code in (201, 507)
+        service.stop()
+
+
+def test_a_reserve_is_kept_as_far_as_there_is_room(tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk", 2**20) as disk:
+        reserve = Reserve(disk / "reserve", 2**19)
+        assert reserve.keep()
+        with reserve.given_up():
+            assert free_bytes(disk) == 2**20
+            # Others do not take it back meanwhile.
+            assert not Reserve(disk / "reserve", 2**19).keep()
+            (disk / "others").write_bytes(bytes(3 * 2**18))
+        assert reserve.path.stat().st_size == 2**18
+        assert not reserve.keep()
+        (disk / "others").unlink()
+        assert reserve.keep()
+        assert reserve.path.stat().st_size == 2**19
+
+
+def test_work_that_finds_no_room_even_then_is_refused(settings: Settings, database: Database) -> None:
+    calls = []
+
+    def work() -> None:
+        calls.append(settings.reserve_path.exists())
+        raise StorageFull("there is no room")
+
+    room = Room(database, PackStore(settings.packs_dir), settings)
+    assert room.reserve.keep()
+    with pytest.raises(StorageFull):
+        room.freeing(work)
+    assert calls == [True, False]
+    assert settings.reserve_path.exists()
