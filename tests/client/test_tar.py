@@ -4,7 +4,7 @@ import itertools
 import subprocess
 import tarfile
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -272,7 +272,7 @@ def sized(size: bytes, kind: bytes = tarfile.REGTYPE) -> bytes:
     st.lists(st.tuples(st.sampled_from([*range(100), *range(124, 136), 156]), st.integers(0, 255)), max_size=3),
 )
 def test_a_header_says_what_the_standard_library_reads_or_is_refused(
-    name: str, size: int, format: int, flips: list[tuple[int, int]]
+    name: str, size: int, format: Literal[0, 1], flips: list[tuple[int, int]]
 ) -> None:
     info = tarfile.TarInfo("d/" * 60 + "x" if format == tarfile.USTAR_FORMAT else "x")
     info.name, info.size = f"{'d/' * 60}{name}"[-200:] if name.isascii() else name[:20], size % 8**11
