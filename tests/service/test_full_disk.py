@@ -8,6 +8,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from engram import Client
 from engram.errors import StorageFull
 from engram_service.app import create_app
 from engram_service.collect import collect
@@ -17,6 +18,7 @@ from engram_service.settings import Settings
 from engram_service.storage import PackStore, Reserve
 from tests.contents import create, fill, pictures
 from tests.disks import fill_up, free_bytes, small_disk
+from tests.models import model
 from tests.servers import ServiceThread, http
 from tests.uploads import queue, tar_of_arrays
 
@@ -176,3 +178,14 @@ def test_work_that_finds_no_room_even_then_is_refused(settings: Settings, databa
         room.freeing(work)
     assert calls == [True, False]
     assert settings.reserve_path.exists()
+
+
+def test_an_extractor_can_be_deleted_on_a_full_disk(full: ServiceThread) -> None:
+    others = full.settings.data_dir.parent / "others"
+    others.unlink()
+    with Client(full.url) as client:
+        digest = client.register_extractor(model()).sha256
+        fill_up(others)
+        client.delete_extractor(digest)
+        assert client.extractors() == []
+    assert list(full.settings.extractors_dir.iterdir()) == []
