@@ -1,23 +1,52 @@
 # Two images from one file. The service never holds torch; the trainer never holds FastAPI.
 #
 #   docker build -t engram-service .
-#   docker build -t engram-trainer --target trainer .
+#   docker build -t engram-trainer --target trainer .                    PyTorch as PyPI has it: with CUDA on x86
+#   docker build -t engram-trainer --target trainer --build-arg TORCH=torch==2.13.0+cpu \
+#     --build-arg PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu .       for CPUs alone: a tenth of the size
+#
+# What Engram needs is installed before Engram is copied, so that an edit installs nothing anew. constraints.txt has the
+# versions of everything but PyTorch and what comes with it.
 
-FROM python:3.12-slim AS source
+FROM python:3.12-slim AS requirements
 WORKDIR /source
-COPY pyproject.toml README.md LICENSE ./
+RUN python -m venv /opt/engram
+COPY pyproject.toml constraints.txt ./
+# What an extra needs, those of Engram's own extras that it names included.
+RUN printf '%s\n' \
+  'import sys, tomllib' \
+  'project = tomllib.load(open("pyproject.toml", "rb"))["project"]' \
+  'extras = project["optional-dependencies"]' \
+  'found = [*project["dependencies"], *(each for name in sys.argv[1:] for each in extras[name])]' \
+  'print(*(each for each in found if not each.startswith("engram[")), sep="\n")' > requirements.py
+
+FROM requirements AS service-requirements
+RUN python requirements.py cli service postgres > requirements.txt \
+ && /opt/engram/bin/pip install --no-cache-dir --constraint constraints.txt --requirement requirements.txt
+
+FROM requirements AS trainer-requirements
+ARG TORCH=torch==2.13.0
+ARG PIP_EXTRA_INDEX_URL=
+RUN /opt/engram/bin/pip install --no-cache-dir --constraint constraints.txt "${TORCH}" \
+ && python requirements.py cli trainer > requirements.txt \
+ && /opt/engram/bin/pip install --no-cache-dir --constraint constraints.txt --requirement requirements.txt
+
+FROM service-requirements AS service-build
+COPY README.md LICENSE ./
 COPY client client
 COPY service service
 COPY trainer trainer
 COPY migrations migrations
-RUN python -m venv /opt/engram
+RUN /opt/engram/bin/pip install --no-cache-dir --no-deps .
 
-FROM source AS service-build
-RUN /opt/engram/bin/pip install --no-cache-dir ".[service]"
-
-FROM source AS trainer-build
-ARG TORCH=torch==2.13.0
-RUN /opt/engram/bin/pip install --no-cache-dir "${TORCH}" && /opt/engram/bin/pip install --no-cache-dir ".[trainer]"
+FROM trainer-requirements AS trainer-build
+COPY README.md LICENSE ./
+COPY client client
+COPY service service
+COPY trainer trainer
+COPY migrations migrations
+RUN /opt/engram/bin/pip install --no-cache-dir --no-deps . \
+ && cp -r trainer/engram_trainer/data /opt/engram/lib/python3.12/site-packages/engram_trainer/
 
 FROM python:3.12-slim AS base
 RUN groupadd --gid 10001 engram \

@@ -10,8 +10,8 @@ connection, with a short pause after each draw, first alone and then while all o
     slow       uploads of images of 4096x4096 in 49 KB each, every other one cancelled
 
 Attackers are processes of the lowest priority, as they would be on machines of their own: what is measured is what they
-make the service do. Memory is the proportional set size (PSS) of the service and all its children, summed, sampled four
-times a second: pages that they share count once.
+make the service do. On a machine with four cores or more the service has two to itself. Memory is the proportional set
+size (PSS) of the service and all its children, summed, sampled four times a second: pages that they share count once.
 """
 
 from __future__ import annotations
@@ -55,7 +55,8 @@ def main() -> None:
     args = parse_args("does an honest client notice an attack, and how much memory does it take?")
     seconds = 8.0 if args.quick else 60.0
     settings = {"workers": WORKERS, "grace_s": 0, "retired_bytes": 0}
-    with tempfile.TemporaryDirectory() as folder, local_service(folder, **settings) as served:
+    with tempfile.TemporaryDirectory() as folder, on_two_cores(), local_service(folder, **settings) as served:
+        off_two_cores()
         service = psutil.Process(served.process.pid)
         with Client(served.url) as client:
             fill(client)
@@ -84,6 +85,26 @@ def main() -> None:
             "readyz_afterwards": ready,
         },
     )
+
+
+CORES = sorted(os.sched_getaffinity(0))
+
+
+@contextmanager
+def on_two_cores() -> Iterator[None]:
+    """What is started here runs on two cores, until `off_two_cores`; this process is where it was afterwards."""
+    if len(CORES) >= 4:
+        os.sched_setaffinity(0, CORES[:2])
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, CORES)
+
+
+def off_two_cores() -> None:
+    """This process and those that it starts leave these cores to the service."""
+    if len(CORES) >= 4:
+        os.sched_setaffinity(0, CORES[2:])
 
 
 class Measured:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -19,6 +20,8 @@ from typing import Any
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from engram.client import Client
 from engram.errors import Unauthorized
@@ -96,7 +99,15 @@ def test_what_is_copied_exists_and_the_ignore_file_lets_it_through(stages: dict[
     assert not [name for name in copied if not (ROOT / name).exists()]
 
 
-def test_the_build_has_every_file_that_the_distribution_names(stages: dict[str, Stage]) -> None:
+BUILDS = ("service-build", "trainer-build")
+
+
+def copied_into(stages: dict[str, Stage], name: str) -> set[str]:
+    return {word for stage in lineage(stages, name) for line in stage.all("COPY") for word in line.split()[:-1]}
+
+
+@pytest.mark.parametrize("build", BUILDS)
+def test_the_build_has_every_file_that_the_distribution_names(stages: dict[str, Stage], build: str) -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     wheel = project["tool"]["hatch"]["build"]["targets"]["wheel"]
     needed = {
@@ -105,17 +116,70 @@ def test_the_build_has_every_file_that_the_distribution_names(stages: dict[str, 
         *(name.split("/")[0] for name in wheel["packages"]),
         *wheel["force-include"],
     }
-    copied = {word for line in stages["source"].all("COPY") for word in line.split()[:-1]}
-    assert needed <= copied
+    assert needed <= copied_into(stages, build)
+
+
+@pytest.mark.parametrize("build", BUILDS)
+def test_an_edit_of_the_source_installs_nothing_anew(stages: dict[str, Stage], build: str) -> None:
+    """What comes from an index is installed in a stage that the source is not copied into."""
+    (installing,) = stages[build].all("RUN")
+    assert "pip install --no-cache-dir --no-deps ." in installing
+    before = stages[build].base
+    assert copied_into(stages, before) == {"pyproject.toml", "constraints.txt"}
+    installs = [line for line in stages[before].all("RUN") if "pip install" in line]
+    assert installs
+    assert all(
+        part.startswith(" --no-cache-dir --constraint constraints.txt")
+        for line in installs
+        for part in line.split("pip install")[1:]
+    )
+
+
+@pytest.mark.parametrize(
+    ("image", "extras"), [("service", ["cli", "service", "postgres"]), ("trainer", ["cli", "trainer"])]
+)
+def test_an_image_installs_what_its_extras_need(
+    stages: dict[str, Stage], image: str, extras: list[str], tmp_path: Path
+) -> None:
+    """The commands of the Dockerfile, less pip's, make the list of requirements."""
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    (write,) = [line for line in stages["requirements"].all("RUN") if "requirements.py" in line]
+    (run,) = stages[f"{image}-requirements"].all("RUN")
+    listing = re.search(r"python requirements\.py [\w ]+> requirements\.txt", run)
+    assert listing is not None
+    commands = f"{write}\n{listing[0].replace('python', sys.executable, 1)}"
+    subprocess.run(["sh", "-euc", commands], cwd=tmp_path, check=True, capture_output=True)
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    needed = [*project["dependencies"], *(each for name in extras for each in project["optional-dependencies"][name])]
+    listed = (tmp_path / "requirements.txt").read_text().splitlines()
+    assert listed == [each for each in needed if not each.startswith("engram[")]
+
+
+def test_every_requirement_of_an_image_but_torch_is_pinned_to_a_version_that_it_allows() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pinned = dict(line.split("==") for line in lines if line and not line.startswith("#"))
+    pinned = {canonicalize_name(name): version for name, version in pinned.items()}
+    extras = ("cli", "service", "postgres", "trainer")
+    texts = [*project["dependencies"], *(each for name in extras for each in project["optional-dependencies"][name])]
+    needed = [requirement for requirement in map(Requirement, texts) if requirement.name != "engram"]
+    assert len(needed) > 20
+    wrong = [
+        str(requirement)
+        for requirement in needed
+        if requirement.name != "torch"
+        and pinned.get(canonicalize_name(requirement.name), "0") not in requirement.specifier
+    ]
+    assert not wrong, "make constraints.txt anew: its first lines say how"
+    assert "torch" not in pinned
 
 
 def test_the_service_image_installs_no_torch_and_the_trainer_image_no_fastapi(stages: dict[str, Stage]) -> None:
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     assert not [name for name in extras["service"] if name.startswith("torch")]
     assert not [name for name in extras["trainer"] if name.startswith(("fastapi", "sqlalchemy"))]
-    assert [line for line in stages["service-build"].all("RUN") if "torch" in line.lower()] == []
-    assert '".[service]"' in " ".join(stages["service-build"].all("RUN"))
-    assert '".[trainer]"' in " ".join(stages["trainer-build"].all("RUN"))
+    for stage in lineage(stages, "service-build"):
+        assert [line for line in stage.all("RUN") if "torch" in line.lower()] == []
     assert stages["service"].all("COPY") == ["--from=service-build /opt/engram /opt/engram"]
     assert stages["trainer"].all("COPY") == ["--from=trainer-build /opt/engram /opt/engram"]
 
@@ -123,7 +187,32 @@ def test_the_service_image_installs_no_torch_and_the_trainer_image_no_fastapi(st
 def test_the_trainer_image_pins_the_torch_that_the_makefile_pins(stages: dict[str, Stage]) -> None:
     pinned = re.search(r"^TORCH \?= (\S+)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
     assert pinned is not None
-    assert stages["trainer-build"].all("ARG") == [f"TORCH={pinned[1]}"]
+    assert stages["trainer-requirements"].all("ARG") == [f"TORCH={pinned[1]}", "PIP_EXTRA_INDEX_URL="]
+
+
+def test_a_trainer_for_cpus_and_one_for_gpus_can_be_chosen(
+    stages: dict[str, Stage], services: dict[str, dict[str, Any]]
+) -> None:
+    """Both are the same container; they differ in the build of PyTorch, the profile and the reservation."""
+    cpu, gpu = services["trainer"], services["trainer-gpu"]
+    (pinned, _) = stages["trainer-requirements"].all("ARG")
+    assert cpu["build"]["args"]["TORCH"] == f"{pinned.partition('=')[2]}+cpu"
+    assert cpu["build"]["args"]["PIP_EXTRA_INDEX_URL"].endswith("/cpu")
+    assert "args" not in gpu["build"]
+    assert (cpu["profiles"], gpu["profiles"]) == (["trainer"], ["gpu"])
+    assert cpu["image"] != gpu["image"]
+    (device,) = gpu["deploy"]["resources"]["reservations"]["devices"]
+    assert device == {"driver": "nvidia", "count": "all", "capabilities": ["gpu"]}
+    assert {name: gpu[name] for name in ("environment", "volumes", "cap_drop")} == {
+        name: cpu[name] for name in ("environment", "volumes", "cap_drop")
+    }
+    assert "${ENGRAM_DATASETS:-./datasets}:/datasets:ro" in cpu["volumes"]
+
+
+def test_the_command_inside_the_services_container_has_the_token(services: dict[str, dict[str, Any]]) -> None:
+    """`docker compose exec service engram ...`: the variable that the client reads, with the value of the service's."""
+    environment = services["service"]["environment"]
+    assert environment["ENGRAM_TOKEN"] == "${ENGRAM_ADMIN_TOKEN}"
 
 
 @pytest.mark.parametrize("name", ["service", "trainer"])
@@ -156,7 +245,7 @@ def test_environment_variables_of_the_service_are_settings(
 ) -> None:
     known = {f"ENGRAM_{name.upper()}" for name in Settings.model_fields}
     named = {key for key in environment(stages, "service") if key.startswith("ENGRAM_")}
-    assert named | services["service"]["environment"].keys() <= known
+    assert named | services["service"]["environment"].keys() - {"ENGRAM_TOKEN"} <= known
 
 
 def test_the_service_is_published_to_this_machine_only_and_demands_a_token(
@@ -183,15 +272,17 @@ def test_the_data_of_the_service_lies_in_a_volume(
 def test_the_trainer_waits_under_its_profile_for_a_healthy_service(services: dict[str, dict[str, Any]]) -> None:
     assert "profiles" not in services["service"]
     assert services["trainer"]["profiles"] == ["trainer"]
-    assert services["trainer"]["depends_on"] == {"service": {"condition": "service_healthy"}}
+    for name in ("trainer", "trainer-gpu"):
+        assert services[name]["depends_on"] == {"service": {"condition": "service_healthy"}}
 
 
-@pytest.mark.parametrize("name", ["service", "trainer"])
+@pytest.mark.parametrize("name", ["service", "trainer", "trainer-gpu"])
 def test_each_container_builds_its_own_target_without_privileges(
     stages: dict[str, Stage], services: dict[str, dict[str, Any]], name: str
 ) -> None:
-    assert services[name]["build"] == {"context": ".", "target": name}
-    assert name in stages
+    target = name.removesuffix("-gpu")
+    assert (services[name]["build"]["context"], services[name]["build"]["target"]) == (".", target)
+    assert target in stages
     assert services[name]["cap_drop"] == ["ALL"]
     assert services[name]["security_opt"] == ["no-new-privileges:true"]
 

@@ -26,11 +26,21 @@ PACKAGES = {
     "engram_trainer": ROOT / "trainer" / "engram_trainer",
 }
 EXTRAS: dict[str, tuple[str, ...]] = {
-    "engram": (),
-    "engram_service": ("service",),
-    "engram_trainer": ("trainer", "hub"),
+    "engram": ("cli",),
+    "engram_service": ("cli", "service", "postgres"),
+    "engram_trainer": ("cli", "trainer", "hub"),
 }
 """The extras of pyproject.toml that a package may count on, beside the plain dependencies."""
+
+COMMANDS = {
+    "engram.cli",
+    "engram.display",
+    "engram_service.cli",
+    "engram_trainer.cli",
+    "engram_trainer.demo",
+    "engram_trainer.progress",
+}
+"""The modules that may import what only commands need: typer and rich."""
 
 IMPORT_NAMES = {
     "pillow": ["PIL"],
@@ -56,7 +66,9 @@ CLIENT = (
     "sources",
     "loader",
     "torch",
+    "display",
     "cli",
+    "__main__",
 )
 NOT_FOR_THE_SERVICE = {f"engram.{name}" for name in CLIENT}
 
@@ -65,8 +77,8 @@ WITH_TORCH = "engram.torch"
 
 ORDER = {
     "engram": [
-        "errors names schemas files forks paths etags",
-        "fields images npy",
+        "errors names schemas files forks commands amounts paths etags",
+        "fields images npy labelled",
         "form shares draw tar transport",
         "strip folder http",
         "pack batch index",
@@ -78,8 +90,9 @@ ORDER = {
         "client",
         "mirror sources",
         "local",
-        "loader torch",
+        "loader torch display",
         "cli",
+        "__main__",
     ],
     "engram_service": [
         "settings tables problems extractor_child answers",
@@ -92,6 +105,7 @@ ORDER = {
         "worker app",
         "supervisor",
         "cli",
+        "__main__",
     ],
     "engram_trainer": [
         "augment datasets extractor networks local_service",
@@ -99,7 +113,8 @@ ORDER = {
         "methods configuration evaluation",
         "local_memory plain_memory report",
         "loop progress",
-        "demo __main__",
+        "demo cli",
+        "__main__",
     ],
 }
 """Tiers from the bottom up: a module may import its own tier and those below. One that is not named is free, within
@@ -176,6 +191,12 @@ def test_a_module_imports_only_what_the_table_allows(name: str) -> None:
     assert not foreign, f"{name} imports {foreign}; see the table in CONTRIBUTING.md and the extras in pyproject.toml"
     if package == "engram_service":
         assert not found & NOT_FOR_THE_SERVICE, f"{name} would put the client into the service image"
+
+
+def test_only_commands_import_what_only_commands_need() -> None:
+    needed = declared(("cli",)) - declared(())
+    assert {"rich", "typer"} <= needed
+    assert not {name for name in ALL if {module.split(".")[0] for module in imports(name)} & needed} - COMMANDS
 
 
 @pytest.mark.parametrize("package", sorted(ORDER))

@@ -1,32 +1,31 @@
 """The `engram` command: manage buffers, upload images, draw exemplars and read decisions from a terminal.
 
 The service is named by `--url` or `ENGRAM_URL`, the token by `ENGRAM_TOKEN` (an option would show it to every process).
-Results go to standard output, errors to standard error in one line, with exit code 1.
+Results go to standard output, with `--json` as the service said them; errors go to standard error in one line, with
+exit code 1.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
-from typing import Annotated, get_args
+from typing import Annotated
 
 import pydantic
 import typer
 from PIL import Image
-from rich.console import Console
-from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
+from engram import __version__, amounts, display, folder
 from engram.batch import Batch
 from engram.client import Client
 from engram.errors import EngramError
 from engram.http import DEFAULT_URL
 from engram.schemas import (
-    Buffer,
-    Decision,
     Definition,
     Ingest,
     IngestOptions,
@@ -36,7 +35,6 @@ from engram.schemas import (
     ShareBy,
     Strategy,
     Subsampling,
-    Task,
     first_fault,
 )
 
@@ -47,13 +45,17 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-_NAMES_SHOWN = 8
-_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
-_AMOUNT = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmg]i?)?b?\s*", re.IGNORECASE)
-
 BufferArgument = Annotated[str, typer.Argument(help="The buffer's name.")]
 TaskArgument = Annotated[int, typer.Argument(min=0, help="The task's number.")]
 IngestArgument = Annotated[str, typer.Argument(help="The id that `engram upload` printed.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print what the service says, as JSON.")]
+YesOption = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
+
+
+def _version(is_asked: bool) -> None:
+    if is_asked:
+        display.say(f"engram {__version__}")
+        raise typer.Exit
 
 
 @app.callback()
@@ -62,44 +64,27 @@ def _service(
     url: Annotated[
         str | None, typer.Option(envvar="ENGRAM_URL", help=f"The service; {DEFAULT_URL} if not given.")
     ] = None,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
 ) -> None:
     context.obj = url
 
 
 @app.command()
-def health(context: typer.Context) -> None:
+def health(context: typer.Context, as_json: JsonOption = False) -> None:
     """Say whether the service can work."""
     with _client(context) as client:
         found = client.health()
-        _out().print(f"{found.status}, engram {found.version}")
-        for problem in found.problems:
-            _out().print(f"- {problem}", markup=False)
-        for digest in found.damaged_packs:
-            _out().print(f"- damaged pack {digest}")
+        display.as_json(found) if as_json else display.health(found)
 
 
 @app.command()
-def buffers(context: typer.Context) -> None:
+def buffers(context: typer.Context, as_json: JsonOption = False) -> None:
     """List all buffers."""
     with _client(context) as client:
-        table = Table("buffer", box=None)
-        for heading in ("used", "limit", "exemplars", "tasks", "classes", "image", "generation"):
-            table.add_column(heading, justify="right")
-        for buffer in client.buffers():
-            table.add_row(buffer.name, *_buffer_cells(buffer))
-        _out().print(table)
-
-
-def _buffer_cells(buffer: Buffer) -> tuple[str, ...]:
-    shape = "-" if buffer.image_shape is None else "x".join(map(str, buffer.image_shape))
-    counts = (buffer.exemplars, len(buffer.tasks), len(buffer.classes))
-    return (
-        f"{buffer.used_bytes:,} B",
-        f"{buffer.limit_bytes:,} B",
-        *(f"{count:,}" for count in counts),
-        shape,
-        str(buffer.generation),
-    )
+        found = client.buffers()
+        display.as_json(found) if as_json else display.buffers(found)
 
 
 @app.command()
@@ -117,12 +102,13 @@ def create(
         list[str] | None, typer.Option(help="NAME=TYPE of what exemplars have, as in 'logits=float16 [100]'; again.")
     ] = None,
     exist_ok: Annotated[bool, typer.Option("--exist-ok", help="Be content with an equal buffer.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Create a buffer."""
     with _client(context) as client:
         made = client.create_buffer(
             buffer,
-            budget_bytes=_bytes(budget),
+            budget_bytes=amounts.parse(budget),
             per=per,
             share_by=share_by,
             subsampling=subsampling,
@@ -130,8 +116,23 @@ def create(
             fields=_declared(field or []),
             exist_ok=exist_ok,
         )
-        each = " for each class" if made.per == "class" else ""
-        _out().print(f"buffer {made.name}: {made.budget_bytes:,} bytes{each}, shared by {made.share_by}")
+        display.as_json(made) if as_json else display.say(f"buffer {made.name}: {display.budget(made)}")
+
+
+@app.command(name="budget")
+def change_budget(
+    context: typer.Context,
+    buffer: BufferArgument,
+    budget: Annotated[str, typer.Argument(help="Bytes, as in 500000, 1.5MB or 64KiB.")],
+    as_json: JsonOption = False,
+) -> None:
+    """Give a buffer another budget; a smaller one drops what was ranked last."""
+    with _client(context) as client:
+        found = client.change_budget(buffer, amounts.parse(budget))
+        if as_json:
+            display.as_json(found)
+        else:
+            display.say(f"buffer {found.name}: {display.budget(found)}, {found.exemplars:,} exemplars kept")
 
 
 def _declared(fields: list[str]) -> dict[str, str]:
@@ -142,37 +143,14 @@ def _declared(fields: list[str]) -> dict[str, str]:
 
 
 @app.command()
-def show(context: typer.Context, buffer: BufferArgument) -> None:
+def show(context: typer.Context, buffer: BufferArgument, as_json: JsonOption = False) -> None:
     """Show a buffer and its tasks."""
     with _client(context) as client:
         found = client.buffer(buffer)
-        used = 100 * found.used_bytes / max(1, found.limit_bytes)
-        each = " for each class" if found.per == "class" else ""
-        _out().print(f"[bold]{found.name}[/bold]  generation {found.generation}, images {_buffer_cells(found)[5]}")
-        _out().print(f"used {found.used_bytes:,} of {found.limit_bytes:,} bytes ({used:.1f} %)")
-        _out().print(f"budget {found.budget_bytes:,} bytes{each}, shared by {found.share_by}, {found.subsampling}")
-        _out().print("no exemplars yet" if found.quality is None else f"quality {found.quality}, {found.quality_is}")
-        if found.is_frozen:
-            _out().print("frozen: a snapshot that takes no change")
-        for name, type_text in found.fields.items():
-            _out().print(f"field {name}: {type_text}", markup=False)
-        table = Table(box=None)
-        for heading in ("task", "exemplars", "bytes", "classes"):
-            table.add_column(heading, justify="right")
-        if found.class_names:
-            table.add_column("names")
-        for number in found.tasks:
-            task = client.task(buffer, number)
-            numbers = (task.task, task.exemplars, task.bytes, len(task.classes))
-            table.add_row(*(f"{value:,}" for value in numbers), *([_names_of(task)] if found.class_names else []))
-        _out().print(table)
-
-
-def _names_of(task: Task) -> str:
-    """The classes of a task as a cell: their names, the ids of those that have none."""
-    shown = [row.name or str(row.class_id) for row in task.classes[:_NAMES_SHOWN]]
-    more = len(task.classes) - len(shown)
-    return escape(", ".join(shown) + (f" and {more:,} more" if more else ""))
+        if as_json:
+            display.as_json(found)
+        else:
+            display.buffer(found, [client.task(buffer, number) for number in found.tasks])
 
 
 @app.command()
@@ -188,9 +166,14 @@ def upload(
     extractor: Annotated[str | None, typer.Option(help="SHA-256 of a registered extractor.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of everything random in the selection.")] = 0,
     resize: Annotated[str | None, typer.Option(help="Bring a folder's images to HEIGHTxWIDTH.")] = None,
+    again: Annotated[bool, typer.Option("--again", help="Add the images even if they were uploaded before.")] = False,
     wait: Annotated[bool, typer.Option(help="Wait until the exemplars are stored.")] = True,
+    as_json: JsonOption = False,
 ) -> None:
-    """Upload the images of a task and wait until its exemplars are stored."""
+    """Upload the images of a task and wait until its exemplars are stored.
+
+    The same images uploaded to the same task once more, with the same options, are the same upload: nothing is doubled.
+    """
     with _client(context) as client:
         options = IngestOptions(
             ranking=ranking,
@@ -200,88 +183,69 @@ def upload(
             extractor=extractor,
             seed=seed,
         )
+        shape = None if resize is None else _size(resize)
+        key = None if again else _content_key(path, shape, task, options)
         if path.is_dir():
-            shape = None if resize is None else _size(resize)
-            ingest = client.upload_folder(buffer, task, path, resize=shape, options=options)
+            ingest = client.upload_folder(buffer, task, path, resize=shape, options=options, idempotency_key=key)
         else:
-            ingest = _send_tar(client, buffer, task, path, options)
-        _out().print(f"ingest {ingest.id}: {ingest.body_bytes:,} bytes received")
+            ingest = _send_tar(client, buffer, task, path, options, key)
+        if ingest.state == "committed":
+            typer.echo(f"these images were uploaded before, as ingest {ingest.id}; --again adds them again", err=True)
+        elif not as_json:
+            display.say(f"ingest {ingest.id}: {ingest.body_bytes:,} bytes received")
         if wait:
-            _follow(client, ingest)
-            _print_task(client.task(buffer, task))
+            ingest = _follow(client, ingest)
+        if as_json:
+            display.as_json(ingest)
+        elif wait:
+            display.say(f"committed as generation {ingest.generation}")
+            display.task(client.task(buffer, task))
 
 
-def _send_tar(client: Client, buffer: str, task: int, path: Path, options: IngestOptions) -> Ingest:
-    with _progress() as bar:
+def _content_key(path: Path, resize: tuple[int, int] | None, task: int, options: IngestOptions) -> str:
+    """The idempotency key of these images for this task, whenever and wherever they are uploaded."""
+    digest = hashlib.sha256(json.dumps([task, resize, options.model_dump(mode="json")]).encode())
+    if path.is_dir():
+        for file in folder.images(path):
+            content = hashlib.sha256(file.path.read_bytes()).hexdigest()
+            digest.update(json.dumps([file.name, file.class_id, content]).encode())
+    else:
+        with path.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return f"content-{digest.hexdigest()}"
+
+
+def _send_tar(client: Client, buffer: str, task: int, path: Path, options: IngestOptions, key: str | None) -> Ingest:
+    with display.progress() as bar:
         sending = bar.add_task("sending, bytes", total=path.stat().st_size)
         return client.upload_tar(
-            buffer, task, path, options=options, progress=lambda sent: bar.update(sending, completed=sent)
+            buffer,
+            task,
+            path,
+            options=options,
+            idempotency_key=key,
+            progress=lambda sent: bar.update(sending, completed=sent),
         )
 
 
 def _follow(client: Client, ingest: Ingest) -> Ingest:
-    """Wait for an ingest with a progress bar on standard error."""
-    with _progress() as bar:
+    """The ingest once it is committed, with a progress bar on standard error."""
+    with display.progress() as bar:
         line = bar.add_task(ingest.state, total=ingest.images_total)
-        done = client.wait(
+        return client.wait(
             ingest,
             progress=lambda now: bar.update(
                 line, description=now.state, completed=now.images_done, total=now.images_total
             ),
         )
-    _out().print(f"committed as generation {done.generation}")
-    return done
 
 
 @app.command(name="task")
-def show_task(context: typer.Context, buffer: BufferArgument, task: TaskArgument) -> None:
+def show_task(context: typer.Context, buffer: BufferArgument, task: TaskArgument, as_json: JsonOption = False) -> None:
     """Show a task: its classes, and why it has its quality."""
     with _client(context) as client:
-        _print_task(client.task(buffer, task))
-
-
-def _print_task(task: Task) -> None:
-    _out().print(
-        f"[bold]{task.buffer}[/bold] task {task.task}: {task.exemplars:,} exemplars, "
-        f"{task.bytes:,} bytes, quality {task.quality}"
-    )
-    table = Table(box=None)
-    for heading in ("class", "seen", "exemplars", "bytes", "share"):
-        table.add_column(heading, justify="right")
-    is_named = any(row.name is not None for row in task.classes)
-    if is_named:
-        table.add_column("name")
-    for row in task.classes:
-        numbers = (row.class_id, row.seen, row.exemplars, row.bytes, row.share_bytes)
-        table.add_row(*(f"{value:,}" for value in numbers), *([escape(row.name or "-")] if is_named else []))
-    _out().print(table)
-    if task.decision is not None:
-        _print_decision(task.decision)
-
-
-def _print_decision(decision: Decision) -> None:
-    _out().print(
-        f"\n{decision.reason}\n{decision.images:,} images ranked by {decision.ranking} on {decision.embedder[:16]}, "
-        f"blocks of {decision.block}, {decision.seconds:.1f} s",
-        markup=False,
-    )
-    table = Table(box=None)
-    definitions = get_args(Definition)
-    for heading in ("quality", "N", "bytes", *(f"R {name}" for name in definitions), "R of pixels", "passes", ""):
-        table.add_column(heading, justify="right")
-    for candidate in decision.candidates:
-        ratios = [candidate.ratio.get(name) for name in definitions]
-        ratios.append((candidate.pixel_ratio or {}).get(decision.definition))
-        table.add_row(
-            str(candidate.quality),
-            f"{candidate.exemplars:,}",
-            f"{candidate.bytes:,}",
-            *("-" if ratio is None else f"{ratio:.3f}" for ratio in ratios),
-            "yes" if candidate.passes else "no",
-            "<- chosen" if candidate.quality == decision.quality else "",
-        )
-    if decision.candidates:
-        _out().print(table)
+        found = client.task(buffer, task)
+        display.as_json(found) if as_json else display.task(found)
 
 
 @app.command()
@@ -289,26 +253,43 @@ def ingest(
     context: typer.Context,
     ingest: IngestArgument,
     wait: Annotated[bool, typer.Option("--wait", help="Wait until it is committed.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Show an ingest, or wait for it."""
     with _client(context) as client:
         found = client.ingest(ingest)
         if wait:
             found = _follow(client, found)
-        _out().print(
-            f"ingest {found.id} of {found.buffer} task {found.task}: {found.state}, "
-            f"{found.images_done:,} of {found.images_total:,} images, attempt {found.attempts}"
-        )
-        if found.problem is not None:
-            _out().print(str(found.problem.get("detail", "")), markup=False)
+        display.as_json(found) if as_json else display.ingest(found)
 
 
 @app.command()
-def cancel(context: typer.Context, ingest: IngestArgument) -> None:
+def ingests(
+    context: typer.Context,
+    buffer: Annotated[str | None, typer.Argument(help="Only those of this buffer.")] = None,
+    count: Annotated[int, typer.Option(min=1, help="At most so many, the newest first.")] = 20,
+    as_json: JsonOption = False,
+) -> None:
+    """List ingests, the newest first."""
+    with _client(context) as client:
+        found = list(islice(client.ingests(buffer), count))
+        display.as_json(found) if as_json else display.ingests(found)
+
+
+@app.command()
+def cancel(context: typer.Context, ingest: IngestArgument, as_json: JsonOption = False) -> None:
     """Cancel an ingest that has not committed."""
     with _client(context) as client:
         found = client.cancel(ingest)
-        _out().print(f"ingest {found.id}: {found.state}")
+        display.as_json(found) if as_json else display.say(f"ingest {found.id}: {found.state}")
+
+
+@app.command()
+def extractors(context: typer.Context, as_json: JsonOption = False) -> None:
+    """List the registered extractors."""
+    with _client(context) as client:
+        found = client.extractors()
+        display.as_json(found) if as_json else display.extractors(found)
 
 
 @app.command()
@@ -328,7 +309,7 @@ def draw(
         for name, index in _names(batch):
             pixels = batch.images[index]
             Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels).save(out / f"{name}.png")
-        _out().print(f"{len(batch)} images of {len(set(batch.class_ids.tolist()))} classes in {out}")
+        display.say(f"{len(batch)} images of {len(set(batch.class_ids.tolist()))} classes in {out}")
 
 
 def _names(batch: Batch) -> Iterator[tuple[str, int]]:
@@ -346,7 +327,7 @@ def export(
     """Write all exemplars to a WebDataset tar of JPEG files."""
     with _client(context) as client:
         size = client.export(buffer, file)
-        _out().print(f"{size:,} bytes in {file}")
+        display.say(f"{size:,} bytes in {file}")
 
 
 @app.command()
@@ -357,13 +338,15 @@ def fork(
     budget: Annotated[str | None, typer.Option(help="Bytes of the new buffer; the source's if not given.")] = None,
     generation: Annotated[int | None, typer.Option(min=0, help="The one that the source must be at.")] = None,
     frozen: Annotated[bool, typer.Option("--frozen", help="Make a snapshot, which takes no change.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Make a buffer that begins with the content of another one and shares its packs."""
     with _client(context) as client:
-        budget_bytes = None if budget is None else _bytes(budget)
+        budget_bytes = None if budget is None else amounts.parse(budget)
         made = client.fork(source, name, generation=generation, budget_bytes=budget_bytes, frozen=frozen)
         kind = "snapshot" if made.is_frozen else "buffer"
-        _out().print(f"{kind} {made.name}: generation {made.generation} of {source}, {made.exemplars:,} exemplars")
+        text = f"{kind} {made.name}: generation {made.generation} of {source}, {made.exemplars:,} exemplars"
+        display.as_json(made) if as_json else display.say(text)
 
 
 @app.command()
@@ -371,12 +354,13 @@ def rename(
     context: typer.Context,
     buffer: BufferArgument,
     names: Annotated[list[str], typer.Argument(help="ID=NAME, as often as you like.")],
+    as_json: JsonOption = False,
 ) -> None:
     """Name classes by their ids."""
     with _client(context) as client:
         made = client.rename_classes(buffer, dict(map(_id_and_name, names)))
-        for class_id, name in made.class_names.items():
-            _out().print(f"{class_id}: {name}", markup=False)
+        text = "\n".join(f"{class_id}: {name}" for class_id, name in made.class_names.items())
+        display.as_json(made) if as_json else display.say(text)
 
 
 def _id_and_name(text: str) -> tuple[int, str]:
@@ -391,7 +375,7 @@ def delete(
     context: typer.Context,
     buffer: BufferArgument,
     task: Annotated[int | None, typer.Option(min=0, help="Delete this task only.")] = None,
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    yes: YesOption = False,
 ) -> None:
     """Delete a buffer, or one of its tasks."""
     what = f"buffer {buffer}" if task is None else f"task {task} of buffer {buffer}"
@@ -402,7 +386,7 @@ def delete(
             client.delete_buffer(buffer)
         else:
             client.delete_task(buffer, task)
-        _out().print(f"{what} is deleted")
+        display.say(f"{what} is deleted")
 
 
 TaskOption = Annotated[int | None, typer.Option("--task", min=0, help="Only those of this task.")]
@@ -421,14 +405,16 @@ def remove(
     key: KeyOption = None,
     pack: PackOption = None,
     row: RowOption = None,
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    yes: YesOption = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Remove the exemplars of a class, those with a key, or one of them."""
     if not yes:
         typer.confirm(f"Remove these exemplars of buffer {buffer}?", abort=True)
     with _client(context) as client:
         found = client.remove(buffer, task=task, class_id=class_id, key=key, exemplar=_exemplar(pack, row))
-        _out().print(f"buffer {buffer} holds {found.exemplars:,} exemplars as generation {found.generation}")
+        text = f"buffer {buffer} holds {found.exemplars:,} exemplars as generation {found.generation}"
+        display.as_json(found) if as_json else display.say(text)
 
 
 @app.command()
@@ -441,12 +427,14 @@ def relabel(
     key: KeyOption = None,
     pack: PackOption = None,
     row: RowOption = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Move the exemplars of a class, those with a key, or one of them to another class."""
     with _client(context) as client:
         exemplar = _exemplar(pack, row)
         found = client.relabel(buffer, to, task=task, class_id=class_id, key=key, exemplar=exemplar)
-        _out().print(f"buffer {buffer} holds {found.exemplars:,} exemplars as generation {found.generation}")
+        text = f"buffer {buffer} holds {found.exemplars:,} exemplars as generation {found.generation}"
+        display.as_json(found) if as_json else display.say(text)
 
 
 def _exemplar(pack: str | None, row: int | None) -> tuple[str, int] | None:
@@ -464,38 +452,9 @@ def _client(context: typer.Context) -> Iterator[Client]:
         with Client(context.obj) as client:
             yield client
     except pydantic.ValidationError as error:
-        _fail(first_fault(error))
+        display.fail(first_fault(error))
     except (EngramError, ValueError, OSError) as error:
-        _fail(str(error))
-
-
-def _fail(message: str) -> None:
-    Console(stderr=True, soft_wrap=True).print(f"error: {message}", markup=False, highlight=False)
-    raise typer.Exit(1)
-
-
-def _out() -> Console:
-    """Made for each use, so that standard output is the one of now."""
-    return Console(highlight=False, soft_wrap=True)
-
-
-def _progress() -> Progress:
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-    )
-    console = Console(stderr=True)
-    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
-
-
-def _bytes(text: str) -> int:
-    match = _AMOUNT.fullmatch(text)
-    if match is None:
-        raise ValueError(f"{text!r} is not an amount of bytes like 500000, 1.5MB or 64KiB")
-    return int(float(match[1]) * _UNITS[(match[2] or "").lower()])
+        display.fail(str(error))
 
 
 def _size(text: str) -> tuple[int, int]:

@@ -24,6 +24,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
+from operator import index
 from typing import NamedTuple, Protocol, get_args
 
 import numpy as np
@@ -47,20 +48,26 @@ _ROUNDS = 4  # of the Feistel network; Luby and Rackoff (1988): four rounds of r
 class Request:
     """What is asked for. `size` is the batch of one rank (of one task for `per_task`); seed and step are 0..2**63-1.
 
+    Tasks may be given as any sequence of integers.
+
     Raises:
-        InvalidRequest: a number is out of range or the strategy unknown.
+        InvalidRequest: a number is out of range, the strategy unknown, or tasks are no integers.
     """
 
     size: int
     seed: int = 0
     step: int = 0
     strategy: Strategy = "uniform"
-    tasks: tuple[int, ...] | None = None
-    exclude_tasks: tuple[int, ...] = ()
+    tasks: Sequence[int] | None = None
+    exclude_tasks: Sequence[int] = ()
     rank: int = 0
     world_size: int = 1
 
     def __post_init__(self) -> None:
+        if self.tasks is not None and type(self.tasks) is not tuple:
+            object.__setattr__(self, "tasks", _integers("tasks", self.tasks))
+        if type(self.exclude_tasks) is not tuple:
+            object.__setattr__(self, "exclude_tasks", _integers("exclude_tasks", self.exclude_tasks))
         if self.strategy not in STRATEGIES:
             raise InvalidRequest(f"strategy {self.strategy!r} is not one of {', '.join(STRATEGIES)}")
         if self.size < 1:
@@ -70,6 +77,13 @@ class Request:
                 raise InvalidRequest(f"{name} must lie in 0..2**63-1, got {getattr(self, name)}")
         if not 0 <= self.rank < self.world_size:
             raise InvalidRequest(f"rank must lie in 0..world_size-1, got rank {self.rank} of {self.world_size}")
+
+
+def _integers(name: str, tasks: Sequence[int]) -> tuple[int, ...]:
+    try:
+        return tuple(map(index, tasks))
+    except TypeError:
+        raise InvalidRequest(f"{name} are several integers, as in {name}=[0, 2], got {tasks!r}") from None
 
 
 class Held(Protocol):
@@ -132,7 +146,7 @@ class Layout:
         self._run_starts = np.cumsum(self._run_counts) - self._run_counts
         if int(self._run_counts.sum()) != self.count:
             raise ValueError(f"the packs' runs sum to {self._run_counts.sum()} exemplars, the packs to {self.count}")
-        self._groups: dict[tuple[str, tuple[int, ...] | None, tuple[int, ...]], Groups] = {}
+        self._groups: dict[tuple[str, Sequence[int] | None, Sequence[int]], Groups] = {}
 
     @property
     def bytes(self) -> int:
@@ -144,8 +158,10 @@ class Layout:
         first, end = np.searchsorted(self._run_packs, [pack, pack + 1]).tolist()
         return list(zip(self._run_classes[first:end].tolist(), self._run_counts[first:end].tolist(), strict=True))
 
-    def groups(self, by: str, tasks: tuple[int, ...] | None, exclude_tasks: tuple[int, ...]) -> Groups:
+    def groups(self, by: str, tasks: Sequence[int] | None, exclude_tasks: Sequence[int]) -> Groups:
         """The groups by "all", "class" or "task" of the tasks that pass the filters; remembered for the next step.
+
+        The filters are those of a `Request`, which are tuples.
 
         Raises:
             NotFound: a named task holds no exemplar.
@@ -166,7 +182,7 @@ class Layout:
         packs = self._run_packs[runs]
         return Plan(packs, rows - self.pack_starts[packs], self._run_tasks[runs], self._run_classes[runs])
 
-    def _make_groups(self, by: str, tasks: tuple[int, ...] | None, exclude_tasks: tuple[int, ...]) -> Groups:
+    def _make_groups(self, by: str, tasks: Sequence[int] | None, exclude_tasks: Sequence[int]) -> Groups:
         known = set(self.tasks)
         # Excluded tasks need not be known: one may well be the current task, which has nothing stored yet.
         missing = [task for task in tasks or () if task not in known]

@@ -7,6 +7,7 @@ every upload. Hidden files and files that are no images (by extension) are passe
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,11 +17,19 @@ from PIL import Image
 
 from engram import tar
 from engram.errors import BadUpload, EngramError
+from engram.fields import array_key
 from engram.images import IMAGE_EXTENSIONS, decode
 from engram.names import class_name
 
 # Files are the user's own, so only a decoder's own limit applies; the service has its own.
 _MAX_PIXELS = 2**28
+
+_CHUNK_BYTES = 1 << 20
+
+
+# What of a path names the image in the upload, without spaces and all that a tar would need a longer header for.
+_NAME_CHARACTERS = 60
+_ODD = re.compile(r"[^A-Za-z0-9._/-]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +38,8 @@ class ImageFile:
 
     path: Path
     class_id: int | str
+    name: str
+    """Its path below the folder of class folders, or the end of it, by which errors name it."""
 
 
 def classes(root: Path) -> dict[Path, int | str]:
@@ -71,7 +82,7 @@ def images(root: Path) -> list[ImageFile]:
     if not root.is_dir():
         raise BadUpload(f"{root} is not a folder")
     found = [
-        ImageFile(path, class_id)
+        ImageFile(path, class_id, _ODD.sub("_", path.relative_to(root).as_posix())[-_NAME_CHARACTERS:])
         for folder, class_id in classes(root).items()
         for path in sorted(folder.rglob("*"))
         if path.suffix[1:].lower() in IMAGE_EXTENSIONS and not path.name.startswith(".") and path.is_file()
@@ -87,13 +98,23 @@ def chunks(files: list[ImageFile], *, resize: tuple[int, int] | None) -> Iterato
     Raises:
         BadUpload: a file to be resized is not a readable image; the message names it.
     """
-    return tar.write_encoded(_entry(file, resize) for file in files)
+    members: list[bytes] = []
+    size = 0
+    for number, file in enumerate(files):
+        key = f"{array_key(number)}-{file.name.rpartition('.')[0]}"
+        extension, content = _encoded(file, resize)
+        members += [tar.entry(f"{key}.{extension}", content), tar.entry(f"{key}.cls", str(file.class_id).encode())]
+        size += len(members[-2]) + len(members[-1])
+        if size >= _CHUNK_BYTES:
+            yield b"".join(members)
+            members, size = [], 0
+    yield b"".join([*members, tar.END])
 
 
-def _entry(file: ImageFile, resize: tuple[int, int] | None) -> tuple[str, bytes, int | str]:
+def _encoded(file: ImageFile, resize: tuple[int, int] | None) -> tuple[str, bytes]:
     content = file.path.read_bytes()
     if resize is None:
-        return file.path.suffix[1:], content, file.class_id
+        return file.path.suffix[1:], content
     height, width = resize
     try:
         pixels = decode(content, max_pixels=_MAX_PIXELS, min_side=1, max_side=2**16)
@@ -101,4 +122,4 @@ def _entry(file: ImageFile, resize: tuple[int, int] | None) -> tuple[str, bytes,
         raise BadUpload(f"{file.path}: {error}") from error
     picture = Image.fromarray(np.repeat(pixels, 3, axis=2) if pixels.shape[2] == 1 else pixels)
     resized = picture.resize((width, height), Image.Resampling.BICUBIC)
-    return "ppm", b"P6\n%d %d\n255\n" % (width, height) + resized.tobytes(), file.class_id
+    return "ppm", b"P6\n%d %d\n255\n" % (width, height) + resized.tobytes()

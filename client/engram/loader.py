@@ -29,7 +29,7 @@ from engram import forks
 from engram.batch import Batch
 from engram.draw import Request
 from engram.schemas import Strategy
-from engram.sources import Pending, Pinned, Source, draw_ahead, pin
+from engram.sources import Pending, Pinned, Source, check, draw_ahead, pin
 
 _DEPTH = 2
 """Batches asked for by one thread: the one that it decodes and the one that the service makes meanwhile."""
@@ -55,6 +55,10 @@ class ReplayLoader:
         prefetch: how many batches may be ready, in the making or asked for.
         threads: how many draw while the caller computes. With 0 the caller's own thread decodes, and only the service
             works ahead: the most images per second where replay is all there is to do.
+
+    Raises:
+        ValueError: no source, a negative number of steps or threads, a prefetch below 1.
+        InvalidRequest: a number of the draw is out of range.
     """
 
     def __init__(
@@ -73,12 +77,12 @@ class ReplayLoader:
         prefetch: int = 4,
         threads: int = 2,
     ) -> None:
+        check(source)
         if prefetch < 1 or threads < 0:
             raise ValueError(f"prefetch must be at least 1 and threads at least 0, got {prefetch} and {threads}")
         if steps is not None and steps < 0:
             raise ValueError(f"steps must not be negative, got {steps}")
-        chosen = None if tasks is None else tuple(tasks)
-        self._request = Request(size, seed, start_step, strategy, chosen, tuple(exclude_tasks), rank, world_size)
+        self._request = Request(size, seed, start_step, strategy, tasks, exclude_tasks, rank, world_size)
         self._source = source
         self._generation: int | None = None
         self._pinned: Pinned | None = None

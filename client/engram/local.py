@@ -22,16 +22,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 import pydantic
 
-from engram import files, forks, memory, state, tar
+from engram import files, forks, memory, state
 from engram.batch import Batch
 from engram.content import Content, shares_of
 from engram.draw import Layout, Request
 from engram.errors import Conflict, InvalidRequest, NotFound, StripCorrupt, Unavailable
 from engram.fields import Schema
+from engram.labelled import Images, labelled, task_number
 from engram.memory import Where
 from engram.mirror import Snapshot, at_once
 from engram.packs import LoadedPack, PackCache, PackFolder
@@ -75,7 +75,8 @@ class LocalBuffer:
 
     Raises:
         NotFound: there is no buffer in the folder, and no budget to make one.
-        Conflict: the buffer there has other settings than those given, or another process is just making one.
+        Conflict: the buffer there has other settings than those given, another process is just making one, or the
+            folder is a file.
         InvalidRequest: a setting is out of range.
         StripCorrupt: manifest.json is damaged; the message says what is left and what to do.
     """
@@ -222,8 +223,8 @@ class LocalBuffer:
     def add(
         self,
         task: int,
-        images_NHWC: npt.NDArray[np.uint8],
-        class_ids_N: npt.ArrayLike,
+        images_NHWC: Images,
+        class_ids_N: npt.ArrayLike | None = None,
         *,
         fields: Mapping[str, Any] | None = None,
         options: IngestOptions | None = None,
@@ -235,7 +236,8 @@ class LocalBuffer:
 
         Args:
             task: the task's number.
-            images_NHWC: uint8 RGB or grey; `[N, H, W]` is grey.
+            images_NHWC: uint8 RGB or grey; `[N, H, W]` is grey. Or, alone, what gives images and classes, as in
+                `Client.upload`.
             class_ids_N: N integers, which are class ids, or N strings, which are names: those that the buffer knows
                 stand for the ids that they have there, new ones get new ids.
             fields: the columns that the buffer declares, by name: arrays `[N, ...]`, lists of N arrays where they are
@@ -253,16 +255,17 @@ class LocalBuffer:
             InvalidRequest: the task is out of range, or the options name an extractor of a service.
             StorageFull: the disk is full; nothing changed.
         """
-        images_NHWC, class_ids_N, names = tar.labelled(images_NHWC, class_ids_N)
-        if not len(images_NHWC):
+        task = task_number(task)
+        arrays_NHWC, ids_N, names = labelled(images_NHWC, class_ids_N)
+        if not len(arrays_NHWC):
             raise ValueError("there are no images to add")
         if not 0 <= task <= MAX_TASK:
             raise InvalidRequest(f"a task's number lies in 0..{MAX_TASK}, got {task}")
         options = options or IngestOptions()
         if options.extractor is not None:
             raise InvalidRequest("extractor: models are registered with a service; give `embed` to a local buffer")
-        columns = Schema.declare(self.manifest.fields).columns(fields or {}, len(images_NHWC))
-        images = ArrayImages(images_NHWC, class_ids_N, columns)
+        columns = Schema.declare(self.manifest.fields).columns(fields or {}, len(arrays_NHWC))
+        images = ArrayImages(arrays_NHWC, ids_N, columns)
         embedder: Embedder = BuiltinEmbedder(images.shape)
         if embed is not None:
             if not embed_name:
@@ -418,8 +421,7 @@ class LocalBuffer:
             InvalidRequest: a number is out of range.
             StripCorrupt: a pack is damaged or gone.
         """
-        chosen = None if tasks is None else tuple(tasks)
-        request = Request(size, seed, step, strategy, chosen, tuple(exclude_tasks), rank, world_size)
+        request = Request(size, seed, step, strategy, tasks, exclude_tasks, rank, world_size)
         while True:
             try:
                 return self._current().draw(request)

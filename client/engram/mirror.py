@@ -27,12 +27,12 @@ from typing import TypeVar
 
 import pydantic
 
-from engram import batch, files, forks, pack, packs
+from engram import batch, files, forks, pack, packs, state
 from engram.client import Client
 from engram.draw import Layout, Request, plan
 from engram.errors import Conflict, NotFound, StripCorrupt
 from engram.packs import Damaged, LoadedPack, PackCache, PackFolder
-from engram.schemas import Answer, Manifest, PackEntry, Strategy
+from engram.schemas import BUFFER_NAME, Answer, Manifest, PackEntry, Strategy
 from engram.strip import Exemplars
 
 # A commit may replace packs between the manifest and their download; one after the other, some ten times is hopeless.
@@ -108,17 +108,19 @@ class Mirror:
         cache_bytes: of packs in memory; None: 1 GiB, or a quarter of the memory of this process if that is less.
 
     Raises:
+        ValueError: no client, or a name that no buffer has.
         NotFound: no such buffer.
-        Conflict: the folder holds a local buffer.
+        Conflict: the folder holds a local buffer, or is a file.
         Unavailable: the service does not answer.
     """
 
     def __init__(self, client: Client, buffer: str, folder: str | Path, *, cache_bytes: int | None = None) -> None:
+        _check_order(client, buffer, folder)
         self.buffer = buffer
         self.folder = Path(folder)
         self._client = client
         self._store = PackFolder(self.folder / "packs")
-        self._store.folder.mkdir(parents=True, exist_ok=True)
+        state.make_folder(self._store.folder)
         self._cache = PackCache(self._store, cache_bytes, eager=True)
         self._refreshing = threading.Lock()
         forks.register(self)
@@ -187,8 +189,7 @@ class Mirror:
             Conflict: the buffer is empty, or has nothing but the excluded tasks.
             InvalidRequest: a number is out of range.
         """
-        chosen = None if tasks is None else tuple(tasks)
-        request = Request(size, seed, step, strategy, chosen, tuple(exclude_tasks), rank, world_size)
+        request = Request(size, seed, step, strategy, tasks, exclude_tasks, rank, world_size)
         return self._snapshot.draw(request)
 
     def _fetch(self, manifest: Manifest) -> Snapshot:
@@ -295,6 +296,21 @@ class Mirror:
     def _save(self, saved: _Saved) -> None:
         content = saved.model_dump_json(indent=1, exclude_none=True).encode()
         files.write_whole(self.folder / "manifest.json", content)
+
+
+def _check_order(client: object, buffer: object, folder: object) -> None:
+    """Returns if the arguments are in their places.
+
+    Raises:
+        ValueError: they are not.
+    """
+    if isinstance(client, Client) and isinstance(buffer, str) and BUFFER_NAME.fullmatch(buffer):
+        return
+    given = ", ".join("client" if isinstance(each, Client) else repr(each) for each in (client, buffer, folder))
+    raise ValueError(
+        f"a mirror is Mirror(client, buffer, folder), as in Mirror(client, 'cifar', 'cifar-mirror'), not "
+        f"Mirror({given}): a buffer's name has lower-case letters, digits, dots, dashes and underscores"
+    )
 
 
 def _nothing(buffer: str) -> Manifest:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from urllib.parse import quote, urlencode
 
 from engram.errors import InvalidRequest
+from engram.labelled import task_number
 
 
 def of_buffer(name: str) -> str:
@@ -13,8 +14,12 @@ def of_buffer(name: str) -> str:
 
 
 def of_task(buffer: str, task: int) -> str:
-    """A task of a buffer."""
-    return f"{of_buffer(buffer)}/tasks/{task:d}"
+    """A task of a buffer.
+
+    Raises:
+        ValueError: the task is no integer.
+    """
+    return f"{of_buffer(buffer)}/tasks/{task_number(task)}"
 
 
 def of_exemplar(buffer: str, pack: str, row: int) -> str:

@@ -80,7 +80,8 @@ Number = BeforeValidator(_number)
 FieldName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,31}$")]
 ClassId = Annotated[int, Field(ge=0, le=MAX_CLASS_ID)]
 ClassName = Annotated[str, AfterValidator(class_name), Field(json_schema_extra={"minLength": 1})]
-BufferName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")]
+BUFFER_NAME = re.compile(r"^[a-z0-9][a-z0-9._-]{0,62}$")
+BufferName = Annotated[str, Field(pattern=BUFFER_NAME.pattern)]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Quality = Annotated[int, Field(ge=1, le=100)]
 BudgetBytes = Annotated[int, Field(ge=1, le=MAX_BUDGET_BYTES), Number]
@@ -294,6 +295,13 @@ class Ingest(Answer):
         if isinstance(options, dict):
             return {name: value for name, value in options.items() if name in IngestOptions.model_fields}
         return options
+
+
+class IngestPage(Answer):
+    """A page of ingests, the newest first; pass `next` as `cursor` for the following one, None at the end."""
+
+    ingests: list[Ingest]
+    next: str | None
 
 
 class ClassSummary(Answer):

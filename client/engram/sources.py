@@ -45,6 +45,24 @@ Source = Held | tuple[Client, str]
 """A mirror or another buffer at hand, or a client and the name of a buffer."""
 
 
+def check(source: Source) -> None:
+    """Returns if this is a source.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    if isinstance(source, tuple):
+        is_source = len(source) == 2 and isinstance(source[0], Client) and isinstance(source[1], str)
+    else:
+        is_source = hasattr(source, "snapshot")
+    if not is_source:
+        name = source if isinstance(source, str) else "cifar"
+        raise ValueError(
+            f"batches are drawn from a Mirror, a LocalBuffer, or a client and the name of a buffer as in "
+            f"(client, {name!r}), not from the {type(source).__name__} {source!r}"
+        )
+
+
 class Pending(Protocol):
     """A batch that was asked for: it comes with `finish`, unless `abandon` is called."""
 

@@ -111,14 +111,29 @@ def new(name: str, wanted: BufferCreate) -> Saved:
     )
 
 
+def make_folder(folder: Path) -> None:
+    """The folder exists.
+
+    Raises:
+        Conflict: a file is in its place.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        file = next(path for path in (folder, *folder.parents) if path.exists())
+        raise Conflict(
+            f"{folder} cannot be a folder of exemplars: {file} is a file; give the path of a folder, or of none yet"
+        ) from None
+
+
 @contextmanager
 def writing(folder: Path) -> Iterator[None]:
     """Inside the block nobody else changes the folder.
 
     Raises:
-        Conflict: somebody else is at it.
+        Conflict: somebody else is at it, or it is a file.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     file = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
         try:

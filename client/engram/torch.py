@@ -24,7 +24,7 @@ from engram.batch import Batch
 from engram.draw import Request
 from engram.fields import Column
 from engram.schemas import Strategy
-from engram.sources import Pinned, Source, draw_ahead, pin
+from engram.sources import Pinned, Source, check, draw_ahead, pin
 
 try:
     import torch
@@ -110,7 +110,8 @@ class ReplayDataset(IterableDataset[TensorBatch]):
         NotFound: no such buffer or task.
         Conflict: a mirror is at another generation than was asked for; an epoch of nothing.
         InvalidRequest: a number is out of range.
-        ValueError: a negative number of steps, a prefetch below 1, or one of rank and world size without the other.
+        ValueError: no source, a negative number of steps, a prefetch below 1, or one of rank and world size without
+            the other.
     """
 
     def __init__(
@@ -131,14 +132,12 @@ class ReplayDataset(IterableDataset[TensorBatch]):
         prefetch: int = 2,
     ) -> None:
         super().__init__()
+        check(source)
         if prefetch < 1:
             raise ValueError(f"prefetch must be at least 1, got {prefetch}")
         if steps is not None and steps < 0:
             raise ValueError(f"steps must not be negative, got {steps}")
-        chosen = None if tasks is None else tuple(tasks)
-        self._request = Request(
-            size, seed, start_step, strategy, chosen, tuple(exclude_tasks), *_place(rank, world_size)
-        )
+        self._request = Request(size, seed, start_step, strategy, tasks, exclude_tasks, *_place(rank, world_size))
         self._source = source
         self._pinned: Pinned | None = pin(source, generation)
         self.generation = self._pinned.generation

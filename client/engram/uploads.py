@@ -22,7 +22,8 @@ from engram import folder as folders
 from engram import paths, tar
 from engram.errors import BadUpload, Cancelled, from_problem
 from engram.http import Body, Http
-from engram.schemas import TAR_MEDIA_TYPE, Ingest, IngestOptions
+from engram.labelled import Images, labelled
+from engram.schemas import TAR_MEDIA_TYPE, Ingest, IngestOptions, IngestPage
 
 _POLL_S: Final = 30.0
 
@@ -44,8 +45,8 @@ class Uploads:
         self,
         buffer: str,
         task: int,
-        images_NHWC: npt.NDArray[np.uint8],
-        class_ids_N: npt.ArrayLike,
+        images_NHWC: Images,
+        class_ids_N: npt.ArrayLike | None = None,
         *,
         fields: Mapping[str, Any] | None = None,
         options: IngestOptions | None = None,
@@ -53,34 +54,41 @@ class Uploads:
     ) -> Ingest:
         """Hand over the images of a task, uint8 `[N, H, W, C]`; they are safe with the service when this returns.
 
-        Selection and encoding follow in the background: `wait` for them.
+        Selection and encoding follow in the background: `wait` for them. Every upload is added to what the task has:
+        the same images once more, without a key, are held twice.
 
         Args:
             buffer: a buffer's name.
             task: the task's number.
-            images_NHWC: uint8 RGB or grey; `[N, H, W]` is grey.
+            images_NHWC: uint8 RGB or grey; `[N, H, W]` is grey. Or, alone, what gives images and classes: a PyTorch
+                data set or loader, one of Hugging Face, any iterable of (image, class).
             class_ids_N: N integers, which are class ids, or N strings, which are names: those that the buffer knows
                 stand for the ids that they have there, new ones get new ids (see `class_names`).
             fields: the columns that the buffer declares, by name: arrays `[N, ...]`, lists of N arrays where they are
                 ragged, lists of N texts.
             options: how images are ranked and measured.
-            idempotency_key: the same key makes a repeated upload the same ingest; None makes a new one.
+            idempotency_key: the same key makes a repeated upload the same ingest, also after the end of this process;
+                None makes a new one, which only repeats within this call.
 
         Raises:
-            ValueError: arrays of another type or shape, or of no images; a string that is no name.
+            ValueError: arrays of another type or shape, or of no images; a string that is no name. The message says
+                what converts them.
             NotFound: no such buffer.
             Conflict: the buffer is frozen or has images of another shape, the key another body.
 
         Fields that are not what the buffer declares end the ingest: `wait` raises `BadUpload`.
         """
-        if not len(images_NHWC):
+        path = _ingests(buffer, task)
+        arrays_NHWC, ids_N, names = labelled(images_NHWC, class_ids_N)
+        if not len(arrays_NHWC):
             raise ValueError("there are no images to upload")
+        classes_N = ids_N if names is None else np.array(names)[ids_N]
         # Arrays become the same bytes twice at some 200,000 images/s, so the service can check before it accepts.
         digest = hashlib.sha256()
-        for chunk in tar.write(images_NHWC, class_ids_N, fields=fields):
+        for chunk in tar.write(arrays_NHWC, classes_N, fields=fields):
             digest.update(chunk)
-        stream = _TarStream(lambda: tar.write(images_NHWC, class_ids_N, fields=fields))
-        return self._upload(buffer, task, stream, options, idempotency_key, digest.digest())
+        stream = _TarStream(lambda: tar.write(arrays_NHWC, classes_N, fields=fields))
+        return self._upload(path, stream, options, idempotency_key, digest.digest())
 
     def upload_folder(
         self,
@@ -105,9 +113,9 @@ class Uploads:
         Raises:
             BadUpload: no class folders, names and integers side by side, no images, or an image to resize is damaged.
         """
-        files = folders.images(Path(folder))
+        path, files = _ingests(buffer, task), folders.images(Path(folder))
         stream = _TarStream(lambda: folders.chunks(files, resize=resize))
-        return self._upload(buffer, task, stream, options, idempotency_key, None)
+        return self._upload(path, stream, options, idempotency_key, None)
 
     def upload_tar(
         self,
@@ -123,18 +131,18 @@ class Uploads:
 
         `progress` is told the bytes sent so far.
         """
+        path = _ingests(buffer, task)
         if isinstance(source, (str, Path)):
-            path = Path(source)
-            stream = _TarStream(lambda: _file_chunks(path, progress))
+            named = Path(source)
+            stream = _TarStream(lambda: _file_chunks(named, progress))
         else:
             file = source
             stream = _TarStream(lambda: _chunks(file, progress), replayable=False)
-        return self._upload(buffer, task, stream, options, idempotency_key, None)
+        return self._upload(path, stream, options, idempotency_key, None)
 
     def _upload(
         self,
-        buffer: str,
-        task: int,
+        path: str,
         stream: _TarStream,
         options: IngestOptions | None,
         idempotency_key: str | None,
@@ -157,7 +165,7 @@ class Uploads:
         ingest = self._http.fetch(
             Ingest,
             "POST",
-            f"{paths.of_task(buffer, task)}/ingests?{urlencode(query)}",
+            f"{path}?{urlencode(query)}",
             headers=headers,
             body=Body(hashed, TAR_MEDIA_TYPE),
             retry=stream.replayable,
@@ -178,6 +186,20 @@ class Uploads:
         """
         path = _path(ingest) + (f"?wait={wait_s:g}" if wait_s else "")
         return self._http.fetch(Ingest, "GET", path, wait_s=wait_s)
+
+    def ingests(self, buffer: str | None = None, *, page_size: int = 100) -> Iterator[Ingest]:
+        """The ingests of a buffer, or of all, the newest first, page after page.
+
+        Raises:
+            NotFound: no such buffer.
+        """
+        query = {"limit": str(page_size)} | ({} if buffer is None else {"buffer": buffer})
+        while True:
+            page = self._http.fetch(IngestPage, "GET", f"/v1/ingests?{urlencode(query)}")
+            yield from page.ingests
+            if page.next is None:
+                return
+            query["cursor"] = page.next
 
     def wait(
         self,
@@ -221,6 +243,11 @@ class Uploads:
             NotFound: no such ingest.
         """
         return self._http.fetch(Ingest, "DELETE", _path(ingest))
+
+
+def _ingests(buffer: str, task: int) -> str:
+    """What uploads are sent to; before anything is read, it says what is no task."""
+    return f"{paths.of_task(buffer, task)}/ingests"
 
 
 def _path(ingest: str | Ingest) -> str:

@@ -23,11 +23,31 @@ from .edge import Server, listen
 from .settings import Settings
 from .supervisor import Supervisor
 
-app = typer.Typer(help="A compressed replay memory for continual learning.", no_args_is_help=True, add_completion=False)
+app = typer.Typer(
+    help="A compressed replay memory for continual learning.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
 
 DataDir = Annotated[Path | None, typer.Option(help="Folder of packs, uploads and the SQLite database.")]
 Workers = Annotated[int | None, typer.Option(help="Worker processes; by default one per core, from 2 to 4.")]
 LogLevel = Annotated[str | None, typer.Option(help="debug, info, warning or error.")]
+
+
+def _version(is_asked: bool) -> None:
+    if is_asked:
+        typer.echo(f"engram {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _command(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
 
 
 @app.command()
@@ -103,12 +123,6 @@ def migrate(data_dir: DataDir = None, log_level: LogLevel = None) -> None:
     typer.echo(
         "the schema was current already" if before == "current" else f"the schema was {before} and is current now"
     )
-
-
-@app.command()
-def version() -> None:
-    """Print the version."""
-    typer.echo(__version__)
 
 
 def _settings(**given: Any) -> Settings:

@@ -67,6 +67,11 @@ class Collected:
     extractors: int
     stuck: Stuck = field(default_factory=dict)
 
+    @property
+    def counts(self) -> tuple[int, int, int, int]:
+        """What was removed of each kind."""
+        return self.rows, self.packs, self.uploads, self.extractors
+
 
 class Collector:
     """Collects again and again; nothing that goes wrong there gets out."""
@@ -84,9 +89,8 @@ class Collector:
         except Exception as error:
             logger.error("leftovers cannot be collected; this is a defect of Engram", exc_info=error)
         else:
-            counts = found.rows, found.packs, found.uploads, found.extractors
-            if any(counts):
-                logger.info("collected %d old pack rows, %d packs, %d uploads, %d extractors", *counts)
+            if any(found.counts):
+                logger.info("collected %d old pack rows, %d packs, %d uploads, %d extractors", *found.counts)
             self._tell(found.stuck)
 
     def _tell(self, stuck: Stuck) -> None:
@@ -125,7 +129,7 @@ def collect(
             found = collect_rows(database, store, settings, pulse=pulse)
     with _passing_over(store.folder, found.stuck):
         store.sweep(settings.grace_s, lambda path, error: found.stuck.update({str(path): error}))
-    if found.rows or found.packs or found.uploads or found.extractors:
+    if any(found.counts):
         reserve.keep()
     return found
 

@@ -388,6 +388,9 @@ def _write(
             session.add(row)
         gone = [number for number in touched if number not in after.tasks]
         session.execute(delete(TaskRow).where(TaskRow.buffer == buffer.name, TaskRow.task.in_(gone)))
+        # What was deleted may be uploaded again.
+        uploads = (IngestRow.buffer == buffer.name, IngestRow.task.in_(gone), IngestRow.state == "committed")
+        session.execute(update(IngestRow).where(*uploads).values(idempotency_key=None))
         for number in touched:
             if number in after.tasks:
                 session.merge(_task_row(buffer.name, number, after.tasks[number]))

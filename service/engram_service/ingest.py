@@ -38,7 +38,7 @@ from sqlalchemy.sql.elements import ColumnElement
 
 from engram.errors import BadUpload, Conflict, EngramError, NotFound, TooLarge
 from engram.files import disk_errors, fsync_path
-from engram.schemas import Ingest, IngestOptions, State
+from engram.schemas import Ingest, IngestOptions, IngestPage, State
 
 from . import buffers
 from .database import Database
@@ -247,8 +247,12 @@ def _insert(
     with database.session() as session:
         buffers.check_thawed(buffers.find(session, buffer))
         earlier = None if key is None else _earlier(session, wanted)
-        if earlier is not None:
+        if earlier is not None and earlier.state not in ("failed", "cancelled"):
             return to_model(earlier), False
+        if earlier is not None:
+            # It kept nothing, so the same upload may be tried again, after the budget was raised for instance.
+            earlier.idempotency_key = None
+            session.flush()
         # Order of arrival decides what is kept: a clock that was set back must not put an upload before an earlier one.
         latest = session.scalar(select(func.max(IngestRow.created_at)).where(IngestRow.buffer == buffer))
         wanted.created_at = wanted.updated_at = max(time.time(), (latest or 0.0) + 1e-6)
@@ -284,6 +288,23 @@ def read(session: Session, ingest_id: str) -> Ingest:
         NotFound: no such ingest.
     """
     return to_model(_row(session, ingest_id))
+
+
+def page(session: Session, buffer: str | None, *, limit: int, before: str | None) -> IngestPage:
+    """Ingests of a buffer, or of all, the newest first, from the one that is older than this on.
+
+    Raises:
+        NotFound: no such buffer.
+    """
+    if buffer is not None:
+        buffers.find(session, buffer)
+    wanted = select(IngestRow).order_by(IngestRow.id.desc()).limit(limit + 1)
+    if buffer is not None:
+        wanted = wanted.where(IngestRow.buffer == buffer)
+    if before is not None:
+        wanted = wanted.where(IngestRow.id < before)
+    found = [to_model(row) for row in session.scalars(wanted)]
+    return IngestPage(ingests=found[:limit], next=found[limit - 1].id if len(found) > limit else None)
 
 
 def cancel(session: Session, ingest_id: str) -> Ingest:
@@ -345,6 +366,8 @@ def claim(database: Database, settings: Settings, *, owner: str, watch: Watch | 
         watch: what the worker has seen of other leases so far. Without one only free ingests are claimed.
     """
     watch = watch or Watch()
+    if database.glance(_ANY, *ACTIVE) == 0:
+        return None
     for _ in range(CLAIM_TRIES):
         with database.reading() as session:
             found = _claimable(session, watch, settings.lease_s)
@@ -379,6 +402,10 @@ def claim(database: Database, settings: Settings, *, owner: str, watch: Watch | 
                 spool=spool_path(settings.spool_dir, row.id),
             )
     return None
+
+
+# What an idle worker asks several times a second.
+_ANY = "SELECT EXISTS (SELECT 1 FROM ingests WHERE state IN (?, ?, ?))"
 
 
 def _heads() -> Any:

@@ -124,6 +124,8 @@ class Replay:
         self.database = database
         self.cache = cache
         self.settings = settings
+        # What need not be weighed exemplar by exemplar.
+        self._small_bytes = min(LARGE_BYTES, settings.max_answer_bytes)
         self._views: dict[tuple[str, int], View] = {}
         self._lock = threading.Lock()
 
@@ -198,7 +200,7 @@ class Replay:
         chosen = plan(view.layout, request)
         touched = list(dict.fromkeys(chosen.packs.tolist()))
         loaded = self.cache.peek([view.digests[index] for index in touched])
-        if loaded is None or len(chosen.rows) * max((found.largest for found in loaded), default=0) > LARGE_BYTES:
+        if loaded is None or len(chosen.rows) * max([found.largest for found in loaded], default=0) > self._small_bytes:
             return self.make(self._weigh(view, chosen, write)) if may_load else None
         return self._drawn(view, chosen, write, _draw(view, chosen, touched, loaded, batch.collect))
 
@@ -247,7 +249,7 @@ class Replay:
         count = len(chosen.rows)
         view.largest = max([view.largest, *(found.largest for found in loaded)])
         size = count * (view.largest + _EXTRA_BYTES[write])
-        if size > LARGE_BYTES:
+        if size > self._small_bytes and count:
             ends = np.append(np.flatnonzero(np.diff(chosen.packs)) + 1, count)
             starts = np.append(0, ends[:-1])
             drawn = zip(loaded, starts.tolist(), ends.tolist(), strict=True)

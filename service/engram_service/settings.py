@@ -1,8 +1,8 @@
 """Every setting of the service, read once from `ENGRAM_*` environment variables (or given by the caller).
 
 Nothing is read at import: `Settings()` reads the environment when it is called, and the result is frozen. The docstring
-under each field is its documentation; units are in the names. Limits exist because requests come from a network: each
-says what it stops.
+under each field is its documentation; units are in the names, and bytes may be given as `64KiB` or `1TB`. Limits exist
+because requests come from a network: each says what it stops.
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ from typing import Annotated, Literal
 from pydantic import Field, SecretStr, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 from sqlalchemy import make_url
+from sqlalchemy.exc import ArgumentError
 
+from engram.amounts import Bytes
 from engram.files import disk_errors
 
 
@@ -29,7 +31,8 @@ class Settings(BaseSettings):
     """The folder of packs, extractors, spooled uploads and, without `database_url`, the SQLite database."""
 
     database_url: str | None = None
-    """An SQLAlchemy URL (`postgresql+psycopg://...`); without one, `engram.sqlite` in `data_dir`."""
+    """An SQLAlchemy URL (`postgresql+psycopg://...`, with the extra `postgres`); without one, `engram.sqlite` in
+    `data_dir`."""
 
     host: str = "127.0.0.1"
     """The address to listen on. Anything but loopback needs `admin_token`."""
@@ -46,7 +49,7 @@ class Settings(BaseSettings):
     access_log: bool = False
     """Log a line per request. Off: at replay rates it would cost more than the replay."""
 
-    max_body_bytes: Annotated[int, Field(ge=1)] = 8 * 2**30
+    max_body_bytes: Annotated[Bytes, Field(ge=1)] = 8 * 2**30
     """The largest upload of one ingest; it stops a full disk. 8 GiB hold 1.6 million 32x32 images as PPM in a tar."""
 
     max_images: Annotated[int, Field(ge=1)] = 2_000_000
@@ -65,10 +68,10 @@ class Settings(BaseSettings):
     max_classes: Annotated[int, Field(ge=1)] = 10_000
     """Classes of one ingest; it bounds the runs of a pack, which every manifest repeats."""
 
-    max_json_bytes: Annotated[int, Field(ge=1)] = 2**16
+    max_json_bytes: Annotated[Bytes, Field(ge=1)] = 2**16
     """The largest JSON body (a buffer's definition is some 150 bytes)."""
 
-    max_head_bytes: Annotated[int, Field(ge=1024)] = 2**16
+    max_head_bytes: Annotated[Bytes, Field(ge=1024)] = 2**16
     """The largest head of a request, its line and headers together; it stops heads that never end. A draw that names
     10,000 tasks has 50 KB."""
 
@@ -90,11 +93,11 @@ class Settings(BaseSettings):
     max_draw: Annotated[int, Field(ge=1)] = 8192
     """The largest `size` of a draw; `max_answer_bytes` bounds it in bytes."""
 
-    max_answer_bytes: Annotated[int, Field(ge=1)] = 64 * 2**20
+    max_answer_bytes: Annotated[Bytes, Field(ge=1)] = 64 * 2**20
     """The largest answer that is made in memory: a draw in any form, a pack as a picture. Exports and packs are sent in
     pieces and need no such bound."""
 
-    answer_memory_bytes: Annotated[int, Field(ge=1)] = 256 * 2**20
+    answer_memory_bytes: Annotated[Bytes, Field(ge=1)] = 256 * 2**20
     """Memory for all answers above 1 MiB that are on their way; requests wait for it, then get 503. One answer is
     always let through when there is no other."""
 
@@ -107,10 +110,10 @@ class Settings(BaseSettings):
     max_wait_s: Annotated[float, Field(ge=0)] = 60.0
     """The longest that a long poll of an ingest waits; proxies cut connections that are silent for longer."""
 
-    max_extractor_bytes: Annotated[int, Field(ge=1)] = 512 * 2**20
+    max_extractor_bytes: Annotated[Bytes, Field(ge=1)] = 512 * 2**20
     """The largest ONNX model."""
 
-    extractor_memory_bytes: Annotated[int, Field(ge=2**20)] = 4 * 2**30
+    extractor_memory_bytes: Annotated[Bytes, Field(ge=2**20)] = 4 * 2**30
     """The memory that the process running an extractor may use; it stops models that allocate without end."""
 
     extractor_batch_s: Annotated[float, Field(gt=0)] = 120.0
@@ -124,7 +127,7 @@ class Settings(BaseSettings):
     """How long an extractor stays after it was last registered if no decision and no waiting ingest names it; it stops
     models of each task from filling the disk."""
 
-    cache_bytes: Annotated[int | None, Field(ge=0)] = None
+    cache_bytes: Annotated[Bytes | None, Field(ge=0)] = None
     """Packs kept in memory by each service process; draws from what does not fit read the disk. None: 1 GiB, or a
     quarter of the memory that the process may use if that is less."""
 
@@ -136,10 +139,10 @@ class Settings(BaseSettings):
     """How far workers and their extractors stand back on a processor that others want, as `nice` counts it: draws and
     requests come first. 0 is for a machine that serves nothing."""
 
-    worker_poll_s: Annotated[float, Field(gt=0)] = 0.2
+    worker_poll_s: Annotated[float, Field(gt=0, le=2)] = 0.2
     """How often an idle worker looks for a new ingest."""
 
-    worker_silent_s: Annotated[float, Field(gt=0)] = 30.0
+    worker_silent_s: Annotated[float, Field(ge=4)] = 30.0
     """How long a worker may show no sign of life: then its process is ended and another one starts, and without any
     other that is alive `/readyz` answers 503. It stops a worker that hangs from keeping its place for ever."""
 
@@ -155,11 +158,11 @@ class Settings(BaseSettings):
     grace_s: Annotated[float, Field(ge=0)] = 600.0
     """How long packs and manifests of older generations stay readable, so that a slow client can finish its draw."""
 
-    retired_bytes: Annotated[int, Field(ge=0)] = 2**30
+    retired_bytes: Annotated[Bytes, Field(ge=0)] = 2**30
     """Packs that only older generations name. Beyond it the oldest generations go before `grace_s` is over; the last
     one before the current stays for all of it."""
 
-    reserve_bytes: Annotated[int, Field(ge=2**16)] = 8 * 2**20
+    reserve_bytes: Annotated[Bytes, Field(ge=2**16)] = 8 * 2**20
     """A file of this size that is given up when the disk is full, so that deleting and shrinking still work there. With
     fewer bytes than this free besides, the service is not ready."""
 
@@ -172,6 +175,22 @@ class Settings(BaseSettings):
         if token is not None and " " in token.get_secret_value():
             raise ValueError("a token holds no spaces: a space ends it in the Authorization header")
         return token
+
+    @field_validator("database_url")
+    @classmethod
+    def _has_a_driver(cls, url: str | None) -> str | None:
+        """The driver of another database than SQLite is an extra."""
+        try:
+            if url is not None:
+                make_url(url).get_dialect().import_dbapi()
+        except ArgumentError as error:
+            raise ValueError(f"not the URL of a database, like postgresql+psycopg://user@host/name: {error}") from error
+        except ModuleNotFoundError as error:
+            raise ValueError(
+                f"it needs {error.name}, which is not installed; for postgresql+psycopg://: pip install "
+                "'engram[service,postgres]'"
+            ) from error
+        return url
 
     @property
     def worker_count(self) -> int:

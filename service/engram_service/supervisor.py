@@ -85,15 +85,31 @@ class Supervisor:
     def _keep(self, number: int) -> None:
         """There is a worker of this number until the supervisor stops."""
         pause_s = RESTART_S
-        while (child := self._spawn(number)) is not None:
-            child.listen()
-            code = child.process.wait()
-            child.let_go()
-            self._take_over(child)
-            if not self._stopping.is_set():
-                logger.error("worker %d ended with %d; another one starts", child.process.pid, code)
-            pause_s = RESTART_S if child.has_started else min(RESTART_MOST_S, 2 * pause_s)
+        while not self._stopping.is_set():
+            try:
+                has_started = self._run(number)
+            except Exception as error:
+                # No memory for another process, say: that passes, and this thread has to be there then.
+                logger.error("a worker cannot be run", exc_info=error)
+                has_started = False
+            pause_s = RESTART_S if has_started else min(RESTART_MOST_S, 2 * pause_s)
             self._stopping.wait(pause_s)
+
+    def _run(self, number: int) -> bool:
+        """A worker of this number was there and has ended; True if it had started."""
+        child = self._spawn(number)
+        if child is None:
+            return True
+        try:
+            child.listen()
+        except ValueError as error:
+            child.kill(f"it has said what no worker says: {error}")
+        code = child.process.wait()
+        child.let_go()
+        self._take_over(child)
+        if not self._stopping.is_set():
+            logger.error("worker %d ended with %d; another one starts", child.process.pid, code)
+        return child.has_started
 
     def _spawn(self, number: int) -> _Child | None:
         with self._lock:
@@ -115,19 +131,25 @@ class Supervisor:
     def _watch(self) -> None:
         report_s = min(REPORT_S, self._settings.worker_silent_s / 4)
         report_at, reported = 0.0, set[Identity]()
+        looked_at = time.monotonic()
         while not self._stopping.wait(LOOK_S):
             with self._lock:
                 children = list(self._children.values())
-            now = time.monotonic()
+            now, before = time.monotonic(), looked_at
+            looked_at = now
             alive = {child.identity for child in children if now - child.heard_at < report_s}
             try:
-                self._end_the_stuck(children)
-                if now >= report_at or alive - reported:
+                # After a pause of the whole machine the signs that came meanwhile have to be read first.
+                if now - before < NOTICE_S:
+                    self._end_the_stuck(children)
+                if alive and (now >= report_at or alive - reported):
                     with self._database.session() as session:
                         liveness.report(session, alive)
                     report_at, reported = now + report_s, alive
             except EngramError as error:
                 logger.warning("the workers cannot be looked after: %s", error)
+            except Exception as error:
+                logger.error("the workers cannot be looked after; this is a defect of Engram", exc_info=error)
 
     def _end_the_stuck(self, children: list[_Child]) -> None:
         """Workers that should have ended their work, or have shown no life, are killed."""
@@ -174,6 +196,7 @@ class _Child:
         """Since when."""
         self.lost_at = float("inf")
         """When it was first seen to go on with what is no longer its own."""
+        self._is_killed = False
         assert self.process.stdin is not None, "it is a pipe"
         with suppress(BrokenPipeError):
             self.process.stdin.write(settings.model_dump_json(exclude={"admin_token"}).encode() + b"\n")
@@ -214,5 +237,7 @@ class _Child:
 
     def kill(self, why: str) -> None:
         """The worker has ended, or is about to."""
-        logger.warning("worker %d is ended: %s", self.process.pid, why)
-        self.process.kill()
+        if not self._is_killed:
+            logger.warning("worker %d is ended: %s", self.process.pid, why)
+            self._is_killed = True
+            self.process.kill()

@@ -1,4 +1,7 @@
+import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,6 +12,7 @@ from engram import Client, tar
 from engram.cli import app
 from tests.client.conftest import Filled, Make
 from tests.contents import pictures
+from tests.models import model
 from tests.servers import ServiceThread
 
 
@@ -48,14 +52,6 @@ def test_a_buffer_of_another_quality_is_not_equal(filled: Filled) -> None:
     other = run(filled.client.url, *create, 61)
     assert other.exit_code == 1
     assert "quality 60 (asked: 61)" in other.stderr
-
-
-@pytest.mark.parametrize(
-    ("text", "number"), [("12", 12), ("2k", 2000), ("2 KiB", 2048), ("0.5MB", 500_000), ("1gib", 2**30)]
-)
-def test_amounts_of_bytes_have_units(url: str, name: str, text: str, number: int) -> None:
-    assert f"{number:,} bytes" in run(url, "create", name, "--budget", text).stdout
-    run(url, "delete", name, "--yes")
 
 
 def test_a_folder_is_uploaded_and_its_decision_shown(url: str, name: str, tmp_path: Path) -> None:
@@ -124,6 +120,113 @@ def test_an_ingest_is_cancelled(served: ServiceThread, connect: Make) -> None:
     assert run(served.url, "cancel", ingest.id).stdout == f"ingest {ingest.id}: cancelled\n"
     waited = run(served.url, "ingest", ingest.id, "--wait")
     assert (waited.exit_code, waited.stderr) == (1, f"error: ingest {ingest.id} was cancelled\n")
+
+
+def test_a_budget_is_changed(url: str, name: str) -> None:
+    run(url, "create", name, "--budget", "1TB")
+    changed = run(url, "budget", name, "64KiB")
+    assert changed.stdout == f"buffer {name}: 65,536 bytes, shared by class, 0 exemplars kept\n", changed.stderr
+    assert "budget 65,536 bytes" in run(url, "show", name).stdout
+    assert "'1,000' is not an amount of bytes" in run(url, "budget", name, "1,000").stderr
+
+
+def test_ingests_are_listed_the_newest_first(served: ServiceThread, connect: Make) -> None:
+    client = connect(served.url)
+    for name in ("a", "b"):
+        client.create_buffer(name, budget_bytes=1000)
+    sent = [client.upload("ab"[number % 2], number, pictures(number, 1), [0]).id for number in range(5)]
+    assert [each.id for each in client.ingests(page_size=2)] == sent[::-1]
+    assert [each.id for each in client.ingests("b")] == [sent[3], sent[1]]
+    rows = words(run(served.url, "ingests", "--count", 3).stdout)
+    assert rows[0][:4] == ["ingest", "buffer", "task", "state"]
+    assert [row[:4] for row in rows[1:]] == [[sent[n], "ab"[n % 2], str(n), "received"] for n in (4, 3, 2)]
+    assert len(json.loads(run(served.url, "ingests", "a", "--json").stdout)) == 3
+    assert "no buffer 'c'" in run(served.url, "ingests", "c").stderr
+
+
+def test_extractors_are_listed(engram_client: Client, url: str) -> None:
+    made = engram_client.register_extractor(model(seed=28))
+    rows = words(run(url, "extractors").stdout)
+    assert rows[0] == ["extractor", "input", "dimensions", "bytes", "created"]
+    assert [made.sha256, "anyx3xanyxany"] in [row[:2] for row in rows]
+    assert made.sha256 in [row["sha256"] for row in json.loads(run(url, "extractors", "--json").stdout)]
+
+
+def test_what_is_piped_has_its_full_names(url: str) -> None:
+    name = "n" * 63
+    run(url, "create", name, "--budget", "1MB")
+    piped = CliRunner().invoke(app, ["buffers"], env={"ENGRAM_URL": url, "COLUMNS": "40"})
+    assert name in piped.stdout.split()
+    run(url, "delete", name, "--yes")
+
+
+def test_every_answer_is_json_too(filled: Filled, name: str) -> None:
+    url, client = filled.client.url, filled.client
+
+    def said(*arguments: object) -> Any:
+        done = run(url, *arguments, "--json")
+        assert done.exit_code == 0, done.stderr
+        return json.loads(done.stdout)
+
+    assert said("show", filled.name) == client.buffer(filled.name).model_dump(mode="json")
+    assert said("task", filled.name, 1) == client.task(filled.name, 1).model_dump(mode="json")
+    assert filled.name in [buffer["name"] for buffer in said("buffers")]
+    assert said("health")["status"] == "ok"
+    assert said("create", name, "--budget", "1MB")["budget_bytes"] == 10**6
+    assert said("budget", name, "2MB")["budget_bytes"] == 2 * 10**6
+    assert said("fork", name, f"{name}-s", "--frozen")["is_frozen"]
+    assert said("rename", name, "3=cat")["class_names"] == {"3": "cat"}
+
+
+def test_the_same_images_are_the_same_upload_until_something_is_new(url: str, name: str, tmp_path: Path) -> None:
+    shard = tmp_path / "shard.tar"
+    shard.write_bytes(b"".join(tar.write(pictures(0, 6), [0, 1, 2] * 2)))
+    run(url, "create", name, "--budget", "100KB")
+
+    def upload(*arguments: object) -> str:
+        done = run(url, "upload", name, 0, *arguments)
+        assert done.exit_code == 0, done.stderr
+        rows = words(run(url, "show", name).stdout)
+        return f"{rows[-1][1]} exemplars" + (", again" if "were uploaded before" in done.stderr else "")
+
+    assert upload(shard) == "6 exemplars"
+    assert upload(shard) == "6 exemplars, again"
+    shutil.copy(shard, tmp_path / "copy.tar")
+    assert upload(tmp_path / "copy.tar") == "6 exemplars, again"
+    assert upload(shard, "--again") == "12 exemplars"
+    assert upload(shard, "--seed", 1) == "18 exemplars"
+    folder = tmp_path / "folder"
+    (folder / "7").mkdir(parents=True)
+    Image.fromarray(pictures(1, 1)[0]).save(folder / "7" / "a.png")
+    assert upload(folder) == "19 exemplars"
+    assert upload(folder) == "19 exemplars, again"
+    assert run(url, "delete", name, "--task", 0, "--yes").exit_code == 0
+    assert upload(shard) == "6 exemplars"
+
+
+def test_an_upload_that_failed_is_tried_again_when_the_budget_was_raised(url: str, name: str, tmp_path: Path) -> None:
+    (tmp_path / "shard.tar").write_bytes(b"".join(tar.write(pictures(0, 6), [0] * 6)))
+    run(url, "create", name, "--budget", "20")
+    assert "not one exemplar fits" in run(url, "upload", name, 0, tmp_path / "shard.tar").stderr
+    run(url, "budget", name, "100KB")
+    assert run(url, "upload", name, 0, tmp_path / "shard.tar").exit_code == 0
+
+
+def test_where_nothing_could_be_compared_no_candidate_failed(url: str, name: str, tmp_path: Path) -> None:
+    """A class of one image has no block to compare."""
+    (tmp_path / "shard.tar").write_bytes(b"".join(tar.write(pictures(0, 2), [0, 1])))
+    run(url, "create", name, "--budget", "100KB")
+    shown = words(run(url, "upload", name, 0, tmp_path / "shard.tar").stdout)
+    rows = [line for line in shown if line[0] in ("10", "25", "50", "75", "90") and line[1] == "2"]
+    assert [line[3:8] for line in rows] == [["-"] * 5] * 5
+
+
+def test_a_fixed_quality_is_said_to_be_the_buffers(url: str, name: str, tmp_path: Path) -> None:
+    (tmp_path / "shard.tar").write_bytes(b"".join(tar.write(pictures(0, 6), [0, 1, 2] * 2)))
+    run(url, "create", name, "--budget", "100KB", "--quality", 75)
+    shown = run(url, "upload", name, 0, tmp_path / "shard.tar").stdout
+    assert "this quality was fixed with the buffer" in shown
+    assert "passes" not in shown
 
 
 def test_health_is_told(url: str) -> None:

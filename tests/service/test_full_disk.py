@@ -8,6 +8,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from engram import Client
 from engram.errors import StorageFull
 from engram_service.app import create_app
 from engram_service.collect import collect
@@ -17,6 +18,7 @@ from engram_service.settings import Settings
 from engram_service.storage import PackStore, Reserve
 from tests.contents import create, fill, pictures
 from tests.disks import fill_up, free_bytes, small_disk
+from tests.models import model
 from tests.servers import ServiceThread, http
 from tests.uploads import queue, tar_of_arrays
 
@@ -34,7 +36,7 @@ def full(tmp_path: Path) -> Iterator[ServiceThread]:
         for name in ("b", "c"):
             create(database, name, budget_bytes=3 * 10**5, quality=90)
         for task in range(3):
-            fill(database, settings, task, {2 * task: 150, 2 * task + 1: 150})
+            fill(database, settings, task, {2 * task: 70, 2 * task + 1: 70})
         fill(database, settings, 0, {0: 20}, name="c")
         with database.session() as session:
             session.connection().exec_driver_sql("UPDATE ingests SET state = 'committed'")
@@ -49,7 +51,7 @@ def full(tmp_path: Path) -> Iterator[ServiceThread]:
 CHANGES: dict[str, Callable[[httpx.Client], httpx.Response]] = {
     "delete a task": lambda client: client.delete("/v1/buffers/b/tasks/1"),
     "delete a buffer": lambda client: client.delete("/v1/buffers/b"),
-    "shrink a budget": lambda client: client.patch("/v1/buffers/b", json={"budget_bytes": 150_000}),
+    "shrink a budget": lambda client: client.patch("/v1/buffers/b", json={"budget_bytes": 60_000}),
     "remove a class": lambda client: client.delete("/v1/buffers/b/exemplars?class_id=2"),
 }
 
@@ -70,6 +72,7 @@ def test_what_frees_room_works_on_a_full_disk_and_frees_it_at_once(full: Service
     assert sum(store.path(digest).stat().st_size for digest in left) < before
 
 
+@pytest.mark.slow
 def test_everything_can_be_deleted_step_by_step_until_there_is_room_for_uploads(full: ServiceThread) -> None:
     with http(full) as client:
         for task in range(3):
@@ -175,3 +178,14 @@ def test_work_that_finds_no_room_even_then_is_refused(settings: Settings, databa
         room.freeing(work)
     assert calls == [True, False]
     assert settings.reserve_path.exists()
+
+
+def test_an_extractor_can_be_deleted_on_a_full_disk(full: ServiceThread) -> None:
+    others = full.settings.data_dir.parent / "others"
+    others.unlink()
+    with Client(full.url) as client:
+        digest = client.register_extractor(model()).sha256
+        fill_up(others)
+        client.delete_extractor(digest)
+        assert client.extractors() == []
+    assert list(full.settings.extractors_dir.iterdir()) == []

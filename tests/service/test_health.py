@@ -124,6 +124,7 @@ def test_no_command_starts_on_a_corrupt_database_and_each_says_what_to_do(
 PORT = {"serve": ["--port", "0"], "worker": [], "migrate": []}
 
 
+@pytest.mark.slow
 def test_a_service_that_cannot_start_exits_with_2_and_no_traceback(settings: Settings) -> None:
     (settings.data_dir / "engram.sqlite").write_bytes(b"not a database" * 1000)
     command = [sys.executable, "-m", "engram_service.cli", "serve", "--port", "0"]
@@ -212,6 +213,7 @@ def test_no_command_starts_on_a_read_only_folder_and_each_says_so(settings: Sett
     assert ended.stderr.count("\n") == 1, ended.stderr
 
 
+@pytest.mark.slow
 def test_a_service_says_what_happened_to_its_folder_while_it_ran(
     make_service: Callable[..., ServiceProcess],
 ) -> None:

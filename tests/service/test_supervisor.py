@@ -29,7 +29,7 @@ from engram_service.settings import Settings
 from engram_service.supervisor import Supervisor
 from engram_service.tables import WorkerRow
 from tests.contents import create, pictures
-from tests.servers import ServiceProcess, environment, eventually, http
+from tests.servers import ServiceProcess, ServiceThread, environment, eventually, http
 from tests.uploads import final, queue, tar_of_arrays
 
 BODY = tar_of_arrays(pictures(1, 12), np.arange(12) % 3)
@@ -240,3 +240,18 @@ def test_workers_are_alive_whatever_the_clock_says(
 def test_a_service_that_runs_no_workers_does_not_ask_for_any(database: Database, settings: Settings) -> None:
     found = Liveness(settings.model_copy(update={"worker_silent_s": 1e-9, "workers": 0}))
     assert problem(database, found) is None
+
+
+def test_a_service_whose_workers_are_gone_is_not_ready_and_says_so(
+    serve_thread: Callable[..., ServiceThread],
+) -> None:
+    served = serve_thread(workers=1)
+    database = served.state.database
+    served.app.state.liveness = Liveness(served.settings.model_copy(update={"worker_silent_s": 0.2}))
+    with http(served) as web:
+        assert eventually(lambda: web.get("/readyz").status_code == 503)
+        assert "no worker has been alive for" in web.get("/readyz").json()["detail"]
+        health = web.get("/healthz")
+        assert (health.status_code, health.json()["status"], len(health.json()["problems"])) == (200, "degraded", 1)
+        tell(database, WORKER)
+        assert web.get("/readyz").status_code == 200

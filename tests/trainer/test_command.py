@@ -14,7 +14,7 @@ from rich.console import Console
 from typer.testing import CliRunner, Result
 
 from engram_trainer import demo
-from engram_trainer.__main__ import app, parse_options, parse_quality
+from engram_trainer.cli import app, parse_options, parse_quality
 from engram_trainer.datasets import load
 from engram_trainer.methods import METHODS
 from engram_trainer.progress import Bars

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import gzip
+import threading
+from collections.abc import Callable, Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from engram.errors import BadUpload, NotFound
-from engram_trainer.datasets import SAMPLE, Dataset, first_rows, load, read_idx, write_idx
+from engram.errors import BadUpload, NotFound, Unavailable
+from engram_trainer.datasets import SAMPLE, Dataset, first_rows, load, read_idx, read_sample, write_idx
 
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")
 
@@ -33,6 +37,55 @@ def test_the_shipped_sample_is_the_first_images_of_each_class_of_the_whole(tmp_p
     write_idx(whole.first(train=700, test=150), tmp_path)
     for path in tmp_path.iterdir():
         assert gzip.decompress(path.read_bytes()) == gzip.decompress((SAMPLE / path.name).read_bytes())
+
+
+class QuietHandler(SimpleHTTPRequestHandler):
+    """Serves files without a line for each."""
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+@pytest.fixture
+def serve_folder() -> Iterator[Callable[[Path], tuple[str, Callable[[], None]]]]:
+    """Serves a folder over HTTP: its URL, and what ends that."""
+    servers: list[ThreadingHTTPServer] = []
+
+    def serve(folder: Path) -> tuple[str, Callable[[], None]]:
+        server = ThreadingHTTPServer(("127.0.0.1", 0), partial(QuietHandler, directory=str(folder)))
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        servers.append(server)
+        return f"http://127.0.0.1:{server.server_port}", server.shutdown
+
+    yield serve
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+def test_where_the_sample_is_not_at_hand_it_is_fetched_once(
+    tmp_path: Path, serve_folder: Callable[[Path], tuple[str, Callable[[], None]]]
+) -> None:
+    """Of the sample, the first images of each class are the sample: it stands for all of Fashion-MNIST."""
+    url, stop = serve_folder(SAMPLE)
+    read = partial(read_sample, tmp_path / "not here", cache=tmp_path / "cache", url=url)
+    first = read()
+    stop()
+    for found in (first, read()):
+        assert np.array_equal(found.train_images, load("sample").train_images)
+        assert np.array_equal(found.test_class_ids, load("sample").test_class_ids)
+
+
+def test_what_is_fetched_in_place_of_the_sample_is_refused_and_not_kept(
+    tmp_path: Path, serve_folder: Callable[[Path], tuple[str, Callable[[], None]]]
+) -> None:
+    write_idx(load("sample").first(train=20), tmp_path / "other")
+    url, _ = serve_folder(tmp_path / "other")
+    with pytest.raises(BadUpload, match="other images than those of Fashion-MNIST"):
+        read_sample(tmp_path / "not here", cache=tmp_path / "cache", url=url)
+    with pytest.raises(Unavailable, match="404"):
+        read_sample(tmp_path / "not here", cache=tmp_path / "cache", url=f"{url}/nowhere")
+    assert not (tmp_path / "cache").exists()
 
 
 def tiny(channels: int = 1) -> Dataset:

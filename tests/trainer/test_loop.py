@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 
 from engram.client import Client
-from engram.errors import Conflict, Unavailable
+from engram.errors import BudgetExceeded, Conflict, NotFound, Unavailable
 from engram_trainer import loop
 from engram_trainer.configuration import MemoryConfig, RunConfig
 from engram_trainer.report import Report
@@ -224,7 +224,7 @@ def test_a_process_killed_with_the_service_as_its_memory_goes_on_as_if_it_had_no
         output, _ = process.communicate()
         assert process.returncode == -signal.SIGKILL, output.decode()
     assert not (killed / "matrix.png").exists()
-    resumed, whole = (results(run(config, folder, resume=True)) for folder in (killed, tmp_path / "whole"))
+    resumed, whole = results(run(config, killed, resume=True)), results(run(config, tmp_path / "whole"))
     assert resumed == whole
     assert all(memory["used_bytes"] <= 5000 for memory in resumed["memory"])
     # One generation for each task, however often it was uploaded.
@@ -293,6 +293,42 @@ def test_without_a_service_the_run_says_so_before_it_trains_and_can_be_started_a
         run(replace(config, memory=replace(memory, url=service.url)), tmp_path / "run")
     moved = replace(memory, url=service.url.replace("127.0.0.1", "localhost"))
     assert run(replace(config, memory=moved), tmp_path / "run", resume=True).run == report.run
+
+
+def test_there_must_be_a_run_to_resume(tmp_path: Path) -> None:
+    with pytest.raises(NotFound, match=r"there is no run to resume in .*leave out --resume"):
+        run(SMALL, tmp_path / "run", resume=True)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("buffer", [None, "of-a-run-that-failed"])
+def test_a_run_that_failed_leaves_no_buffer_and_its_folder_takes_the_corrected_command(
+    service: ServiceProcess, tmp_path: Path, buffer: str | None
+) -> None:
+    memory = MemoryConfig(kind="service", url=service.url, buffer=buffer, quality=50, budget_bytes=20)
+    small = replace(SMALL, stream=replace(SMALL.stream, tasks=1), options={"epochs": 1}, memory=memory)
+    right = replace(small, memory=replace(memory, budget_bytes=20_000))
+    with Client(service.url) as client:
+        before = client.buffers()
+        with pytest.raises(BudgetExceeded):
+            run(small, tmp_path / "run")
+        assert client.buffers() == before
+        with pytest.raises(Conflict, match="without --resume it is started anew"):
+            run(right, tmp_path / "run", resume=True)
+        report = run(right, tmp_path / "run")
+        assert len(report.matrix) == 1
+        assert client.buffer(buffer or f"run-{report.run}").exemplars > 0
+    with pytest.raises(Conflict, match="already holds run"):
+        run(small, tmp_path / "run")
+
+
+def test_a_buffer_that_was_there_before_a_run_stays_when_it_fails(service: ServiceProcess, tmp_path: Path) -> None:
+    memory = MemoryConfig(kind="service", url=service.url, buffer="made-by-hand", quality=50, budget_bytes=20)
+    with Client(service.url) as client:
+        made = client.create_buffer("made-by-hand", budget_bytes=20, quality=50)
+        with pytest.raises(BudgetExceeded):
+            run(replace(SMALL, options={"epochs": 1}, memory=memory), tmp_path / "run")
+        assert client.buffer("made-by-hand") == made
 
 
 def test_a_device_that_is_not_there_is_named(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 `load(source)` understands:
 
-    sample            the Fashion-MNIST sample that ships with this package (700 train + 150 test images of each class)
+    sample            a sample of Fashion-MNIST (700 train + 150 test images of each class)
     digits            scikit-learn's 8x8 digits
     FOLDER            with IDX files (MNIST, Fashion-MNIST, gzipped or not), with train/CLASS/*.png and
                       test/CLASS/*.png, or with a saved Hugging Face data set (`save_to_disk`, or parquet files)
@@ -11,8 +11,9 @@
 Images are uint8 `[N, H, W, C]` with C = 1 or 3, RGB; class ids are int64 `[N]`, the data set's own numbers. All images
 of a data set have one shape; `resize` makes it so where the source has several.
 
-The sample is cut from the Debian package dataset-fashion-mnist (MIT, see data/fashion-mnist/LICENSE): the first images
-of each class, in file order. This line reproduces it byte for byte:
+The sample is in the repository and not in its wheel, of which it would be most: there it is fetched once and kept in
+the user's cache. It is cut from Fashion-MNIST (MIT, see data/fashion-mnist/LICENSE; here from the Debian package
+dataset-fashion-mnist): the first images of each class, in file order. This line reproduces it byte for byte:
 
     python -c "from engram_trainer import datasets as d; d.write_idx(d.load('/usr/share/datasets/fashion-mnist').first(
         train=700, test=150), 'trainer/engram_trainer/data/fashion-mnist')"
@@ -21,24 +22,32 @@ of each class, in file order. This line reproduces it byte for byte:
 from __future__ import annotations
 
 import gzip
+import hashlib
 import math
+import os
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
+import httpx
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
 
-from engram.errors import BadUpload, NotFound
+from engram.errors import BadUpload, NotFound, Unavailable
 from engram.folder import classes
 
 Images = npt.NDArray[np.uint8]
 ClassIds = npt.NDArray[np.int64]
 
 SAMPLE = Path(__file__).parent / "data" / "fashion-mnist"
+SAMPLE_SHA256 = "9fb99ddd581d12fbba27005cda473423a2fa3f9426dca24b5a71b53be43c09ba"
+"""Of the pixels and labels of the sample's four files, one after the other."""
+FASHION_URL = "https://raw.githubusercontent.com/zalandoresearch/fashion-mnist/master/data/fashion"
+IDX_STEMS = ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1")
 FASHION_CLASSES = (
     "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
 )  # fmt: skip
@@ -115,9 +124,10 @@ def load(source: str = "sample", *, resize: int | None = None) -> Dataset:
     Raises:
         NotFound: there is no such folder, split or column, or the package that reads it is not installed.
         BadUpload: a file is not what it claims to be.
+        Unavailable: the sample has to be fetched, and cannot.
     """
     if source == "sample":
-        return read_idx_folder(SAMPLE, name="fashion-mnist-sample", class_names=FASHION_CLASSES)
+        return read_sample()
     if source == "digits":
         return read_digits()
     folder = Path(source).expanduser()
@@ -171,7 +181,7 @@ def read_idx_folder(folder: Path, *, name: str, class_names: tuple[str, ...] = (
         BadUpload: one of the four is damaged.
     """
     arrays: list[Images] = []
-    for stem in ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1"):
+    for stem in IDX_STEMS:
         paths = [folder / f"{stem}-ubyte.gz", folder / f"{stem}-ubyte"]
         path = next((path for path in paths if path.is_file()), None)
         if path is None:
@@ -186,6 +196,54 @@ def read_idx_folder(folder: Path, *, name: str, class_names: tuple[str, ...] = (
         test_labels.astype(np.int64),
         class_names,
     )
+
+
+def read_sample(folder: Path = SAMPLE, *, cache: Path | None = None, url: str = FASHION_URL) -> Dataset:
+    """The sample from this folder if it is there, else from the cache, into which it is fetched first if need be.
+
+    Args:
+        folder: where it is in the repository.
+        cache: None takes `engram` in `XDG_CACHE_HOME`, else in `~/.cache`.
+        url: of the folder of Fashion-MNIST's four files, 30 MB.
+
+    Raises:
+        Unavailable: it cannot be fetched.
+        BadUpload: what was fetched is something else.
+    """
+    if not folder.is_dir():
+        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        folder = (cache or home / "engram") / "fashion-mnist-sample"
+        if not folder.is_dir():
+            _fetch_sample(folder, url)
+    return read_idx_folder(folder, name="fashion-mnist-sample", class_names=FASHION_CLASSES)
+
+
+def _fetch_sample(folder: Path, url: str) -> None:
+    with TemporaryDirectory() as fetched:
+        for stem in IDX_STEMS:
+            try:
+                answer = httpx.get(f"{url}/{stem}-ubyte.gz", follow_redirects=True, timeout=60)
+                answer.raise_for_status()
+            except httpx.HTTPError as error:
+                raise Unavailable(
+                    f"the sample has to be fetched once, and that failed ({error}); give another data set, or a folder "
+                    "of Fashion-MNIST's four files"
+                ) from error
+            (Path(fetched) / f"{stem}-ubyte.gz").write_bytes(answer.content)
+        sample = read_idx_folder(Path(fetched), name="fashion-mnist").first(train=700, test=150)
+    digest = hashlib.sha256()
+    for array in (sample.train_images, sample.train_class_ids, sample.test_images, sample.test_class_ids):
+        digest.update(array.astype(np.uint8).tobytes())
+    if digest.hexdigest() != SAMPLE_SHA256:
+        raise BadUpload(f"{url} gave other images than those of Fashion-MNIST (SHA-256 {digest.hexdigest()})")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=folder.parent) as part:
+        write_idx(sample, Path(part) / "sample")
+        try:
+            (Path(part) / "sample").rename(folder)
+        except OSError:
+            if not folder.is_dir():  # else another process was faster
+                raise
 
 
 def write_idx(dataset: Dataset, folder: str | Path) -> None:

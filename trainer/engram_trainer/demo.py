@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from engram import amounts
 from engram.errors import EngramError
 from engram_trainer import loop
 from engram_trainer.configuration import MemoryConfig, RunConfig
@@ -25,7 +26,11 @@ from engram_trainer.stream import StreamConfig
 
 NAMES = {"none": "no replay", "raw": "uncompressed replay", "service": "Engram service"}
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
 
 
 @app.command()
@@ -33,16 +38,23 @@ def demo(
     out: Annotated[
         Path | None, typer.Option(help="A new folder for runs, log and picture; else runs/demo, runs/demo-2, ...")
     ] = None,
-    budget: Annotated[int, typer.Option(metavar="BYTES", help="Bytes of replay memory for each class.")] = 4_000,
+    budget: Annotated[
+        str, typer.Option(metavar="BYTES", help="Bytes of replay memory for each class, as in 4000 or 4KB.")
+    ] = "4000",
     epochs: Annotated[int, typer.Option(help="Passes over each task.")] = 15,
     train_per_class: Annotated[int | None, typer.Option(help="Training images of each class; else all 700.")] = None,
     seed: Annotated[int, typer.Option(help="Of the order of classes, the weights and everything else.")] = 0,
 ) -> None:
     """Learn Fashion-MNIST class by class three times and compare what is left of the first classes at the end."""
     console = Console()
+    try:
+        budget_bytes = amounts.parse(budget)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
     out = out or _free_folder(Path("runs/demo"))
     console.print(
-        f"LUCIR learns 10 classes of clothing, 2 at a time, with {budget:,} bytes of memory per class.", highlight=False
+        f"LUCIR learns 10 classes of clothing, 2 at a time, with {budget_bytes:,} bytes of memory per class.",
+        highlight=False,
     )
     try:
         with local_service(out / "server") as service:
@@ -52,7 +64,7 @@ def demo(
             reports = {}
             for kind, name in NAMES.items():
                 console.rule(name, align="left")
-                memory = MemoryConfig(kind=kind, budget_bytes=budget, per="class", url=service.url)  # type: ignore[arg-type]
+                memory = MemoryConfig(kind=kind, budget_bytes=budget_bytes, per="class", url=service.url)  # type: ignore[arg-type]
                 config = RunConfig(
                     stream=StreamConfig(tasks=5, seed=seed, train_per_class=train_per_class),
                     options={"epochs": epochs},
@@ -71,7 +83,7 @@ def demo(
         {name: [*report.metrics.incremental] for name, report in reports.items() if report.metrics},
         picture,
         ylabel="accuracy on all classes seen so far",
-        title=f"Fashion-MNIST sample, LUCIR, {budget:,} bytes per class",
+        title=f"Fashion-MNIST sample, LUCIR, {budget_bytes:,} bytes per class",
     )
     console.print(f"The curves: {picture}. Everything about the runs: {out}. The service is stopped.", highlight=False)
 

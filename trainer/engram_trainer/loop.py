@@ -1,6 +1,6 @@
 """Run a learner through a stream of tasks, with checkpoints from which a killed run resumes.
 
-    RUN/run.json         the run's id and configuration, written first
+    RUN/run.json         the run's id and configuration, written first, and the error that it failed with
     RUN/checkpoint.pt    tensors and plain values only (loads with `weights_only=True`), replaced by rename
     RUN/report.json      results so far, and two pictures (see `report`)
     RUN/mirror/          the local copy of the service's packs
@@ -9,6 +9,9 @@ For each task: learn, export the extractor, *checkpoint*, hand the images to the
 *checkpoint*, report. A run killed before the first checkpoint of a task learns that task again, when the memory does
 not hold it yet; killed after it, the memory is given the same bytes under the same key, which it takes once. So a
 resumed run equals an uninterrupted one, bit for bit on a CPU.
+
+A run that fails in its first task, because the budget is too small for one exemplar, say, leaves no empty buffer
+behind, and its folder takes a run with another configuration.
 """
 
 from __future__ import annotations
@@ -18,8 +21,9 @@ import json
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -28,7 +32,7 @@ import torch
 
 from engram import files
 from engram.client import Client
-from engram.errors import Conflict
+from engram.errors import Conflict, EngramError, NotFound
 from engram.schemas import Ingest, IngestOptions
 from engram_trainer import datasets, extractor, methods, stream
 from engram_trainer.configuration import MemoryConfig, RunConfig, differences
@@ -79,12 +83,14 @@ def run(
 
     Args:
         config: everything that defines the run.
-        folder: a new or empty folder, or with `resume` one of a run with the same configuration (or a new one).
+        folder: a new or empty folder, or one of a run that failed in its first task; with `resume` that of a run with
+            the same configuration.
         resume: go on after the last checkpoint.
         watch: told of the progress.
         pictures: whether to draw the results; that takes about as long as a minimal run.
 
     Raises:
+        NotFound: there is no run to resume in the folder.
         Conflict: the folder holds a run and `resume` is false, or the run there has another configuration.
         EngramError: the data, the service or the memory's budget.
         ValueError: the configuration contradicts itself or the data.
@@ -101,15 +107,20 @@ def run(
         options=config.options,
     )
     identity = _identify(config, folder, resume=resume)
-    with _open_memory(config.memory, run=identity, folder=folder, is_new=not resume, watch=watch) as memory:
-        running = _Run(config, folder, identity, tasks, learner, memory)
-        running.restore()
-        for task in tasks.tasks[len(running.report.matrix) :]:
-            watch.task(task, tasks)
-            running.learn(task, watch)
-            running.remember(task, watch)
-            running.evaluate(task, watch)
-            watch.finished(running.report)
+    try:
+        with _open_memory(config.memory, run=identity, folder=folder, is_new=not resume, watch=watch) as memory:
+            running = _Run(config, folder, identity, tasks, learner, memory)
+            running.restore()
+            for task in tasks.tasks[len(running.report.matrix) :]:
+                watch.task(task, tasks)
+                running.learn(task, watch)
+                running.remember(task, watch)
+                running.evaluate(task, watch)
+                watch.finished(running.report)
+    except Exception as error:
+        with suppress(OSError):  # what failed may be the disk
+            _note(config, folder, identity, failed=str(error))
+        raise
     if pictures:
         plot(running.report, folder)
     return running.report
@@ -221,28 +232,45 @@ def _check_device(name: str) -> None:
 def _identify(config: RunConfig, folder: Path, *, resume: bool) -> str:
     """The id of the run in a folder: a new one, or that of the run to go on with.
 
-    A run without a checkpoint has nothing to lose, so it may be started again, and with another configuration.
+    A run without a checkpoint has nothing to lose, so it may be started again, and with another configuration. So may
+    one that failed in its first task, with another configuration: what it learned is good for nothing else.
+
+    Raises:
+        NotFound: there is none to go on with.
+        Conflict: there is one that must not be overwritten, or other files are there.
     """
     path, now = folder / "run.json", config.to_json()
+    if resume and not path.is_file():
+        raise NotFound(f"there is no run to resume in {folder} (no run.json); leave out --resume to start one there")
     if path.is_file():
         found = json.loads(path.read_text())
         changed = differences(found["config"], now)
         # A service may come back under another address.
         changed = [change for change in changed if not change.startswith("memory.url:")]
         if not changed and (resume or not _has_checkpoint(folder)):
+            _note(config, folder, found["run"])
             return str(found["run"])
-        if _has_checkpoint(folder):
+        has_failed = "failed" in found and not (folder / "report.json").is_file()
+        if _has_checkpoint(folder) and (resume or not changed or not has_failed):
+            anew = "; without --resume it is started anew" if has_failed else ""
             raise Conflict(
-                f"the run in {folder} cannot go on with another configuration: {'; '.join(changed)}"
+                f"the run in {folder} cannot go on with another configuration: {'; '.join(changed)}{anew}"
                 if resume
                 else f"{folder} already holds run {found['run']}; resume it, or choose another folder"
             )
     elif folder.is_dir() and any(folder.iterdir()):
         raise Conflict(f"{folder} holds other files; choose a new folder for the run")
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / "checkpoint.pt").unlink(missing_ok=True)
     identity = uuid.uuid4().hex[:12]
-    files.write_durably(path, (json.dumps({"run": identity, "config": now}, indent=1) + "\n").encode())
+    _note(config, folder, identity)
     return identity
+
+
+def _note(config: RunConfig, folder: Path, identity: str, **more: str) -> None:
+    """run.json says which run this is."""
+    content = {"run": identity, "config": config.to_json(), **more}
+    files.write_durably(folder / "run.json", (json.dumps(content, indent=1) + "\n").encode())
 
 
 def _has_checkpoint(folder: Path) -> bool:
@@ -278,29 +306,41 @@ def _open_memory(config: MemoryConfig, *, run: str, folder: Path, is_new: bool, 
         return
     name = config.buffer or f"run-{run}"
     with Client(config.url) as client:
-        _create_buffer(client, name, config, is_new=is_new)
-        yield ServiceMemory(
-            client, name, options=options, run=run, folder=folder / "mirror", watch=_ingest_watch(watch)
-        )
+        is_made = _create_buffer(client, name, config, is_new=is_new)
+        try:
+            yield ServiceMemory(
+                client, name, options=options, run=run, folder=folder / "mirror", watch=_ingest_watch(watch)
+            )
+        except Exception:
+            with suppress(EngramError):  # the service may be what failed
+                if is_made and not client.buffer(name).tasks:
+                    client.delete_buffer(name)
+            raise
 
 
-def _create_buffer(client: Client, name: str, config: MemoryConfig, *, is_new: bool) -> None:
-    """The buffer exists; a new run finds nothing in it.
+def _create_buffer(client: Client, name: str, config: MemoryConfig, *, is_new: bool) -> bool:
+    """The buffer exists; a new run finds nothing in it. True if it was made now.
 
     Raises:
         Conflict: a new run was given the buffer of another one.
     """
-    buffer = client.create_buffer(
+    create = partial(
+        client.create_buffer,
         name,
         budget_bytes=config.budget_bytes,
         per=config.per,
         share_by=config.share_by,
         subsampling=config.subsampling,
         quality=config.quality,
-        exist_ok=True,
     )
+    try:
+        create()
+        return True
+    except Conflict:
+        buffer = create(exist_ok=True)
     if is_new and buffer.tasks:
         raise Conflict(f"buffer {name!r} already holds {len(buffer.tasks)} tasks; name a new buffer for a new run")
+    return False
 
 
 def _ingest_watch(watch: Watch) -> Callable[[Ingest], None]:

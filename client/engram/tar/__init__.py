@@ -27,6 +27,5 @@ from .reading import Member as Member
 from .reading import read as read
 from .writing import entry as entry
 from .writing import field_member as field_member
-from .writing import labelled as labelled
 from .writing import write as write
 from .writing import write_encoded as write_encoded

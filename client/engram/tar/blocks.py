@@ -1,20 +1,24 @@
 """Reads a tar stream member by member, forward, and believes none of its numbers.
 
-    header    512 bytes: name, size, type, checksum
+    header    512 bytes, the fields that matter here at their places:
+                0  name:100   UTF-8, ended by a zero byte
+              124  size:12    octal text, or 0x80 and eleven bytes, big-endian
+              148  checksum:8 octal text: the sum of all bytes of the header, these as blanks
+              156  type:1     0 or "0" a file, "5" a directory, "x" "g" "L" "K" an extended header
+              257  "ustar" 0  prefix:155 at 345 is valid: folders above the name
     content   size bytes, and zeros up to a whole block
-    ...       the next member; extended headers are members that say something of the one behind them
+    ...       the next member; an extended header is a member that says something of the one behind it
     two blocks of zeros
 
-Headers are parsed by `tarfile.TarInfo.frombuf`; the walk is ours: `tarfile` ends silently at a damaged header or a
-missing end, which is how a cut upload loses images, reads a PAX header of any declared size into memory, and takes
-sizes below zero. Here a size that no member can have is refused before anything is read by it.
+A size that no member can have is refused before anything is read by it, as is a damaged header, a missing end, or an
+extended header that is longer than any name. The standard library does none of this: see ADR 19.
 """
 
 from __future__ import annotations
 
 import re
-import tarfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import BinaryIO, Final
 
 from engram.errors import BadUpload
@@ -30,13 +34,31 @@ _CHECK_BYTES: Final = 256 * BLOCK
 
 # A name longer than any file system's path limit is an attack on memory, not a name.
 _MAX_EXTENDED_HEADER_BYTES: Final = 64 * 2**10
-_EXTENDED: Final = frozenset({tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK})
-_REGULAR: Final = frozenset({tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE})
+_PAX, _PAX_GLOBAL, _LONG_NAME, _LONG_LINK = b"x", b"g", b"L", b"K"
+_EXTENDED: Final = frozenset({_PAX, _PAX_GLOBAL, _LONG_NAME, _LONG_LINK})
+# The last is a contiguous file, which is a hint for a disk.
+_REGULAR: Final = frozenset({b"0", b"\0", b"7"})
+_DIRECTORY: Final = b"5"
 
 _PAX_RECORD = re.compile(rb"(\d{1,9}) ")
 _SPARSE: Final = "sparse"
+_POSIX: Final = b"ustar\0"
 # 2^64 has twenty digits.
 _PAX_SIZE = re.compile(r"[0-9]{1,19}")
+
+
+@dataclass(slots=True)
+class Header:
+    """What a member says of itself."""
+
+    name: str
+    size: int
+    kind: bytes
+
+    @property
+    def is_directory(self) -> bool:
+        """Also in archives from before there was a type for it."""
+        return self.kind == _DIRECTORY or (self.kind == b"\0" and self.name.endswith("/"))
 
 
 class Archive:
@@ -49,37 +71,37 @@ class Archive:
         self._last = ""
         self.offset = 0
 
-    def member(self) -> tarfile.TarInfo | None:
+    def member(self) -> Header | None:
         """The next regular file or directory with its full name, None at the end of the archive.
 
         Raises:
             BadUpload: the stream is no tar, is damaged or cut, or has a link, a device or a sparse file there.
         """
         extended: dict[str, str] = {}
-        while (info := self._header()) is not None and info.type in _EXTENDED:
-            if info.size > _MAX_EXTENDED_HEADER_BYTES:
+        while (header := self._header()) is not None and header.kind in _EXTENDED:
+            if header.size > _MAX_EXTENDED_HEADER_BYTES:
                 raise BadUpload(
-                    f"extended header of {info.size} bytes at byte {self.offset} of the tar, "
+                    f"extended header of {header.size} bytes at byte {self.offset} of the tar, "
                     f"at most {_MAX_EXTENDED_HEADER_BYTES} are accepted"
                 )
-            content = self.content(info.size, "an extended header")
-            if info.type == tarfile.GNUTYPE_LONGNAME:
+            content = self.content(header.size, "an extended header")
+            if header.kind == _LONG_NAME:
                 extended["path"] = content.rstrip(b"\0").decode("utf-8", "replace")
-            elif info.type == tarfile.XHDTYPE:
+            elif header.kind == _PAX:
                 extended |= _pax_records(content)
-            elif info.type == tarfile.XGLTYPE and _pax_records(content):
+            elif header.kind == _PAX_GLOBAL and _pax_records(content):
                 raise BadUpload("a global PAX header gives one name or size to all members of the tar")
-        if info is None:
+        if header is None:
             return None
         if extended:
-            info.name = extended.get("path", info.name)
-            info.size = _pax_size(extended, info)
-        if not info.isdir() and (info.type not in _REGULAR or _SPARSE in extended):
+            header.name = extended.get("path", header.name)
+            header.size = _pax_size(extended, header)
+        if (header.kind not in _REGULAR and header.kind != _DIRECTORY) or _SPARSE in extended:
             raise BadUpload(
-                f"member {info.name!r} is a link, a device or another special file; only regular files are read",
-                member=info.name,
+                f"member {header.name!r} is a link, a device or another special file; only regular files are read",
+                member=header.name,
             )
-        return info
+        return header
 
     def content(self, size: int, name: str) -> bytes:
         """The `size` bytes of the member whose header came last; its padding is passed over.
@@ -104,23 +126,25 @@ class Archive:
             self._look()
         self._last = name
 
-    def _header(self) -> tarfile.TarInfo | None:
+    def _header(self) -> Header | None:
         self._look()
         block = self._exactly(BLOCK, "")
         if not block.strip(b"\0"):
             self._end()
             return None
-        try:
-            info = tarfile.TarInfo.frombuf(block, "utf-8", "replace")
-        except (tarfile.HeaderError, ValueError) as error:
+        if not _is_header(block):
             at = self.offset - BLOCK
             if not at:
                 kind = "gzip-compressed: send it uncompressed" if block[:2] == b"\x1f\x8b" else "no tar stream"
-                raise BadUpload(f"the body is {kind} (no tar header in its first {BLOCK} bytes)") from error
-            raise BadUpload(f"damaged tar: no valid header at byte {at}{self._after()}", offset=at) from error
-        if info.size < 0:
-            raise BadUpload(f"member {info.name!r} declares a size of {info.size} bytes", member=info.name)
-        return info
+                raise BadUpload(f"the body is {kind} (no tar header in its first {BLOCK} bytes)")
+            raise BadUpload(f"damaged tar: no valid header at byte {at}{self._after()}", offset=at)
+        name = _text(block[:100])
+        if block[345] and block[257:263] == _POSIX:
+            name = f"{_text(block[345:500])}/{name}"
+        try:
+            return Header(name, _number(block[124:136]), block[156:157])
+        except ValueError as error:
+            raise BadUpload(f"member {name!r} declares the size {block[124:136]!r}", member=name) from error
 
     def _look(self) -> None:
         """Whoever wants this to end is heard, every so many bytes."""
@@ -173,7 +197,39 @@ class Archive:
         return b"".join(parts)
 
 
-def _pax_size(extended: dict[str, str], info: tarfile.TarInfo) -> int:
+def _is_header(block: bytes) -> bool:
+    """Whether the checksum is that of the block."""
+    try:
+        said = _number(block[148:156])
+    except ValueError:
+        return False
+    rest = block[:148] + b" " * 8 + block[156:]
+    # Some old programs add bytes up as if they were signed.
+    return said == sum(rest) or said == sum(byte - 256 * (byte > 127) for byte in rest)
+
+
+def _number(field: bytes) -> int:
+    """The number of a header's field.
+
+    Raises:
+        ValueError: it holds none, or one below zero.
+    """
+    if field[0] == 0x80:
+        return int.from_bytes(field[1:], "big")
+    text = field.partition(b"\0")[0].strip(b" ")
+    if not text:
+        return 0
+    # int() alone would take signs and underscores.
+    if not text.isdigit():
+        raise ValueError(f"no octal number: {field!r}")
+    return int(text, 8)
+
+
+def _text(field: bytes) -> str:
+    return field.partition(b"\0")[0].decode("utf-8", "replace")
+
+
+def _pax_size(extended: dict[str, str], header: Header) -> int:
     """What a PAX header says of the member's size, else what its own says.
 
     Raises:
@@ -181,9 +237,9 @@ def _pax_size(extended: dict[str, str], info: tarfile.TarInfo) -> int:
     """
     text = extended.get("size")
     if text is None:
-        return info.size
+        return header.size
     if not _PAX_SIZE.fullmatch(text):
-        raise BadUpload(f"member {info.name!r} declares the size {text[:24]!r}", member=info.name)
+        raise BadUpload(f"member {header.name!r} declares the size {text[:24]!r}", member=header.name)
     return int(text)
 
 

@@ -264,9 +264,9 @@ def _mixed(first: Member, then: Member) -> BadUpload:
 def _halves(stream: BinaryIO, schema: Schema, max_member_bytes: int, check: Callable[[], None]) -> Iterator[_Half]:
     archive = Archive(stream, check)
     declared = schema.declared
-    while (info := archive.member()) is not None:
-        name, size = info.name, info.size
-        if info.isdir():
+    while (header := archive.member()) is not None:
+        name, size = header.name, header.size
+        if header.is_directory:
             archive.skip(size, name)
             continue
         stem, _, extension = name.rpartition(".")

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from engram import npy
 from engram.fields import FIELD_NAME, Cell, array_key, length_of
 from engram.images import IMAGE_EXTENSIONS
-from engram.names import MAX_CLASS_ID, class_name
+from engram.labelled import labelled
 
 from .blocks import BLOCK, CHUNK_BYTES, END
 
@@ -37,7 +37,7 @@ def write(
     [N, ...], or lists of N arrays or texts.
 
     Raises:
-        ValueError: as `labelled`.
+        ValueError: as `engram.labelled.labelled`.
     """
     images_NHWC, class_ids_N, names = labelled(images_NHWC, class_ids)
     fixed, ragged = _checked_fields(fields or {}, len(images_NHWC))
@@ -97,42 +97,6 @@ def _numeric(name: str, cell: Any) -> Cell:
     if array.dtype.kind not in "biuf":
         raise ValueError(f"field {name!r} holds {array.dtype} {list(array.shape)}, neither numbers nor a text")
     return array
-
-
-def labelled(
-    images_NHWC: UInt8Array, class_ids: npt.ArrayLike
-) -> tuple[UInt8Array, npt.NDArray[np.int64], tuple[str, ...] | None]:
-    """Images [N, H, W, C] and an int64 for each: its class id and None, or its place in the names that follow.
-
-    Raises:
-        ValueError: not uint8 `[N, H, W, C]` or `[N, H, W]`, C not 1 or 3, counts that differ, a class id out of range,
-            a string that is no name of a class.
-    """
-    images_NHWC = np.asarray(images_NHWC)
-    if images_NHWC.ndim == 3:
-        images_NHWC = images_NHWC[..., None]
-    if images_NHWC.dtype != np.uint8 or images_NHWC.ndim != 4 or images_NHWC.shape[3] not in (1, 3):
-        raise ValueError(
-            "images must be uint8 [N, H, W, 3], [N, H, W, 1] or [N, H, W], "
-            f"got {images_NHWC.dtype} {list(images_NHWC.shape)}"
-        )
-    ids = np.asarray(class_ids)
-    if ids.dtype == object and all(isinstance(name, str) for name in ids.flat):
-        ids = ids.astype(str)
-    is_named = ids.dtype.kind == "U"
-    if ids.shape != (len(images_NHWC),) or (ids.size and not is_named and not np.issubdtype(ids.dtype, np.integer)):
-        raise ValueError(
-            f"{len(images_NHWC)} images need as many integer class ids or names, got {ids.dtype} {list(ids.shape)}"
-        )
-    if is_named:
-        # Texts that differ may be one name: places of texts become places of names.
-        texts, places = np.unique(ids, return_inverse=True)
-        spelled = [class_name(text) for text in texts.tolist()]
-        names = tuple(sorted({*spelled}))
-        return images_NHWC, np.array([names.index(name) for name in spelled], np.int64)[places], names
-    if ids.size and not 0 <= int(ids.min()) <= int(ids.max()) <= MAX_CLASS_ID:
-        raise ValueError(f"class ids must be 0 to {MAX_CLASS_ID}, got {int(ids.min())} to {int(ids.max())}")
-    return images_NHWC, ids.astype(np.int64), None
 
 
 _KEY_DIGITS: Final = len(array_key(0))

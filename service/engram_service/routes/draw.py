@@ -104,7 +104,7 @@ async def draw_exemplars(request: Request, buffer: str) -> Response:
     """Draw a minibatch: strips, with `Accept: image/jpeg` one picture, with `application/x-tar` a tar of JPEGs."""
     wanted, generation = parse(request.scope["query_string"])
     replay: Replay = request.app.state.replay
-    media_type, write = _representation(request.headers.get("accept", ""))
+    media_type, write = _representation(dict(request.scope["headers"]).get(b"accept", b""))
     view = replay.peek(buffer, generation)
     drawn: Drawn | Picked | None = None
     if view is not None and write is not tar_of and _is_small(view, wanted):
@@ -174,8 +174,9 @@ def _is_small(view: View, wanted: draw.Request) -> bool:
     return count * wanted.world_size <= MAX_ON_LOOP and count * view.largest <= LARGE_BYTES
 
 
-def _representation(accept: str) -> tuple[str, Write]:
+def _representation(accepted: bytes) -> tuple[str, Write]:
     """The media type of the answer and what writes it."""
+    accept = accepted.decode("latin-1")
     if TAR_MEDIA_TYPE in accept:
         return TAR_MEDIA_TYPE, tar_of
     if asks_for_picture(accept):

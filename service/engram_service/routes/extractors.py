@@ -9,7 +9,7 @@ from fastapi import APIRouter, Depends, Path, Request, Response
 from engram.schemas import Extractor, ExtractorList
 
 from .. import extractors
-from .parts import DatabasePart, SettingsPart
+from .parts import DatabasePart, RoomPart, SettingsPart
 
 router = APIRouter(prefix="/v1/extractors", tags=["extractors"])
 
@@ -64,6 +64,6 @@ def read_extractor(sha256: Sha256, database: DatabasePart) -> Extractor:
 
 
 @router.delete("/{sha256}", status_code=204)
-def delete_extractor(sha256: Sha256, database: DatabasePart, settings: SettingsPart) -> None:
+def delete_extractor(sha256: Sha256, database: DatabasePart, settings: SettingsPart, room: RoomPart) -> None:
     """Delete a model that no waiting ingest needs; decisions that name it stay as they are."""
-    extractors.remove(database, settings, sha256)
+    room.freeing(lambda: extractors.remove(database, settings, sha256))

@@ -15,12 +15,13 @@ from starlette.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect
 
 from engram.errors import BadUpload, InvalidRequest
-from engram.schemas import MAX_TASK, Ingest, IngestOptions
+from engram.schemas import MAX_TASK, Ingest, IngestOptions, IngestPage
 
 from .. import buffers, extractors, ingest
 from ..database import Database
 from ..room import Room
 from ..settings import Settings
+from .parts import DatabasePart, SettingsPart
 
 router = APIRouter(tags=["ingests"])
 
@@ -85,6 +86,21 @@ async def upload(
     response.headers["Location"] = f"/v1/ingests/{answer.id}"
     response.status_code = 202 if is_new else 200
     return answer
+
+
+@router.get("/v1/ingests")
+def list_ingests(
+    database: DatabasePart,
+    settings: SettingsPart,
+    buffer: Annotated[str | None, Query(description="Only those of this buffer.")] = None,
+    limit: Annotated[int, Query(ge=1, description="Ingests on the page.")] = 100,
+    cursor: Annotated[str | None, Query(pattern="^[0-9a-f]{32}$", description="`next` of the page before.")] = None,
+) -> IngestPage:
+    """List ingests, the newest first."""
+    if limit > settings.max_page:
+        raise InvalidRequest(f"limit must lie in 1..{settings.max_page}, got {limit}", max_page=settings.max_page)
+    with database.reading() as session:
+        return ingest.page(session, buffer, limit=limit, before=cursor)
 
 
 @router.get("/v1/ingests/{ingest_id}")
