@@ -278,7 +278,7 @@ def test_the_interface_description_knows_every_route_and_its_problems(client: ht
     for path, operations in schema["paths"].items():
         for method, operation in operations.items():
             assert operation["summary"], (path, method)
-            assert "application/problem+json" in operation["responses"]["default"]["content"]
+            assert "application/problem+json" in operation["responses"]["503"]["content"]
 
 
 def test_a_body_that_is_not_declared_as_json_is_told_so(client: httpx.Client) -> None:
