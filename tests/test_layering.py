@@ -77,8 +77,8 @@ WITH_TORCH = "engram.torch"
 
 ORDER = {
     "engram": [
-        "errors names schemas files forks commands amounts paths etags",
-        "fields images npy labelled",
+        "errors names schemas files forks commands amounts etags",
+        "fields images npy labelled paths",
         "form shares draw tar transport",
         "strip folder http",
         "pack batch index",
