@@ -126,14 +126,15 @@ class Connection(HttpToolsProtocol):
             return
         left = memoryview(data)
         while left and not self._is_refused and not self.transport.is_closing():
-            if self._unparsed_bytes == most:
+            if self._unparsed_bytes >= most:
                 self._refuse_head(f"more than {most} bytes, the most that ENGRAM_MAX_HEAD_BYTES allows")
                 return
             if self._unparsed_bytes and len(self.headers) > MAX_HEADERS:
                 self._refuse_head(f"more than {MAX_HEADERS} headers")
                 return
-            room = most - self._unparsed_bytes
-            piece = left[: room if self._in_body else min(room, _PIECE_BYTES)]
+            # A body is handed on as it came, with what little of the next head may be behind it.
+            is_body = self._in_body and not self._unparsed_bytes
+            piece = left if is_body else left[: min(most - self._unparsed_bytes, _PIECE_BYTES)]
             self._unparsed_bytes += len(piece)
             super().data_received(cast(bytes, piece))
             left = left[len(piece) :]
