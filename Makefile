@@ -22,7 +22,7 @@ BENCHES := strip draw ingest selection ratios stream budget gem
 export OMP_NUM_THREADS ?= 1
 
 .NOTPARALLEL:
-.PHONY: help install test slow kills lint format types check docs demo bench bench-quick clean
+.PHONY: help install test slow kills fuzz fuzz-quick lint format types check docs demo bench bench-quick clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -34,6 +34,12 @@ test: $(DEV) ## the default tests (under 3 minutes on two cores, no network)
 
 slow: $(DEV) ## the long tests: kills and restarts, the demo, much fuzzing
 	$(BIN)/python -m pytest -q -m slow $(PARALLEL) $(PYTEST_ARGS)
+
+fuzz: $(DEV) ## 20,000 requests and more made from the interface description, valid and not (half an hour)
+	$(BIN)/python -m tests.fuzz --cases 20000
+
+fuzz-quick: $(DEV) ## a part of it (under 2 minutes)
+	$(BIN)/python -m tests.fuzz --cases 1500
 
 lint: $(DEV) ## ruff: rules and format
 	$(BIN)/ruff check .
@@ -51,7 +57,7 @@ KILLS ?= 200
 kills: $(DEV) ## services, workers, mirrors, registrations and migrations are killed at random and at every step
 	KILLS=$(KILLS) $(BIN)/python -m pytest -q -m "slow or not slow" tests/service/test_faults.py $(PYTEST_ARGS)
 
-check: lint types slow test ## what CI runs
+check: lint types fuzz-quick slow test ## what CI runs
 
 docs: $(DEV) ## write the tables of docs/settings.md and docs/api.md from the code
 	$(BIN)/python -m docs.tables

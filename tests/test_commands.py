@@ -109,6 +109,15 @@ def test_every_setting_in_bytes_takes_a_unit(tmp_path: Path, monkeypatch: pytest
     assert {getattr(settings, name) for name in names} == {3 * 2**30}
 
 
+def test_the_wheel_leaves_out_the_sample() -> None:
+    wheel = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["hatch"]["build"]["targets"][
+        "wheel"
+    ]
+    large = [path for package in wheel["packages"] for path in (ROOT / package).rglob("*") if path.suffix == ".gz"]
+    assert large
+    assert not [path for path in large if not any((ROOT / left_out) in path.parents for left_out in wheel["exclude"])]
+
+
 def test_a_database_without_its_driver_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "psycopg", None)
     with pytest.raises(ValidationError, match=r"it needs psycopg, .*pip install 'engram\[service,postgres\]'"):

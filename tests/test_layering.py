@@ -77,9 +77,9 @@ WITH_TORCH = "engram.torch"
 
 ORDER = {
     "engram": [
-        "errors names schemas files forks commands amounts",
+        "errors names schemas files forks commands amounts paths etags",
         "fields images npy labelled",
-        "form shares draw tar transport paths",
+        "form shares draw tar transport",
         "strip folder http",
         "pack batch index",
         "packs",
@@ -96,12 +96,12 @@ ORDER = {
     ],
     "engram_service": [
         "settings tables problems extractor_child answers",
-        "database storage embedder spooled auth bodies edge liveness",
-        "buffers ingest extractors",
+        "database storage embedder spooled pages bodies edge head liveness",
+        "buffers ingest extractors auth",
         "commit replay heartbeat",
         "collect health",
         "room work",
-        "routes",
+        "routes interface",
         "worker app",
         "supervisor",
         "cli",

@@ -233,13 +233,14 @@ class Client(Uploads, Draws, Reading):
             raise InvalidRequest(first_fault(error)) from error
         return self._http.fetch(Buffer, "POST", f"{paths.of_buffer(source)}/forks", body=json_body(wanted))
 
-    def delete_buffer(self, name: str) -> None:
-        """The buffer and all its exemplars are gone.
+    def delete_buffer(self, name: str, *, generation: int | None = None) -> None:
+        """The buffer and all its exemplars are gone, if it was at `generation` (None: whatever it was at).
 
         Raises:
             NotFound: no such buffer.
+            Conflict: the buffer is at another generation.
         """
-        self._http.send("DELETE", paths.of_buffer(name))
+        self._http.send("DELETE", paths.of_buffer(name), headers=paths.if_match(generation))
 
     def task(self, buffer: str, task: int) -> Task:
         """A task as it is stored: classes, counts, bytes and the decision on its quality.
@@ -249,13 +250,14 @@ class Client(Uploads, Draws, Reading):
         """
         return self._http.fetch(Task, "GET", paths.of_task(buffer, task))
 
-    def delete_task(self, buffer: str, task: int) -> None:
-        """The task's exemplars are gone, in a new generation.
+    def delete_task(self, buffer: str, task: int, *, generation: int | None = None) -> None:
+        """The task's exemplars are gone, in a new generation, if the buffer was at `generation` (None: at any).
 
         Raises:
             NotFound: no such buffer or task.
+            Conflict: the buffer is at another generation.
         """
-        self._http.send("DELETE", paths.of_task(buffer, task))
+        self._http.send("DELETE", paths.of_task(buffer, task), headers=paths.if_match(generation))
 
     # Uploads, draws, packs and exemplars are in the classes that this one inherits from.
 

@@ -80,7 +80,7 @@ def task_number(task: int) -> int:
 
 def _images(images: Any) -> UInt8Array:
     try:
-        array = np.asarray(images)
+        array = np.asarray([*map(_pixels, images)] if isinstance(images, list | tuple) else images)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(_of_several_sizes(images) or f"images cannot be made an array: {error}") from error
     if array.dtype == object:

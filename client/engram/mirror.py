@@ -1,6 +1,6 @@
 """A local copy of a buffer's packs, so that replay needs no request per minibatch.
 
-    FOLDER/manifest.json     the generation that is mirrored, and when its buffer was created
+    FOLDER/manifest.json     the generation that is mirrored
     FOLDER/packs/            its packs and their indexes (`engram.packs`)
 
 `refresh` brings it to the newest generation: one conditional request when nothing changed. When something did, packs
@@ -21,7 +21,6 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
-from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -50,12 +49,8 @@ _T = TypeVar("_T")
 
 
 class _Saved(Answer):
-    """manifest.json. A buffer made anew under an old name counts generations from the start, so its birth matters.
+    """manifest.json. A folder with `local` is a buffer of its own (`engram.local`) and no mirror."""
 
-    A folder with `local` is a buffer of its own (`engram.local`) and no mirror.
-    """
-
-    created_at: datetime
     manifest: Manifest
     local: object = None
 
@@ -129,7 +124,6 @@ class Mirror:
         self._cache = PackCache(self._store, cache_bytes, eager=True)
         self._refreshing = threading.Lock()
         forks.register(self)
-        self._created_at: datetime | None = None
         self._snapshot = self._snapshot_of(_nothing(buffer), [])
         saved = self._read_saved()
         if saved is not None:
@@ -168,16 +162,11 @@ class Mirror:
                 the service go on and leave out what is damaged.
         """
         with self._refreshing:
-            created_at = self._client.buffer(self.buffer).created_at
-            if created_at == self._created_at:
-                manifest = self._client.manifest_after(self.buffer, self.generation)
-            else:
-                manifest = self._client.manifest(self.buffer)
+            manifest = self._client.manifest_after(self.buffer, self.manifest)
             if manifest is None:
                 return False
             self._adopt(self._fetch(manifest))
-            self._created_at = created_at
-            self._save(_Saved(created_at=created_at, manifest=self.manifest))
+            self._save(_Saved(manifest=self.manifest))
             self._drop_unnamed()
             return True
 
@@ -273,7 +262,7 @@ class Mirror:
         if len(opened) < len(entries):
             self._cache.release(digests)
             return
-        self._snapshot, self._created_at = self._snapshot_of(saved.manifest, opened), saved.created_at
+        self._snapshot = self._snapshot_of(saved.manifest, opened)
 
     def _adopt(self, snapshot: Snapshot) -> None:
         before, self._snapshot = self._snapshot, snapshot

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 from urllib.parse import urlencode
 
-from engram import paths
+from engram import etags, paths
 from engram.errors import StripCorrupt
 from engram.http import Http
 from engram.schemas import Exemplar, ExemplarPage, Manifest
@@ -30,10 +30,11 @@ class Reading:
         query = "" if generation is None else f"?generation={generation}"
         return self._http.fetch(Manifest, "GET", f"{paths.of_buffer(buffer)}/manifest{query}")
 
-    def manifest_after(self, buffer: str, generation: int) -> Manifest | None:
-        """The newest manifest, or None if the buffer is still at this generation."""
+    def manifest_after(self, buffer: str, manifest: Manifest) -> Manifest | None:
+        """The newest manifest, or None if that is this one: the same generation of the same buffer."""
         path = f"{paths.of_buffer(buffer)}/manifest"
-        answer = self._http.send("GET", path, headers=[("If-None-Match", f'"{generation}"')])
+        held = [] if manifest.created_at is None else [etags.of(manifest.generation, manifest.created_at)]
+        answer = self._http.send("GET", path, headers=[("If-None-Match", f'"{tag}"') for tag in held])
         return self._http.read(Manifest, answer, path) if answer else None
 
     def pack(self, digest: str) -> bytes:

@@ -14,14 +14,17 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
+    StrictBool,
     ValidationError,
     ValidatorFunctionWrapHandler,
     WrapValidator,
     field_validator,
     model_validator,
 )
+from pydantic_core import PydanticCustomError
 
 from engram.names import MAX_CLASS_ID as MAX_CLASS_ID
 from engram.names import class_name
@@ -56,13 +59,38 @@ MAX_TASK = 2**31 - 1
 MAX_BUDGET_BYTES = 2**53 - 1
 """The largest integer that every JSON parser reads exactly."""
 
+
+def _number(value: Any) -> Any:
+    """`true` and "77" are no numbers, though Python would make some of them; 1e6 is one, as JSON Schema has it."""
+    if isinstance(value, bool | str | bytes):
+        raise PydanticCustomError("int_type", "Input should be a valid integer")
+    return value
+
+
+def _decimal(value: Any) -> Any:
+    """Members of JSON objects are named by text: an integer there is written as such, and in one way only."""
+    if isinstance(value, str) and not re.fullmatch(_DECIMAL, value, re.ASCII):
+        raise PydanticCustomError("int_parsing", "Input should be a valid integer")
+    return value
+
+
+_DECIMAL = "0|[1-9][0-9]{0,9}"
+Number = BeforeValidator(_number)
+
 FieldName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,31}$")]
 ClassId = Annotated[int, Field(ge=0, le=MAX_CLASS_ID)]
-ClassName = Annotated[str, AfterValidator(class_name)]
+ClassName = Annotated[str, AfterValidator(class_name), Field(json_schema_extra={"minLength": 1})]
 BUFFER_NAME = re.compile(r"^[a-z0-9][a-z0-9._-]{0,62}$")
 BufferName = Annotated[str, Field(pattern=BUFFER_NAME.pattern)]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Quality = Annotated[int, Field(ge=1, le=100)]
+BudgetBytes = Annotated[int, Field(ge=1, le=MAX_BUDGET_BYTES), Number]
+
+
+def _named(schema: dict[str, Any]) -> None:
+    """An object whose members all match the pattern: `patternProperties` alone would let others pass."""
+    ((pattern, value),) = schema.pop("patternProperties").items()
+    schema |= {"propertyNames": {"pattern": pattern}, "additionalProperties": value}
 
 
 class Model(BaseModel):
@@ -87,12 +115,12 @@ class BufferCreate(Model):
     """
 
     name: BufferName
-    budget_bytes: Annotated[int, Field(ge=1, le=MAX_BUDGET_BYTES)]
+    budget_bytes: BudgetBytes
     per: Per = "buffer"
     share_by: ShareBy = "class"
     subsampling: Subsampling = "4:2:0"
-    quality: Quality | None = None
-    fields: dict[FieldName, str] = {}
+    quality: Annotated[Quality, Number] | None = None
+    fields: Annotated[dict[FieldName, str], Field(json_schema_extra=_named)] = {}
 
 
 class BufferChange(Model):
@@ -102,8 +130,11 @@ class BufferChange(Model):
     another id has is refused.
     """
 
-    budget_bytes: Annotated[int, Field(ge=1, le=MAX_BUDGET_BYTES)] | None = None
-    class_names: dict[ClassId, ClassName] = {}
+    budget_bytes: BudgetBytes | None = None
+    class_names: Annotated[
+        dict[Annotated[ClassId, BeforeValidator(_decimal)], ClassName],
+        Field(json_schema_extra={"propertyNames": {"pattern": f"^({_DECIMAL})$"}}),
+    ] = {}
 
     @model_validator(mode="after")
     def _says_something(self) -> Self:
@@ -121,9 +152,9 @@ class ForkCreate(Model):
     """
 
     name: BufferName
-    generation: Annotated[int, Field(ge=0, lt=2**31)] | None = None
-    budget_bytes: Annotated[int, Field(ge=1, le=MAX_BUDGET_BYTES)] | None = None
-    frozen: bool = False
+    generation: Annotated[int, Field(ge=0, lt=2**31), Number] | None = None
+    budget_bytes: BudgetBytes | None = None
+    frozen: StrictBool = False
 
 
 def _or_text(value: Any, read: ValidatorFunctionWrapHandler) -> Any:
@@ -308,10 +339,11 @@ class PackEntry(Answer):
 
 
 class Manifest(Answer):
-    """The exact content of one generation, packs in ascending order of task."""
+    """The exact content of one generation, packs in ascending order of task. `created_at` is the buffer's."""
 
     buffer: str
     generation: int
+    created_at: datetime | None = None
     used_bytes: int
     limit_bytes: int
     image_shape: tuple[int, int, int] | None
@@ -339,7 +371,7 @@ class Exemplar(Answer):
 class Relabel(Model):
     """The class that exemplars belong to."""
 
-    class_id: Annotated[int, Field(ge=0, le=MAX_CLASS_ID)]
+    class_id: Annotated[ClassId, Number]
 
 
 class ExemplarPage(Answer):

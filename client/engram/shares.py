@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from engram.schemas import Per, ShareBy
+from engram.schemas import MAX_BUDGET_BYTES, Per, ShareBy
 
 Leaf = tuple[int, int]
 """(task, class id)"""
@@ -27,8 +27,11 @@ def split(total: int, count: int) -> list[int]:
 
 
 def limit(budget_bytes: int, *, per: Per, classes: int) -> int:
-    """The total that a buffer may use: the budget itself, or the budget times its distinct classes."""
-    return budget_bytes if per == "buffer" else budget_bytes * classes
+    """The total that a buffer may use: the budget itself, or the budget times its distinct classes.
+
+    It is never above `MAX_BUDGET_BYTES`, like the budgets themselves.
+    """
+    return min(budget_bytes if per == "buffer" else budget_bytes * classes, MAX_BUDGET_BYTES)
 
 
 def leaves(

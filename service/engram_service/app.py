@@ -4,22 +4,21 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Any
 
 from anyio.to_thread import run_sync
 from fastapi import FastAPI
-from fastapi.openapi.utils import get_openapi
 from fastapi.routing import APIRoute
 
 from engram.errors import StorageFull, Unavailable
 from engram.packs import PackCache, raise_handles
 
-from . import __version__, problems
+from . import __version__, interface, pages, problems
 from .answers import Answers
-from .auth import OPEN_PATHS, Gate, require_token_beyond_loopback
+from .auth import Gate, require_token_beyond_loopback
 from .bodies import Bodies
 from .database import Database
 from .extractors import Turns
+from .head import Head
 from .liveness import Liveness
 from .replay import Replay
 from .room import Room
@@ -61,6 +60,8 @@ def create_app(settings: Settings) -> FastAPI:
         description=DESCRIPTION,
         lifespan=lifespan,
         redirect_slashes=False,
+        docs_url=None,
+        redoc_url=None,
         generate_unique_id_function=_operation_id,
         responses={"default": {"model": problems.Problem, "description": "A problem."}},
     )
@@ -74,11 +75,13 @@ def create_app(settings: Settings) -> FastAPI:
     problems.install(app)
     app.add_middleware(Bodies, settings=settings, answers=app.state.answers)
     app.add_middleware(Gate, settings=settings)
+    app.add_middleware(Head)
     app.add_middleware(problems.LastResort)
     # Routes are tried in order: draws come by the hundred a second, everything else now and then.
     for resource in (draw, packs, buffers, extractors, ingests, tasks, export, exemplars, health):
         app.include_router(resource.router)
-    _document(app, needs_token=settings.admin_token is not None)
+    pages.install(app)
+    interface.document(app, settings)
     return app
 
 
@@ -120,23 +123,3 @@ def _opened(settings: Settings) -> Database:
 
 def _operation_id(route: APIRoute) -> str:
     return route.name
-
-
-def _document(app: FastAPI, *, needs_token: bool) -> None:
-    """The interface description says what the framework does not know: the token, and how problems are sent."""
-
-    def describe() -> dict[str, Any]:
-        if app.openapi_schema is None:
-            schema = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
-            for path, operations in schema["paths"].items():
-                for operation in operations.values():
-                    problem = operation["responses"]["default"]["content"]
-                    problem[problems.MEDIA_TYPE] = problem.pop("application/json", {})
-                    if path in OPEN_PATHS:
-                        operation["security"] = []
-            schema["components"]["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}
-            schema["security"] = [{"token": []}] if needs_token else [{}, {"token": []}]
-            app.openapi_schema = schema
-        return app.openapi_schema
-
-    app.openapi = describe  # type: ignore[method-assign]

@@ -15,10 +15,11 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from engram.errors import EngramError, Forbidden, Unauthorized
 
+from .pages import FILE_PATHS
 from .problems import problem_response
 from .settings import Settings
 
-OPEN_PATHS = frozenset({"/healthz", "/readyz", "/docs", "/docs/oauth2-redirect", "/redoc", "/openapi.json"})
+OPEN_PATHS = frozenset({"/healthz", "/readyz", "/docs", "/redoc", "/openapi.json"}) | FILE_PATHS
 """What needs no token: whether the service lives, and what its interface is."""
 
 

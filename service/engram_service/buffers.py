@@ -17,12 +17,15 @@ from sqlalchemy import delete as delete_from
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
-from engram import shares
+from engram import etags, shares
 from engram.errors import Conflict, NotFound
 from engram.fields import Schema
 from engram.schemas import Buffer, BufferCreate, ClassSummary, Decision, Manifest, PackEntry, QualityState, Task
 
 from .tables import BufferRow, PackRow, TaskRow
+
+Expected = frozenset[str]
+"""States of a buffer that a change is meant for: entity tags without quotes, or numbers of generations alone."""
 
 
 def create(session: Session, wanted: BufferCreate) -> Buffer:
@@ -100,16 +103,46 @@ def read(session: Session, name: str) -> Buffer:
     return describe(session, find(session, name))
 
 
-def delete(session: Session, name: str) -> None:
+def delete(session: Session, name: str, *, expected: Expected | None = None) -> None:
     """The buffer is gone with everything in it; its packs leave the disk when the collector runs.
 
     Raises:
         NotFound: there is no such buffer.
+        Conflict: it is not as `expected`.
     """
+    row = session.get(BufferRow, name, with_for_update=True)
+    if row is None:
+        raise _unknown(name)
+    check_expected(row, expected)
     # By its name and not as a row that was read: another transaction may be deleting it at this moment.
     gone = session.execute(delete_from(BufferRow).where(BufferRow.name == name).returning(BufferRow.name))
     if gone.first() is None:
         raise _unknown(name)
+
+
+def created_at(row: BufferRow) -> datetime:
+    """When the buffer was made, to the microsecond: it tells it from others of its name."""
+    return datetime.fromtimestamp(row.created_at, UTC)
+
+
+def tag(row: BufferRow) -> str:
+    """The entity tag of the buffer as it stands, without quotes."""
+    return etags.of(row.generation, created_at(row))
+
+
+def check_expected(row: BufferRow, expected: Expected | None) -> None:
+    """Returns if the buffer is in one of these states, None being any.
+
+    Raises:
+        Conflict: it is in another.
+    """
+    if expected is not None and expected.isdisjoint({str(row.generation), tag(row)}):
+        wanted = " or ".join(sorted(expected))
+        raise Conflict(
+            f"buffer {row.name!r} is at generation {row.generation}, the request expects {wanted}; its ETag is now "
+            f'"{tag(row)}": read it again and decide anew',
+            generation=row.generation,
+        )
 
 
 def find(session: Session, name: str) -> BufferRow:
@@ -146,6 +179,7 @@ def manifest(session: Session, name: str, generation: int | None = None) -> Mani
     return Manifest(
         buffer=name,
         generation=wanted,
+        created_at=created_at(row),
         used_bytes=sum(pack.bytes for pack in packs),
         limit_bytes=_limit_bytes(row, classes_by_task(session, name)),
         image_shape=image_shape(row),
@@ -196,18 +230,6 @@ def packs_to_draw_from(session: Session, name: str, generation: int) -> list[Dra
 def named_packs(session: Session, digests: Sequence[str]) -> set[str]:
     """Those of these packs that some generation still names."""
     return set(session.scalars(select(PackRow.digest).where(PackRow.digest.in_(digests))))
-
-
-def generation_of(session: Session, name: str) -> int:
-    """The current generation: the whole of what a draw without `generation` asks the database.
-
-    Raises:
-        NotFound: there is no such buffer.
-    """
-    found = session.scalar(select(BufferRow.generation).where(BufferRow.name == name))
-    if found is None:
-        raise _unknown(name)
-    return found
 
 
 def task(session: Session, name: str, number: int) -> Task:
@@ -349,7 +371,7 @@ def describe(session: Session, row: BufferRow) -> Buffer:
         fields=row.fields,
         class_names=class_names(row),
         is_frozen=row.is_frozen,
-        created_at=datetime.fromtimestamp(row.created_at, UTC),
+        created_at=created_at(row),
     )
 
 

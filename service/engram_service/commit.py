@@ -33,13 +33,26 @@ from sqlalchemy.sql.elements import ColumnElement
 
 from engram import memory, pack
 from engram.content import Content, Means, Policy, Task
-from engram.errors import Conflict, NotFound, StorageFull, Unavailable
+from engram.errors import NotFound, StorageFull, Unavailable
 from engram.fields import Schema
 from engram.memory import Where
 from engram.schemas import Buffer, BufferChange, Decision, ForkCreate
 from engram.strip import Exemplars
 
-from .buffers import add_row, check_free, check_thawed, class_names, describe, entry, find, image_shape, live_packs
+from .buffers import (
+    Expected,
+    add_row,
+    check_expected,
+    check_free,
+    check_thawed,
+    class_names,
+    describe,
+    entry,
+    find,
+    image_shape,
+    live_packs,
+    tag,
+)
 from .database import Database
 from .ingest import Claim, LeaseLost, holds
 from .storage import PackStore
@@ -72,7 +85,7 @@ def commit(
     change: Callable[[Content], Content],
     *,
     ingest: Claim | None = None,
-    expected_generation: int | None = None,
+    expected: Expected | None = None,
     emergency: Emergency | None = None,
 ) -> int:
     """The buffer's content is what `change` makes of it; returns the new generation.
@@ -80,18 +93,18 @@ def commit(
     Args:
         change: called again if another commit came first; what it raises leaves everything as it was.
         ingest: ends as committed in the same transaction.
-        expected_generation: that `change` is meant for.
+        expected: the state of the buffer that `change` is meant for.
         emergency: what to do if the disk is full and `change` frees room. The change may then take several generations.
 
     Raises:
         NotFound: no such buffer.
-        Conflict: the buffer is frozen, or not at `expected_generation`.
+        Conflict: the buffer is frozen, or not as `expected`.
         LeaseLost: the ingest was cancelled, deleted or claimed by another worker; nothing changed.
         StorageFull: the disk is full; nothing changed, or in an emergency only some of the tasks.
         Unavailable: lost too many races; nothing changed.
     """
     try:
-        return _commit(database, store, buffer, change, ingest, expected_generation)
+        return _commit(database, store, buffer, change, ingest, expected)
     except StorageFull:
         if emergency is None:
             raise
@@ -99,10 +112,11 @@ def commit(
         while True:
             collect()
             step = _Step(change, _free_bytes(store))
-            expected_generation = _commit(database, store, buffer, step, None, expected_generation)
+            generation = _commit(database, store, buffer, step, None, expected)
             if step.is_last:
                 collect()
-                return expected_generation
+                return generation
+            expected = frozenset({str(generation)})
 
 
 def _commit(
@@ -111,14 +125,14 @@ def _commit(
     buffer: str,
     change: Callable[[Content], Content],
     ingest: Claim | None,
-    expected_generation: int | None,
+    expected: Expected | None,
 ) -> int:
     for _ in range(MAX_RACES):
         with database.reading() as session:
             row = find(session, buffer)
             before = read_content(session, store, row)
         check_thawed(row)
-        _check_generation(row, expected_generation)
+        check_expected(row, expected)
         after = change(before)
         packs = _put_changed(store, row.name, before, after)
         try:
@@ -155,7 +169,7 @@ def change(
     buffer: str,
     wanted: BufferChange,
     *,
-    expected_generation: int | None = None,
+    expected: Expected | None = None,
     emergency: Emergency | None = None,
 ) -> int:
     """The buffer has this budget and its classes these names; returns the new generation.
@@ -171,7 +185,7 @@ def change(
             content = memory.rename(content, wanted.class_names)
         return content if wanted.budget_bytes is None else memory.reshare(content, budget_bytes=wanted.budget_bytes)
 
-    return commit(database, store, buffer, make, expected_generation=expected_generation, emergency=emergency)
+    return commit(database, store, buffer, make, expected=expected, emergency=emergency)
 
 
 def reshare(
@@ -181,7 +195,7 @@ def reshare(
     *,
     budget_bytes: int | None = None,
     without_task: int | None = None,
-    expected_generation: int | None = None,
+    expected: Expected | None = None,
     emergency: Emergency | None = None,
 ) -> int:
     """The buffer has this budget and no longer has this task; returns the new generation. See `memory.reshare`.
@@ -191,7 +205,7 @@ def reshare(
         Conflict, StorageFull, Unavailable: as `commit`.
     """
     make = partial(memory.reshare, budget_bytes=budget_bytes, without_task=without_task)
-    return commit(database, store, buffer, make, expected_generation=expected_generation, emergency=emergency)
+    return commit(database, store, buffer, make, expected=expected, emergency=emergency)
 
 
 def fork(database: Database, store: PackStore, source: str, wanted: ForkCreate) -> Buffer:
@@ -209,7 +223,7 @@ def fork(database: Database, store: PackStore, source: str, wanted: ForkCreate) 
             row = find(session, source)
             check_free(session, wanted.name)
             before = read_content(session, store, row)
-        _check_generation(row, wanted.generation)
+        check_expected(row, None if wanted.generation is None else frozenset({str(wanted.generation)}))
         after = before if wanted.budget_bytes is None else memory.reshare(before, budget_bytes=wanted.budget_bytes)
         packs = _put_changed(store, wanted.name, before, after)
         try:
@@ -224,20 +238,6 @@ def _free_bytes(store: PackStore) -> int:
     return disk.f_bavail * disk.f_frsize
 
 
-def _check_generation(row: BufferRow, expected: int | None) -> None:
-    """Returns if the buffer is at this generation, None being any.
-
-    Raises:
-        Conflict: it is at another.
-    """
-    if expected is not None and row.generation != expected:
-        raise Conflict(
-            f"buffer {row.name!r} is at generation {row.generation}, the request expects {expected}; "
-            "read it again and decide anew",
-            generation=row.generation,
-        )
-
-
 def _overtaken(buffer: str) -> Unavailable:
     return Unavailable(
         f"{MAX_RACES} other changes of buffer {buffer!r} came first, one after the other; try again", retry_after_s=1
@@ -250,7 +250,7 @@ def remove(
     buffer: str,
     where: Where,
     *,
-    expected_generation: int | None = None,
+    expected: Expected | None = None,
     emergency: Emergency | None = None,
 ) -> int:
     """The buffer has these exemplars no longer; returns the new generation. See `memory.remove`.
@@ -260,7 +260,7 @@ def remove(
         Conflict, StorageFull, Unavailable: as `commit`.
     """
     change = partial(memory.remove, where=where)
-    return commit(database, store, buffer, change, expected_generation=expected_generation, emergency=emergency)
+    return commit(database, store, buffer, change, expected=expected, emergency=emergency)
 
 
 def relabel(
@@ -270,7 +270,7 @@ def relabel(
     where: Where,
     class_id: int,
     *,
-    expected_generation: int | None = None,
+    expected: Expected | None = None,
 ) -> int:
     """These exemplars of the buffer are of this class; returns the new generation. See `memory.relabel`.
 
@@ -279,11 +279,11 @@ def relabel(
         Conflict, StorageFull, Unavailable: as `commit`.
     """
     change = partial(memory.relabel, where=where, class_id=class_id)
-    return commit(database, store, buffer, change, expected_generation=expected_generation)
+    return commit(database, store, buffer, change, expected=expected)
 
 
-def place_of(session: Session, buffer: str, digest: str, row: int) -> tuple[Where, int]:
-    """A row of a pack as the place that it has in its class, and the generation in which it has it.
+def place_of(session: Session, buffer: str, digest: str, row: int) -> tuple[Where, Expected]:
+    """A row of a pack as the place that it has in its class, and the state of the buffer in which it has it.
 
     Raises:
         NotFound: the current generation of the buffer has no such pack, or the pack no such row.
@@ -294,7 +294,7 @@ def place_of(session: Session, buffer: str, digest: str, row: int) -> tuple[Wher
             rank = row
             for class_id, count in live.runs:
                 if rank < count:
-                    return Where(task=live.task, class_id=class_id, rank=rank), found.generation
+                    return Where(task=live.task, class_id=class_id, rank=rank), frozenset({tag(found)})
                 rank -= count
     raise NotFound(
         f"generation {found.generation} of buffer {buffer!r} has no row {row} in a pack {digest!r}; list its exemplars",

@@ -27,11 +27,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from sqlalchemy import Connection, Engine, create_engine, event, inspect, text
-from sqlalchemy.exc import DBAPIError, OperationalError
+from sqlalchemy.exc import DataError, DBAPIError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.orm import Session, sessionmaker
 
-from engram.errors import EngramError, StorageFull, Unavailable
+from engram.errors import EngramError, InvalidRequest, StorageFull, Unavailable
 
 from .settings import Settings
 
@@ -107,8 +107,8 @@ class Database:
         with self._translated(), self._read() as session:
             yield session
 
-    def glance(self, query: str, *values: object) -> Any:
-        """The first column of the first row, or None: of an embedded database, in some 20 us and without a transaction.
+    def glance(self, query: str, *values: object) -> tuple[Any, ...] | None:
+        """The first row, or None: of an embedded database, in some 20 us and without a transaction.
 
         None too if there is no row, if the database is not embedded, is busy or broken: a session tells which.
         This is for the event loop, which must not wait; a session costs 50 times as much.
@@ -119,10 +119,10 @@ class Database:
             try:
                 if self._glancing is None:
                     self._glancing = self._read_only(timeout_s=0)
-                row = self._glancing.execute(query, values).fetchone()
+                row: tuple[Any, ...] | None = self._glancing.execute(query, values).fetchone()
             except sqlite3.Error:
                 return None
-        return None if row is None else row[0]
+        return row
 
     def ping(self) -> None:
         """Returns if the database answers and has the schema of this version.
@@ -226,6 +226,9 @@ class Database:
             return StorageFull("the disk of the database server is full; nothing was written")
         if code in (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_IOERR):
             return Unavailable(f"the disk does not give or take the database {self._file}: {cause}", retry_after_s=1)
+        if isinstance(error, DataError):
+            # PostgreSQL keeps no NUL in a text, so none can be looked for: /v1/buffers/%00
+            return InvalidRequest(f"the database holds no such value: {cause}")
         if isinstance(error, OperationalError):
             return Unavailable(f"the database does not answer: {cause}", retry_after_s=1)
         return None

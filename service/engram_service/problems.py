@@ -122,11 +122,12 @@ class LastResort:
 
 def _methods(app: FastAPI, request: Request) -> list[str]:
     """What is possible at the path; the framework names the first route's methods only."""
-    return [
+    possible = [
         method
         for method in ("DELETE", "GET", "PATCH", "POST", "PUT")
         if any(route.matches({**request.scope, "method": method})[0] is Match.FULL for route in app.routes)
     ]
+    return sorted([*possible, "HEAD"]) if "GET" in possible else possible
 
 
 def _of_disk(error: OSError) -> EngramError:

@@ -4,7 +4,7 @@ A generation never changes, so everything that is derived from it is computed on
 layout that draws are planned on, the indexes of its packs, their bytes as far as they fit. `peek` and
 `draw(may_load=False)` answer from memory alone, so the route can call them on the event loop and needs no thread.
 
-The database is asked again for a kept generation once a second: the buffer may have been deleted, or made anew under
+Every draw asks the database whether the generation still is one: the buffer may have been deleted, or made anew under
 the same name, or the generation collected. Exemplars whose bytes are damaged are left out and counted.
 """
 
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -36,9 +35,6 @@ from .database import Database
 from .settings import Settings
 from .tables import BufferRow
 
-RECHECK_S = 1.0
-"""How long a generation is answered without asking the database whether it still is one."""
-
 MAX_VIEW_BYTES = 2**27
 """Of generations and the indexes of their packs; those not asked for longest are let go, the last one never."""
 
@@ -59,6 +55,8 @@ Collect = Callable[[dict[int, strip.Exemplars], Plan, batch.IntArray], list[batc
 
 _PIECE_ROWS = 4096
 
+_BUFFER = "SELECT generation, oldest_generation, created_at FROM buffers WHERE name = ?"
+
 # A string of 64 characters and its place in three lists.
 _PACK_BYTES = 137
 
@@ -76,12 +74,7 @@ class View:
         self.largest = 0
         """Bytes of the largest exemplar that was met in its packs so far."""
         self._rest = [(pack.task, pack.quality, pack.bytes) for pack in held]
-        self.checked_at = time.monotonic()
-
-    @property
-    def is_fresh(self) -> bool:
-        """True while it need not be compared with the database."""
-        return time.monotonic() - self.checked_at < RECHECK_S
+        self.used_at = time.monotonic()
 
     @property
     def bytes(self) -> int:
@@ -133,7 +126,7 @@ class Replay:
         self.settings = settings
         # What need not be weighed exemplar by exemplar.
         self._small_bytes = min(LARGE_BYTES, settings.max_answer_bytes)
-        self._views: OrderedDict[tuple[str, int], View] = OrderedDict()
+        self._views: dict[tuple[str, int], View] = {}
         self._lock = threading.Lock()
 
     def warm(self) -> None:
@@ -148,13 +141,17 @@ class Replay:
             batch.assemble(packs.collect([some], plan(layout, Request(1, strategy=strategy))))
 
     def peek(self, buffer: str, generation: int | None) -> View | None:
-        """The generation if it is known and fresh; never waits for database or disk."""
-        if generation is None:
-            generation = self.database.glance("SELECT generation FROM buffers WHERE name = ?", buffer)
-        if generation is None:
+        """The generation if it is kept and still is one; never waits for database or disk."""
+        row = self.database.glance(_BUFFER, buffer)
+        if row is None:
             return None
-        view = self._views.get((buffer, generation))
-        return view if view is not None and view.is_fresh else None
+        newest, oldest, created_at = row
+        wanted = newest if generation is None else generation
+        view = self._views.get((buffer, wanted))
+        if view is None or view.created_at != created_at or not oldest <= wanted <= newest:
+            return None
+        view.used_at = time.monotonic()
+        return view
 
     def view(self, buffer: str, generation: int | None) -> View:
         """A generation, None being the current one.
@@ -170,7 +167,7 @@ class Replay:
             if known is None or known.created_at != row.created_at:
                 held = buffers.packs_to_draw_from(session, buffer, wanted)
                 known = View(buffer, wanted, row.created_at, held)
-        known.checked_at = time.monotonic()
+        known.used_at = time.monotonic()
         self._keep(known)
         self._let_go(buffer, row.oldest_generation)
         return known
@@ -340,7 +337,6 @@ class Replay:
                 if known is not None:
                     self.cache.release(known.digests)
                 self._views[key] = view
-            self._views.move_to_end(key)
 
     def _let_go(self, buffer: str, oldest_generation: int) -> None:
         """Generations that were collected, that nobody has asked for of late, or that are too many."""
@@ -349,14 +345,15 @@ class Replay:
             newest = dict(sorted(self._views))
             for key, view in list(self._views.items()):
                 idle_s = IDLE_S if newest[key[0]] == key[1] else IDLE_SUPERSEDED_S
-                if now - view.checked_at > idle_s or (key[0] == buffer and key[1] < oldest_generation):
+                if now - view.used_at > idle_s or (key[0] == buffer and key[1] < oldest_generation):
                     self._drop(key)
-            older = [key for key in self._views if key[0] == buffer and key[1] != newest[buffer]]
+            unused = sorted(self._views, key=lambda key: self._views[key].used_at)
+            older = [key for key in unused if key[0] == buffer and key[1] != newest[buffer]]
             for key in older[: max(0, len(older) - MAX_SUPERSEDED)]:
                 self._drop(key)
             room = MAX_VIEW_BYTES - sum(view.bytes for view in self._views.values())
             while len(self._views) > 1 and self.cache.index_bytes > room:
-                room += self._drop(next(iter(self._views)))
+                room += self._drop(min(self._views, key=lambda key: self._views[key].used_at))
 
     def _drop(self, key: tuple[str, int]) -> int:
         """It is let go; returns the bytes it took."""

@@ -71,7 +71,7 @@ class Settings(BaseSettings):
     max_json_bytes: Annotated[Bytes, Field(ge=1)] = 2**16
     """The largest JSON body (a buffer's definition is some 150 bytes)."""
 
-    max_head_bytes: Annotated[int, Field(ge=1024)] = 2**16
+    max_head_bytes: Annotated[Bytes, Field(ge=1024)] = 2**16
     """The largest head of a request, its line and headers together; it stops heads that never end. A draw that names
     10,000 tasks has 50 KB."""
 
@@ -93,11 +93,11 @@ class Settings(BaseSettings):
     max_draw: Annotated[int, Field(ge=1)] = 8192
     """The largest `size` of a draw; `max_answer_bytes` bounds it in bytes."""
 
-    max_answer_bytes: Annotated[int, Field(ge=1)] = 64 * 2**20
+    max_answer_bytes: Annotated[Bytes, Field(ge=1)] = 64 * 2**20
     """The largest answer that is made in memory: a draw in any form, a pack as a picture. Exports and packs are sent in
     pieces and need no such bound."""
 
-    answer_memory_bytes: Annotated[int, Field(ge=1)] = 192 * 2**20
+    answer_memory_bytes: Annotated[Bytes, Field(ge=1)] = 192 * 2**20
     """Memory for all answers above 1 MiB that are on their way; requests wait for it, then get 503. One answer is
     always let through when there is no other."""
 
@@ -162,7 +162,7 @@ class Settings(BaseSettings):
     """Packs that only older generations name. Beyond it the oldest generations go before `grace_s` is over; the last
     one before the current stays for all of it."""
 
-    reserve_bytes: Annotated[int, Field(ge=2**16)] = 8 * 2**20
+    reserve_bytes: Annotated[Bytes, Field(ge=2**16)] = 8 * 2**20
     """A file of this size that is given up when the disk is full, so that deleting and shrinking still work there. With
     fewer bytes than this free besides, the service is not ready."""
 

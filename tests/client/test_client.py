@@ -326,8 +326,8 @@ def test_packs_are_what_the_manifest_names(filled: Filled) -> None:
         assert (len(content), pack.digest(content)) == (entry.bytes, entry.digest)
         assert len(pack.parse(content)) == entry.exemplars
     assert filled.client.manifest(filled.name, generation=1).generation == 1
-    assert filled.client.manifest_after(filled.name, manifest.generation) is None
-    assert filled.client.manifest_after(filled.name, manifest.generation - 1) == manifest
+    assert filled.client.manifest_after(filled.name, manifest) is None
+    assert filled.client.manifest_after(filled.name, manifest.model_copy(update={"generation": 0})) == manifest
 
 
 def test_a_pack_damaged_on_disk_is_recognised(served: ServiceThread, connect: Make) -> None:

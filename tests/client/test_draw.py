@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from hashlib import sha256
+from time import process_time
 
 import numpy as np
 import pytest
@@ -189,3 +190,23 @@ PINNED: dict[str, list[tuple[int, int, int]]] = {
     "class_balanced": [(0, 1, 20), (0, 3, 41), (2, 3, 18), (2, 5, 25), (4, 8, 53), (4, 8, 86)],
     "epoch": [(2, 3, 2), (2, 3, 3), (4, 8, 44)],
 }
+
+
+def test_the_largest_global_batch_costs_a_few_sorts_of_it_and_not_one_for_each_round_of_repeats() -> None:
+    many = draw.Layout(
+        [
+            PackEntry(
+                digest="0" * 64, task=0, bytes=1, exemplars=9000 * 300, quality=50, runs=[(c, 300) for c in range(9000)]
+            )
+        ]
+    )
+    count = 2**20
+    numbers = np.random.default_rng(0).integers(0, 9000 * 300, count)
+    unit_s = process_time()
+    np.unique(numbers, return_index=True)
+    unit_s = process_time() - unit_s
+    for strategy in ("uniform", "class_balanced"):
+        before = process_time()
+        planned = draw.plan(many, draw.Request(8192, strategy=strategy, rank=3, world_size=128))
+        assert process_time() - before < 4 * unit_s
+        assert len(planned.rows) == 8192

@@ -120,6 +120,7 @@ MENDS: dict[str, tuple[tuple[Any, ...], str]] = {
         "leave out ToTensor",
     ),
     "a palette": (([(Image.new("P", (8, 8)), 0)],), r"mode 'P', neither 'L' nor 'RGB': give image.convert\('RGB'\)"),
+    "a palette in a list": (([Image.new("P", (8, 8))], [0]), "mode 'P', neither 'L' nor 'RGB'"),
     "sizes in pairs": (([(IMAGES[0], 0), (IMAGES[1][:4], 1)],), "image 1 is 4x12x3 and image 0 8x12x3"),
 }
 

@@ -24,7 +24,7 @@ def test_a_new_buffer_is_empty_and_says_where_it_is(client: httpx.Client) -> Non
     answer = made(client, budget_bytes=1234, per="class", share_by="task", subsampling="4:4:4")
     assert answer.status_code == 201
     assert answer.headers["Location"] == "/v1/buffers/b"
-    assert answer.headers["ETag"] == '"0"'
+    assert answer.headers["ETag"].startswith('"0-')
     buffer = Buffer.model_validate(answer.json())
     assert (buffer.generation, buffer.used_bytes, buffer.limit_bytes, buffer.tasks) == (0, 0, 0, [])
     assert Buffer.model_validate(client.get("/v1/buffers/b").json()) == buffer
@@ -149,7 +149,7 @@ def test_a_smaller_budget_makes_a_generation_within_it(client: httpx.Client, ser
     )
     after = Buffer.model_validate(answer.json())
     assert after.generation == before.generation + 1
-    assert answer.headers["ETag"] == f'"{after.generation}"'
+    assert answer.headers["ETag"].startswith(f'"{after.generation}-')
     assert 0 < after.used_bytes <= after.budget_bytes == before.used_bytes // 2
 
 
@@ -160,7 +160,30 @@ def test_a_change_that_expects_another_generation_changes_nothing(client: httpx.
     assert client.patch("/v1/buffers/b", json={"budget_bytes": 5000}, headers=moved).status_code == 409
     assert client.delete("/v1/buffers/b/tasks/0", headers=moved).status_code == 409
     assert client.delete("/v1/buffers/b/tasks/0", headers={"If-Match": '"x"'}).status_code == 422
+    assert client.delete("/v1/buffers/b", headers=moved).status_code == 409
     assert client.get("/v1/buffers/b").json() == before
+    assert client.delete("/v1/buffers/b", headers={"If-Match": '"0", "1"'}).status_code == 204
+
+
+def test_a_tag_of_a_buffer_that_was_deleted_names_nothing_of_the_one_made_anew(
+    client: httpx.Client, served: ServiceThread
+) -> None:
+    filled(client, served, {0: 5})
+    tag = client.get("/v1/buffers/b/manifest").headers["ETag"]
+    assert tag == client.get("/v1/buffers/b").headers["ETag"]
+    assert client.delete("/v1/buffers/b", headers={"If-Match": tag}).status_code == 204
+    filled(client, served, {7: 3})
+    manifest = client.get("/v1/buffers/b/manifest", headers={"If-None-Match": tag})
+    assert (manifest.status_code, manifest.json()["generation"]) == (200, 1)
+    assert manifest.headers["ETag"] != tag
+    for method, path in (
+        ("DELETE", "/v1/buffers/b"),
+        ("DELETE", "/v1/buffers/b/tasks/0"),
+        ("DELETE", "/v1/buffers/b/exemplars?class_id=7"),
+        ("DELETE", f"/v1/buffers/b/exemplars/{manifest.json()['packs'][0]['digest']}/0"),
+    ):
+        assert client.request(method, path, headers={"If-Match": tag}).status_code == 409, path
+    assert client.get("/v1/buffers/b").headers["ETag"] == manifest.headers["ETag"]
 
 
 def test_a_deleted_task_is_gone_from_the_next_generation(client: httpx.Client, served: ServiceThread) -> None:
@@ -183,12 +206,14 @@ def test_an_older_manifest_answers_until_it_is_collected(client: httpx.Client, s
 def test_an_unchanged_manifest_is_not_sent_again(client: httpx.Client, served: ServiceThread) -> None:
     filled(client, served, {0: 3})
     first = client.get("/v1/buffers/b/manifest")
-    assert first.headers["ETag"] == '"1"'
+    assert first.headers["ETag"].startswith('"1-')
     for query in ("", "?generation=1"):
         again = client.get(f"/v1/buffers/b/manifest{query}", headers={"If-None-Match": first.headers["ETag"]})
         assert (again.status_code, again.content) == (304, b"")
     fill(served.state.database, served.settings, 1, {1: 1})
-    assert client.get("/v1/buffers/b/manifest", headers={"If-None-Match": '"1"'}).status_code == 200
+    for query in ("", "?generation=1"):
+        again = client.get(f"/v1/buffers/b/manifest{query}", headers={"If-None-Match": first.headers["ETag"]})
+        assert (again.status_code, again.headers["ETag"] == first.headers["ETag"]) == (200, False)
 
 
 def test_a_deleted_buffer_is_gone_and_its_name_free(client: httpx.Client, served: ServiceThread) -> None:
@@ -240,7 +265,7 @@ def test_what_is_nowhere_and_what_is_not_possible_are_problems(client: httpx.Cli
     impossible = client.put("/v1/buffers", json={})
     assert impossible.status_code == 405
     assert impossible.headers["Content-Type"] == "application/problem+json"
-    assert set(impossible.headers["Allow"].split(", ")) == {"GET", "POST"}
+    assert set(impossible.headers["Allow"].split(", ")) == {"GET", "HEAD", "POST"}
 
 
 def test_the_interface_description_knows_every_route_and_its_problems(client: httpx.Client) -> None:

@@ -407,8 +407,8 @@ def test_a_change_expects_the_generation_it_was_decided_on(place: Place) -> None
     place.create(5000)
     place.upload(0, {0: 3})
     with pytest.raises(Conflict, match=r"at generation 1, the request expects 0"):
-        reshare(place.database, place.store, "b", budget_bytes=100, expected_generation=0)
-    assert reshare(place.database, place.store, "b", budget_bytes=4000, expected_generation=1) == 2
+        reshare(place.database, place.store, "b", budget_bytes=100, expected=frozenset({"0"}))
+    assert reshare(place.database, place.store, "b", budget_bytes=4000, expected=frozenset({"1"})) == 2
 
 
 def test_an_unchanged_pack_is_not_written_again(place: Place) -> None:

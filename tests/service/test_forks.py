@@ -200,7 +200,7 @@ def test_forks_and_names_over_http(client: httpx.Client, served: ServiceThread) 
     create(state.database)
     fill(state.database, served.settings, 0, {0: 4, 5: 4})
     answer = client.patch("/v1/buffers/b", json={"class_names": {"0": "cat", "5": "dog"}})
-    assert (answer.status_code, answer.headers["ETag"]) == (200, '"2"')
+    assert (answer.status_code, answer.headers["ETag"][:3]) == (200, '"2-')
     assert answer.json()["class_names"] == {"0": "cat", "5": "dog"}
     assert client.get("/v1/buffers/b/manifest").json()["class_names"] == {"0": "cat", "5": "dog"}
     assert [row["name"] for row in client.get("/v1/buffers/b/tasks/0").json()["classes"]] == ["cat", "dog"]

@@ -145,7 +145,7 @@ def test_packs_of_version_1_are_refused_and_nothing_changes(first_schema: Databa
     with pytest.raises(Conflict, match=r"1 packs of format version 1.* export .* with Engram 0.1"):
         first_schema.migrate()
     assert first_schema.schema_state() == "outdated"
-    assert first_schema.glance("SELECT quality FROM tasks") == 50
+    assert first_schema.glance("SELECT quality FROM tasks") == (50,)
 
 
 def test_the_commands_refuse_a_folder_of_version_1_in_one_sentence(first_schema: Database, bare: Settings) -> None:
@@ -187,7 +187,7 @@ def test_a_step_back_makes_the_schema_it_came_from(first_schema: Database) -> No
     assert schema() != before
     steps(first_schema, "0001")
     assert schema() == before
-    assert first_schema.glance("SELECT seen FROM tasks") == '{"7": 12}'
+    assert first_schema.glance("SELECT seen FROM tasks") == ('{"7": 12}',)
     first_schema.migrate()
 
 
@@ -238,7 +238,7 @@ def test_readers_see_one_state_and_do_not_wait_for_writers(database: Database) -
             assert reader.scalar(text("SELECT max(generation) FROM buffers")) == 0
         create(database, "b")
         assert (before, reader.scalar(text("SELECT count(*) FROM buffers"))) == (1, 1)
-    assert database.glance("SELECT count(*) FROM buffers") == 2
+    assert database.glance("SELECT count(*) FROM buffers") == (2,)
 
 
 def test_writers_wait_for_each_other_and_lose_nothing(database: Database) -> None:
@@ -256,7 +256,7 @@ def test_writers_wait_for_each_other_and_lose_nothing(database: Database) -> Non
         thread.start()
     for thread in threads:
         thread.join()
-    assert database.glance("SELECT generation FROM buffers WHERE name = ?", "b") == 80
+    assert database.glance("SELECT generation FROM buffers WHERE name = ?", "b") == (80,)
 
 
 def test_a_commit_survives_a_power_cut(database: Database) -> None:

@@ -48,6 +48,24 @@ def test_draws_from_disk_and_from_memory_are_alike(replay: Replay) -> None:
     assert [found.body for found in drawn if found is not None] == first
 
 
+@pytest.mark.parametrize("generation", [None, 1], ids=["newest", "pinned"])
+def test_a_buffer_that_another_process_deleted_or_made_anew_is_not_drawn_from(
+    serve_thread: Callable[..., ServiceThread], generation: int | None
+) -> None:
+    one, other = serve_thread(), serve_thread()
+    query = "/v1/buffers/b/draw?size=4" + ("" if generation is None else f"&generation={generation}")
+    create(one.state.database)
+    fill(one.state.database, one.settings, 0, {0: 9})
+    first = httpx.get(one.url + query)
+    assert first.status_code == 200
+    assert httpx.delete(f"{other.url}/v1/buffers/b").status_code == 204
+    assert httpx.get(one.url + query).status_code == 404
+    create(other.state.database)
+    fill(other.state.database, other.settings, 0, {5: 9}, seed=5)
+    again = httpx.get(one.url + query)
+    assert (again.status_code, again.content == first.content) == (200, False)
+
+
 def test_the_event_loop_gets_no_draw_that_would_read_the_disk(replay: Replay) -> None:
     replay.cache.close()
     draw(replay)

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from fastapi import APIRouter, Response
 
-from fastapi import APIRouter, Header, Response
-
+from engram import etags
 from engram.schemas import Buffer, BufferChange, BufferCreate, BufferList, ForkCreate, Manifest
 
 from .. import buffers, commit
 from .parts import (
     BufferPath,
     DatabasePart,
-    ExpectedGeneration,
+    ExpectedState,
     Generation,
+    IfNoneMatch,
     ReplayPart,
     RoomPart,
     StorePart,
@@ -30,7 +30,7 @@ def create_buffer(wanted: BufferCreate, response: Response, database: DatabasePa
     with database.session() as session:
         made = buffers.create(session, wanted)
     response.headers["Location"] = f"/v1/buffers/{made.name}"
-    response.headers["ETag"] = etag(made.generation)
+    response.headers["ETag"] = etag(etags.of(made.generation, made.created_at))
     return made
 
 
@@ -43,10 +43,10 @@ def list_buffers(database: DatabasePart) -> BufferList:
 
 @router.get("/{buffer}")
 def read_buffer(buffer: BufferPath, response: Response, database: DatabasePart) -> Buffer:
-    """Read a buffer as it stands; its ETag is its generation."""
+    """Read a buffer as it stands; its ETag names the buffer and its generation."""
     with database.reading() as session:
         found = buffers.read(session, buffer)
-    response.headers["ETag"] = etag(found.generation)
+    response.headers["ETag"] = etag(etags.of(found.generation, found.created_at))
     return found
 
 
@@ -58,10 +58,10 @@ def change_buffer(
     database: DatabasePart,
     store: StorePart,
     room: RoomPart,
-    expected_generation: ExpectedGeneration,
+    expected: ExpectedState,
 ) -> Buffer:
     """Give a buffer another budget, its classes other names; a smaller budget drops the tails of every class."""
-    commit.change(database, store, buffer, change, expected_generation=expected_generation, emergency=room.emergency)
+    commit.change(database, store, buffer, change, expected=expected, emergency=room.emergency)
     return read_buffer(buffer, response, database)
 
 
@@ -72,17 +72,19 @@ def fork_buffer(
     """Make a buffer that begins with the content of this one and shares its packs; a frozen one is a snapshot."""
     made = commit.fork(database, store, buffer, wanted)
     response.headers["Location"] = f"/v1/buffers/{made.name}"
-    response.headers["ETag"] = etag(made.generation)
+    response.headers["ETag"] = etag(etags.of(made.generation, made.created_at))
     return made
 
 
 @router.delete("/{buffer}", status_code=204)
-def delete_buffer(buffer: BufferPath, database: DatabasePart, replay: ReplayPart, room: RoomPart) -> None:
+def delete_buffer(
+    buffer: BufferPath, database: DatabasePart, replay: ReplayPart, room: RoomPart, expected: ExpectedState
+) -> None:
     """Delete a buffer and everything in it."""
 
     def delete() -> None:
         with database.session() as session:
-            buffers.delete(session, buffer)
+            buffers.delete(session, buffer, expected=expected)
 
     room.freeing(delete)
     replay.forget(buffer)
@@ -94,11 +96,13 @@ def read_manifest(
     response: Response,
     database: DatabasePart,
     generation: Generation = None,
-    if_none_match: Annotated[str | None, Header()] = None,
+    if_none_match: IfNoneMatch = "",
 ) -> Manifest:
-    """List the packs of a generation; the ETag is the generation."""
+    """List the packs of a generation; the ETag names the buffer and the generation."""
     with database.reading() as session:
-        tag = etag(buffers.generation_of(session, buffer) if generation is None else generation)
+        row = buffers.find(session, buffer)
+        # An older generation tells the limit and the class names of now, so its tag names both generations.
+        tag = etag(buffers.tag(row) if generation in (None, row.generation) else f"{buffers.tag(row)}-{generation}")
         # The current generation needs no look at its packs; an older one may have been collected.
         if generation is None and matches(if_none_match, tag):
             return Response(status_code=304, headers={"ETag": tag})  # type: ignore[return-value]

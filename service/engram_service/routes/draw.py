@@ -55,7 +55,9 @@ MAX_PARAMETERS = 16
 
 
 def _parameter(name: str, description: str, schema: dict[str, Any], *, required: bool = False) -> dict[str, Any]:
-    return {"name": name, "in": "query", "required": required, "description": description, "schema": schema}
+    parameter = {"name": name, "in": "query", "required": required, "description": description, "schema": schema}
+    # A list is written with commas: tasks=1,2
+    return parameter | {"style": "form", "explode": False} if schema.get("type") == "array" else parameter
 
 
 def _whole(**bounds: int) -> dict[str, Any]:
@@ -63,18 +65,21 @@ def _whole(**bounds: int) -> dict[str, Any]:
 
 
 _SEED = _whole(minimum=0, maximum=2**63 - 1, default=0)
-_TASKS = {"type": "string", "pattern": "^[0-9]+(,[0-9]+)*$"}
+_TASKS = {"type": "array", "items": _whole(minimum=0, maximum=MAX_TASK), "minItems": 1}
+
+_GENERATION = _whole(minimum=0, maximum=2**31 - 1)
+_STRATEGY = {"type": "string", "enum": list(draw.STRATEGIES), "default": "uniform"}
 
 PARAMETERS = [
     _parameter("size", "Exemplars of this rank (of each task for `per_task`).", _whole(minimum=1), required=True),
     _parameter("seed", "Key of the random numbers.", _SEED),
     _parameter("step", "Number of the minibatch.", _SEED),
-    _parameter("strategy", "What is drawn alike.", {"enum": list(draw.STRATEGIES), "default": "uniform"}),
+    _parameter("strategy", "What is drawn alike.", _STRATEGY),
     _parameter("tasks", "Only these tasks: numbers with commas.", _TASKS),
     _parameter("exclude_tasks", "Not these tasks: numbers with commas.", _TASKS),
-    _parameter("rank", "Which slice of the global batch.", _whole(minimum=0, default=0)),
-    _parameter("world_size", "Ranks that share the global batch.", _whole(minimum=1, default=1)),
-    _parameter("generation", "An exact generation; the current one when it is left out.", _whole(minimum=0)),
+    _parameter("rank", "Which slice of the global batch; below `world_size`.", _whole(minimum=0, default=0)),
+    _parameter("world_size", "Ranks that share the global batch; a setting bounds it.", _whole(minimum=1, default=1)),
+    _parameter("generation", "An exact generation; the current one when it is left out.", _GENERATION),
 ]
 _NAMES = frozenset(parameter["name"] for parameter in PARAMETERS)
 _BINARY = {"schema": {"type": "string", "format": "binary"}}
@@ -92,7 +97,7 @@ _BINARY = {"schema": {"type": "string", "format": "binary"}}
                 "Engram-Exemplars": {"description": "Exemplars in the body.", "schema": {"type": "integer"}},
                 "Engram-Damaged": {"description": "Chosen but unreadable.", "schema": {"type": "integer"}},
             },
-        }
+        },
     },
 )
 async def draw_exemplars(request: Request, buffer: str) -> Response:

@@ -6,7 +6,7 @@ import re
 from typing import Annotated, Any
 
 import numpy as np
-from fastapi import APIRouter, Header, Path, Query, Response
+from fastapi import APIRouter, Path, Query, Response
 
 from engram.errors import InvalidRequest
 from engram.fields import Cell
@@ -20,8 +20,9 @@ from .parts import (
     JPEG_MEDIA_TYPE,
     BufferPath,
     DatabasePart,
-    ExpectedGeneration,
+    ExpectedState,
     Generation,
+    IfNoneMatch,
     ReplayPart,
     RoomPart,
     SettingsPart,
@@ -49,7 +50,10 @@ def list_exemplars(
     task: TaskFilter = None,
     class_id: ClassFilter = None,
     limit: Annotated[int, Query(ge=1, description="Exemplars on the page.")] = 100,
-    cursor: Annotated[str | None, Query(description="`next` of the page before.")] = None,
+    cursor: Annotated[
+        str | None,
+        Query(description="`next` of the page before.", json_schema_extra={"pattern": f"^{_CURSOR.pattern}$"}),
+    ] = None,
     generation: Generation = None,
 ) -> ExemplarPage:
     """List exemplars in order of task, class and rank."""
@@ -73,7 +77,7 @@ def read_exemplar(
     row: RowPath,
     replay: ReplayPart,
     database: DatabasePart,
-    if_none_match: Annotated[str | None, Header()] = None,
+    if_none_match: IfNoneMatch = "",
 ) -> Response:
     """Read one exemplar as a stand-alone JPEG."""
     with database.reading() as session:
@@ -100,14 +104,14 @@ def remove_exemplars(
     database: DatabasePart,
     store: StorePart,
     room: RoomPart,
-    expected_generation: ExpectedGeneration,
+    expected: ExpectedState,
     task: TaskFilter = None,
     class_id: ClassFilter = None,
     key: KeyFilter = None,
 ) -> Buffer:
     """Remove all exemplars of a class or with a key, in a new generation, as if they had never come."""
     where = Where(task=task, class_id=class_id, key=key)
-    commit.remove(database, store, buffer, where, expected_generation=expected_generation, emergency=room.emergency)
+    commit.remove(database, store, buffer, where, expected=expected, emergency=room.emergency)
     return _as_it_stands(database, buffer)
 
 
@@ -117,14 +121,14 @@ def relabel_exemplars(
     change: Relabel,
     database: DatabasePart,
     store: StorePart,
-    expected_generation: ExpectedGeneration,
+    expected: ExpectedState,
     task: TaskFilter = None,
     class_id: ClassFilter = None,
     key: KeyFilter = None,
 ) -> Buffer:
     """Move all exemplars of a class or with a key to another class of their tasks, in a new generation."""
     where = Where(task=task, class_id=class_id, key=key)
-    commit.relabel(database, store, buffer, where, change.class_id, expected_generation=expected_generation)
+    commit.relabel(database, store, buffer, where, change.class_id, expected=expected)
     return _as_it_stands(database, buffer)
 
 
@@ -136,11 +140,11 @@ def remove_exemplar(
     database: DatabasePart,
     store: StorePart,
     room: RoomPart,
-    expected_generation: ExpectedGeneration,
+    expected: ExpectedState,
 ) -> Buffer:
     """Remove one exemplar of the current generation, in a new one."""
-    where, generation = _place_now(database, buffer, pack, row, expected_generation)
-    commit.remove(database, store, buffer, where, expected_generation=generation, emergency=room.emergency)
+    where, state = _place_now(database, buffer, pack, row, expected)
+    commit.remove(database, store, buffer, where, expected=state, emergency=room.emergency)
     return _as_it_stands(database, buffer)
 
 
@@ -152,21 +156,21 @@ def relabel_exemplar(
     change: Relabel,
     database: DatabasePart,
     store: StorePart,
-    expected_generation: ExpectedGeneration,
+    expected: ExpectedState,
 ) -> Buffer:
     """Move one exemplar of the current generation to another class of its task, in a new generation."""
-    where, generation = _place_now(database, buffer, pack, row, expected_generation)
-    commit.relabel(database, store, buffer, where, change.class_id, expected_generation=generation)
+    where, state = _place_now(database, buffer, pack, row, expected)
+    commit.relabel(database, store, buffer, where, change.class_id, expected=state)
     return _as_it_stands(database, buffer)
 
 
 def _place_now(
-    database: Database, buffer: str, pack: str, row: int, expected_generation: int | None
-) -> tuple[Where, int]:
-    """The exemplar's place in its class, and the generation that a change of it is meant for."""
+    database: Database, buffer: str, pack: str, row: int, expected: buffers.Expected | None
+) -> tuple[Where, buffers.Expected]:
+    """The exemplar's place in its class, and the state of the buffer that a change of it is meant for."""
     with database.reading() as session:
-        where, generation = commit.place_of(session, buffer, pack, row)
-    return where, generation if expected_generation is None else expected_generation
+        where, found = commit.place_of(session, buffer, pack, row)
+    return where, found if expected is None else expected
 
 
 def _as_it_stands(database: Database, buffer: str) -> Buffer:

@@ -47,7 +47,7 @@ _PARAMETERS = {
     "requestBody": {
         "required": True,
         "description": "A tar stream of KEY.ppm|pgm|png|jpg|jpeg|webp and KEY.cls pairs (WebDataset)",
-        "content": {"application/x-tar": {"schema": {"type": "string", "format": "binary"}}},
+        "content": {"application/x-tar": {"schema": {"type": "string", "format": "binary", "minLength": 1}}},
     },
 }
 

@@ -17,7 +17,7 @@ from engram.schemas import STRIPS_MEDIA_TYPE
 
 from .. import buffers
 from ..answers import LARGE_BYTES
-from .parts import JPEG_MEDIA_TYPE, CachePart, DatabasePart, asks_for_picture, etag, matches
+from .parts import JPEG_MEDIA_TYPE, CachePart, DatabasePart, IfNoneMatch, asks_for_picture, etag, matches
 
 router = APIRouter(prefix="/v1/packs", tags=["packs"])
 
@@ -47,7 +47,7 @@ def read_pack(
     database: DatabasePart,
     cache: CachePart,
     accept: Annotated[str, Header()] = "",
-    if_none_match: Annotated[str | None, Header()] = None,
+    if_none_match: IfNoneMatch = "",
 ) -> Response:
     """Read a pack, or with `Accept: image/jpeg` a picture of it. `Engram-Damaged` counts what a damaged one lacks."""
     path = cache.store.path(sha256)

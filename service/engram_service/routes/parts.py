@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated
 
 from fastapi import Depends, Header, Path, Query, Request
@@ -10,6 +11,7 @@ from engram.errors import InvalidRequest
 from engram.packs import PackCache
 from engram.schemas import MAX_TASK
 
+from ..buffers import Expected
 from ..database import Database
 from ..liveness import Liveness
 from ..replay import Replay
@@ -54,17 +56,26 @@ async def _settings(request: Request) -> Settings:
     return found
 
 
-async def _expected_generation(
+_STATE = '"[0-9]{1,10}(-[0-9a-f]{1,16})?"'
+_STATES = re.compile(rf"\*|{_STATE}( ?, ?{_STATE})*")
+
+
+async def _expected_state(
     if_match: Annotated[
-        str | None, Header(description='The generation, quoted as in an ETag ("7"), that must be the current one.')
-    ] = None,
-) -> int | None:
-    if if_match is None or if_match.strip() == "*":
-        return None
-    text = if_match.strip().removeprefix('"').removesuffix('"')
-    if not (text.isascii() and text.isdigit() and len(text) <= 18):
-        raise InvalidRequest(f'If-Match must be a generation in quotes, such as "7", got {if_match!r}')
-    return int(text)
+        str,
+        Header(
+            description="The ETag of the buffer that the request is meant for, or the number of its generation in "
+            'quotes ("7").',
+            json_schema_extra={"pattern": f"^({_STATES.pattern})$"},
+        ),
+    ] = "*",
+) -> Expected | None:
+    text = if_match.strip()
+    if not _STATES.fullmatch(text):
+        raise InvalidRequest(
+            f'If-Match must be an ETag of the buffer or its generation in quotes, "7", got {if_match!r}'
+        )
+    return None if text == "*" else frozenset(part.strip(' "') for part in text.split(","))
 
 
 DatabasePart = Annotated[Database, Depends(_database)]
@@ -74,7 +85,8 @@ ReplayPart = Annotated[Replay, Depends(_replay)]
 LivenessPart = Annotated[Liveness, Depends(_liveness)]
 RoomPart = Annotated[Room, Depends(_room)]
 SettingsPart = Annotated[Settings, Depends(_settings)]
-ExpectedGeneration = Annotated[int | None, Depends(_expected_generation)]
+ExpectedState = Annotated[Expected | None, Depends(_expected_state)]
+IfNoneMatch = Annotated[str, Header(description="ETags of what the client holds.")]
 
 BufferPath = Annotated[str, Path(description="The buffer's name.")]
 TaskPath = Annotated[int, Path(ge=0, le=MAX_TASK, description="The task's number.")]
@@ -96,9 +108,7 @@ def etag(value: object) -> str:
     return f'"{value}"'
 
 
-def matches(if_none_match: str | None, tag: str) -> bool:
+def matches(if_none_match: str, tag: str) -> bool:
     """True if the client already holds the representation of this tag (RFC 9110, weak comparison)."""
-    if if_none_match is None:
-        return False
     held = [part.strip().removeprefix("W/") for part in if_none_match.split(",")]
     return tag in held or held == ["*"]

@@ -7,7 +7,7 @@ from fastapi import APIRouter
 from engram.schemas import Task
 
 from .. import buffers, commit
-from .parts import BufferPath, DatabasePart, ExpectedGeneration, RoomPart, StorePart, TaskPath
+from .parts import BufferPath, DatabasePart, ExpectedState, RoomPart, StorePart, TaskPath
 
 router = APIRouter(prefix="/v1/buffers/{buffer}/tasks", tags=["tasks"])
 
@@ -26,7 +26,7 @@ def delete_task(
     database: DatabasePart,
     store: StorePart,
     room: RoomPart,
-    expected_generation: ExpectedGeneration,
+    expected: ExpectedState,
 ) -> None:
     """Delete a task in a new generation; the shares of other tasks grow, for uploads to come."""
     commit.reshare(
@@ -34,6 +34,6 @@ def delete_task(
         store,
         buffer,
         without_task=task,
-        expected_generation=expected_generation,
+        expected=expected,
         emergency=room.emergency,
     )
