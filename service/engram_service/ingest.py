@@ -366,7 +366,7 @@ def claim(database: Database, settings: Settings, *, owner: str, watch: Watch | 
         watch: what the worker has seen of other leases so far. Without one only free ingests are claimed.
     """
     watch = watch or Watch()
-    if database.glance(_ANY, *ACTIVE) == 0:
+    if database.glance(_ANY, *ACTIVE) == (0,):
         return None
     for _ in range(CLAIM_TRIES):
         with database.reading() as session:
