@@ -54,7 +54,7 @@ def test_the_short_option_explains_too_and_the_shell_can_complete(
     ("command", "absent", "extra"),
     [
         ("engram", "typer", "cli"),
-        ("engram-service", "uvicorn", "service"),
+        ("engram-service", "typer", "service"),
         ("engram-train", "torch", "trainer"),
     ],
 )

@@ -2,8 +2,8 @@
 
 uvicorn and httptools bound none of this, and it comes before any token is looked at. What a connection may cost:
 
-    head       at most `max_head_bytes`, complete or not, within `head_timeout_s` of its first byte (of the connection
-               for its first request); the same bytes bound what httptools keeps of trailers
+    head       at most `max_head_bytes` and `MAX_HEADERS`, complete or not, within `head_timeout_s` of its first byte
+               (of the connection for its first request); the same bytes bound what httptools keeps of trailers
     body       `min_body_bytes_per_s` on average; `max_stall_s` of silence at once
     answer     is read at that speed, too
     pipeline   `MAX_PIPELINED` requests that wait for the answer to the one before
@@ -42,8 +42,14 @@ SHUTDOWN_S = 10
 MAX_PIPELINED = 8
 """A read of 256 KiB can hold 14,000 requests, and each takes 4 KB while it waits. No client of today sends ahead."""
 
+MAX_HEADERS = 256
+"""Of one request: a head of 64 KiB can hold 16,000, which take the event loop 10 ms. A proxy may add a dozen."""
+
 LINGER_S = 1.0
 """How long a client that is refused may take to read why: closed at once, it would find its connection reset."""
+
+# Of a head, to be parsed at once.
+_PIECE_BYTES = 8192
 
 # A handle may be needed for each connection and as many for packs and the database.
 _HANDLE_SHARE = 2
@@ -114,32 +120,31 @@ class Connection(HttpToolsProtocol):
             return
         self._received_bytes += len(data)
         most = self._edge.max_head_bytes
-        if self._unparsed_bytes + len(data) <= most:
+        if len(data) <= _PIECE_BYTES and self._unparsed_bytes + len(data) <= most:
             self._unparsed_bytes += len(data)
             super().data_received(data)
             return
         left = memoryview(data)
         while left and not self._is_refused and not self.transport.is_closing():
-            room = most - self._unparsed_bytes
-            if room == 0:
-                self._refuse(
-                    TooLarge(
-                        f"the head of a request has more than {most} bytes, the most that ENGRAM_MAX_HEAD_BYTES allows",
-                        max_head_bytes=most,
-                    ),
-                    HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE,
-                )
+            if self._unparsed_bytes >= most:
+                self._refuse_head(f"more than {most} bytes, the most that ENGRAM_MAX_HEAD_BYTES allows")
                 return
-            self._unparsed_bytes += min(room, len(left))
-            super().data_received(cast(bytes, left[:room]))
-            left = left[room:]
+            if self._unparsed_bytes and len(self.headers) > MAX_HEADERS:
+                self._refuse_head(f"more than {MAX_HEADERS} headers")
+                return
+            # A body is handed on as it came, with what little of the next head may be behind it.
+            is_body = self._in_body and not self._unparsed_bytes
+            piece = left if is_body else left[: min(most - self._unparsed_bytes, _PIECE_BYTES)]
+            self._unparsed_bytes += len(piece)
+            super().data_received(cast(bytes, piece))
+            left = left[len(piece) :]
 
     def on_headers_complete(self) -> None:
         """As uvicorn's."""
         self._unparsed_bytes, self._head_s = 0, 0.0
         self._in_body, self._body_credit_s = True, self._edge.max_stall_s
-        if len(self.pipeline) >= MAX_PIPELINED:
-            raise ValueError(f"more than {MAX_PIPELINED} requests were sent before the first was answered")
+        if len(self.pipeline) >= MAX_PIPELINED or len(self.headers) > MAX_HEADERS:
+            raise ValueError("more than is understood")
         super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
@@ -159,6 +164,9 @@ class Connection(HttpToolsProtocol):
 
     def send_400_response(self, msg: str) -> None:
         """What cannot be parsed is a problem like any other."""
+        if self.headers and len(self.headers) > MAX_HEADERS:
+            self._refuse_head(f"more than {MAX_HEADERS} headers")
+            return
         self._refuse(InvalidRequest("what was sent is no HTTP/1.1 request"), HTTPStatus.BAD_REQUEST)
 
     @property
@@ -221,6 +229,10 @@ class Connection(HttpToolsProtocol):
                 f"the body came at less than {edge.min_bytes_per_s} bytes/s for {edge.max_stall_s:g} s; "
                 "ENGRAM_MIN_BODY_BYTES_PER_S and ENGRAM_MAX_STALL_S allow more"
             )
+
+    def _refuse_head(self, what: str) -> None:
+        error = TooLarge(f"the head of a request has {what}", max_head_bytes=self._edge.max_head_bytes)
+        self._refuse(error, HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE)
 
     def _refuse_slow(self, sentence: str) -> None:
         self._refuse(Unavailable(sentence), HTTPStatus.REQUEST_TIMEOUT)

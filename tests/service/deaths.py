@@ -19,6 +19,7 @@ import shutil
 import signal
 import sqlite3
 import sys
+import traceback
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from contextlib import closing
@@ -66,9 +67,12 @@ def is_killed(work: Callable[[Settings], object], settings: Settings, steps: int
         try:
             die_after(steps)
             work(settings)
-        finally:
-            os._exit(0)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
     _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0, "the work failed"
     return os.WIFSIGNALED(status)
 
 
@@ -189,6 +193,9 @@ def main(name: str, scratch: Path, points: int | None) -> dict[str, Any]:
 
     prepared = Settings(data_dir=scratch / "prepared")
     prepare(prepared)
+    # What is imported and made once is not to be counted.
+    check(warm := fresh(scratch / "warm"))
+    shutil.rmtree(warm.data_dir)
     total = next(n for n in count(20, 20) if not is_killed(work, fresh(scratch / f"whole-{n}"), n))
     chosen = sorted(random.Random(0).sample(range(total), min(points, total))) if points else range(total)
     found: Counter[str] = Counter()

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from engram import Client
+from engram_service.edge import MAX_HEADERS
 from tests.contents import create, fill, pictures
 from tests.servers import ServiceThread, eventually
 from tests.uploads import encoded, pairs, tar_of
@@ -79,6 +80,14 @@ def test_a_head_beyond_the_limit_is_refused_whether_or_not_it_ends(strict: Servi
     assert (status, problem["max_head_bytes"]) == (431, MOST)
     assert "ENGRAM_MAX_HEAD_BYTES" in str(problem["detail"])
     assert httpx.get(f"{strict.url}/healthz").status_code == 200
+
+
+@pytest.mark.parametrize(("count", "status"), [(MAX_HEADERS, 200), (MAX_HEADERS + 1, 431), (2**13, 431)])
+def test_a_head_may_have_so_many_headers(serve_thread: Callable[..., ServiceThread], count: int, status: int) -> None:
+    served = serve_thread()
+    with connected(served) as connection:
+        connection.sendall(LINE + b"Connection: close\r\n" + b"a:\r\n" * (count - 2) + b"\r\n")
+        assert rest(connection).startswith(b"HTTP/1.1 %d " % status)
 
 
 @pytest.mark.parametrize(("size", "status"), [(MOST, 200), (MOST + 1, 431)])
