@@ -72,7 +72,7 @@ def main() -> int:
                 | {"FUZZ_URL": service.url, "FUZZ_TALLY": str(tally), "FUZZ_HELD": json.dumps(in_paths(held))},
                 check=False,
             )
-            count = report(json.loads(tally.read_text()))
+            count = report(json.loads(tally.read_text())) if tally.exists() else 0
             if ended.returncode:
                 print(f"the end of the service's log:\n{service.log.read_text(errors='replace')[-4000:]}")
     return ended.returncode or int(count < given.cases)
