@@ -72,9 +72,10 @@ def _errors(path: str, method: str, operation: Operation, *, needs_token: bool) 
         yield Forbidden
     elif path not in OPEN_PATHS:
         yield Unauthorized
-    if "{" in path:
+    parameters = operation.get("parameters", ())
+    if "{" in path or "buffer" in {parameter["name"] for parameter in parameters}:
         yield NotFound
-    if operation.get("parameters") or "requestBody" in operation:
+    if parameters or "requestBody" in operation:
         yield InvalidRequest
     if method != "get":
         yield from (Conflict, TooLarge, StorageFull)
