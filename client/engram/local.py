@@ -384,9 +384,9 @@ class LocalBuffer:
             try:
                 saved = self._shared(target, generation)
                 local = state.local_of(self.folder, saved)
+                renamed = {"buffer": target.resolve().name, "created_at": datetime.now(UTC)}
                 begun = {
-                    "created_at": datetime.now(UTC),
-                    "manifest": saved.manifest.model_copy(update={"buffer": target.resolve().name}),
+                    "manifest": saved.manifest.model_copy(update=renamed),
                     "local": local.model_copy(update={"is_frozen": frozen}),
                 }
                 saved = saved.model_copy(update=begun)

@@ -21,7 +21,6 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
-from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -50,9 +49,8 @@ _T = TypeVar("_T")
 
 
 class _Saved(Answer):
-    """manifest.json, as `engram.local` reads it too. A folder with `local` is a buffer of its own and no mirror."""
+    """manifest.json. A folder with `local` is a buffer of its own (`engram.local`) and no mirror."""
 
-    created_at: datetime | None = None
     manifest: Manifest
     local: object = None
 
@@ -168,7 +166,7 @@ class Mirror:
             if manifest is None:
                 return False
             self._adopt(self._fetch(manifest))
-            self._save(_Saved(created_at=self.manifest.created_at, manifest=self.manifest))
+            self._save(_Saved(manifest=self.manifest))
             self._drop_unnamed()
             return True
 

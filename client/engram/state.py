@@ -74,9 +74,13 @@ class LocalState(Answer):
 class Saved(Answer):
     """manifest.json. Without `local` the folder is a mirror's."""
 
-    created_at: datetime
     manifest: Manifest
     local: LocalState | None = None
+
+    @property
+    def created_at(self) -> datetime:
+        """When the buffer was made. Mirrors of services before 0.3 do not know."""
+        return self.manifest.created_at or datetime.fromtimestamp(0, UTC)
 
 
 def new(name: str, wanted: BufferCreate) -> Saved:
@@ -86,10 +90,10 @@ def new(name: str, wanted: BufferCreate) -> Saved:
         InvalidRequest: it declares fields that there cannot be.
     """
     return Saved(
-        created_at=datetime.now(UTC),
         manifest=Manifest(
             buffer=name,
             generation=0,
+            created_at=datetime.now(UTC),
             used_bytes=0,
             limit_bytes=shares.limit(wanted.budget_bytes, per=wanted.per, classes=0),
             image_shape=None,

@@ -71,16 +71,18 @@ def serve(large: Path) -> Iterator[Callable[..., ServiceThread]]:
 @pytest.fixture
 def make_replay(large: Path) -> Iterator[Callable[..., Replay]]:
     """Makes the `Replay` of `large` with these settings, nothing in memory yet."""
-    databases: list[Database] = []
+    made: list[Replay] = []
 
     def make(cache_bytes: int, **given: object) -> Replay:
         settings = Settings(data_dir=large, **given)  # type: ignore[arg-type]
-        databases.append(Database(settings))
-        return Replay(databases[-1], PackCache(PackStore(settings.packs_dir), cache_bytes), settings)
+        made.append(Replay(Database(settings), PackCache(PackStore(settings.packs_dir), cache_bytes), settings))
+        return made[-1]
 
     yield make
-    for database in databases:
-        database.close()
+    for replay in made:
+        # What is still being read would count among the next test's memory.
+        replay.cache.close()
+        replay.database.close()
 
 
 def peak_bytes(work: Callable[[], object]) -> int:
