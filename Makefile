@@ -55,7 +55,7 @@ types: $(DEV) ## mypy --strict
 KILLS ?= 200
 
 kills: $(DEV) ## services, workers, mirrors, registrations and migrations are killed at random and at every step
-	KILLS=$(KILLS) $(BIN)/python -m pytest -q -m "slow or not slow" tests/service/test_faults.py $(PYTEST_ARGS)
+	KILLS=$(KILLS) $(BIN)/python -m pytest -q -m "slow or not slow" tests/service/test_faults.py --timeout 3000 $(PYTEST_ARGS)
 
 check: lint types fuzz-quick slow test ## what CI runs
 

@@ -97,7 +97,7 @@ class Settings(BaseSettings):
     """The largest answer that is made in memory: a draw in any form, a pack as a picture. Exports and packs are sent in
     pieces and need no such bound."""
 
-    answer_memory_bytes: Annotated[Bytes, Field(ge=1)] = 192 * 2**20
+    answer_memory_bytes: Annotated[Bytes, Field(ge=1)] = 128 * 2**20
     """Memory for all answers above 1 MiB that are on their way; requests wait for it, then get 503. One answer is
     always let through when there is no other."""
 
