@@ -85,13 +85,15 @@ class Reserve:
         with disk_errors(self.path, size):
             file = os.open(self.path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
         try:
-            while size >= LEAST_RESERVE_BYTES:
+            held = os.fstat(file).st_size
+            while size >= LEAST_RESERVE_BYTES and size > held:
                 try:
                     with disk_errors(self.path, size):
                         os.posix_fallocate(file, 0, size)
                     return
                 except StorageFull:
-                    os.ftruncate(file, 0)
+                    # What it has already is kept: on a full disk somebody else would take it.
+                    os.ftruncate(file, held)
                     size //= 2
         finally:
             os.close(file)

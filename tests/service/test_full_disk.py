@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -159,7 +160,21 @@ def test_a_reserve_is_kept_as_far_as_there_is_room(tmp_path: Path) -> None:
             assert not Reserve(disk / "reserve", 2**19).keep()
             (disk / "others").write_bytes(bytes(3 * 2**18))
         assert reserve.path.stat().st_size == 2**18
-        assert not reserve.keep()
+        fill_up(disk / "all")
+        left = []
+        real = os.posix_fallocate
+
+        def allocate(file: int, first: int, size: int) -> None:
+            left.append(free_bytes(disk))
+            real(file, first, size)
+
+        # What it has is not given up on the way to more: others would take it.
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(os, "posix_fallocate", allocate)
+            assert not reserve.keep()
+        assert set(left) == {0}
+        assert reserve.path.stat().st_size == 2**18
+        (disk / "all").unlink()
         (disk / "others").unlink()
         assert reserve.keep()
         assert reserve.path.stat().st_size == 2**19
