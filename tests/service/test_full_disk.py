@@ -10,7 +10,8 @@ import httpx
 import pytest
 
 from engram import Client
-from engram.errors import StorageFull
+from engram.errors import StorageFull, Unavailable
+from engram_service import storage
 from engram_service.app import create_app
 from engram_service.collect import collect
 from engram_service.database import Database
@@ -178,6 +179,18 @@ def test_a_reserve_is_kept_as_far_as_there_is_room(tmp_path: Path) -> None:
         (disk / "others").unlink()
         assert reserve.keep()
         assert reserve.path.stat().st_size == 2**19
+
+
+def test_nobody_waits_for_the_reserve_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage, "WAIT_S", 0.1)
+    reserve, other = (Reserve(tmp_path / "reserve", 2**16) for _ in range(2))
+    with reserve.given_up():
+        with pytest.raises(Unavailable, match="something else is freeing room"), other.given_up():
+            pass
+        assert not reserve.path.exists()
+    with other.given_up():
+        assert not reserve.path.exists()
+    assert reserve.path.stat().st_size == 2**16
 
 
 def test_work_that_finds_no_room_even_then_is_refused(settings: Settings, database: Database) -> None:
