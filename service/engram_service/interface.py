@@ -118,4 +118,5 @@ def _maxima(settings: Settings) -> dict[tuple[str, str], int]:
         ("draw", "world_size"): settings.max_global_draw,
         ("draw", "rank"): settings.max_global_draw - 1,
         ("exemplars", "limit"): settings.max_page,
+        ("ingests", "limit"): settings.max_page,
     }

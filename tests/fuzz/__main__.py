@@ -95,6 +95,7 @@ def configuration(held: memory.Held) -> str:
     most, some, few = 0.9, 0.6, 0.3
     values: dict[str, tuple[list[str | int], float]] = {
         **{f"path.{name}": (known, most) for name, known in in_paths(held).items()},
+        "query.buffer": ([memory.UPLOADED, *memory.BUFFERS], most),
         "query.size": ([1, 2, 7], some),
         "query.world_size": ([4, 8], some),
         "query.rank": ([0, 1, 3], some),

@@ -99,6 +99,8 @@ def after_call(context: HookContext, case: Case[Any], response: Response) -> Non
     if response.status_code == 201 and "/buffers/" in (made := response.headers.get("location", [""])[0]):
         if made.rpartition("/")[2] not in (memory.SOURCE, *memory.BUFFERS):
             _client.delete(made)
+    elif case.method == "DELETE" and case.path_parameters.get("sha256") in _extractors:
+        memory.register(_client)
     elif case.path_parameters.get("buffer") in memory.BUFFERS:
         _changed.add(case.path_parameters["buffer"])
 

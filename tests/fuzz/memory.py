@@ -46,8 +46,7 @@ def fill(client: httpx.Client) -> Held:
     made.raise_for_status()
     ingests = [_upload(client, task) for task in TASKS]
     client.post(f"/v1/buffers/{UPLOADED}/forks", json={"name": SOURCE, "frozen": True}).raise_for_status()
-    for content in MODELS:
-        client.put(f"/v1/extractors/{hashlib.sha256(content).hexdigest()}", content=content).raise_for_status()
+    register(client)
     for name in BUFFERS:
         renew(client, name)
     answer = client.get(f"/v1/buffers/{SOURCE}/manifest")
@@ -57,6 +56,12 @@ def fill(client: httpx.Client) -> Held:
         extractors=[hashlib.sha256(content).hexdigest() for content in MODELS],
         etag=answer.headers["ETag"],
     )
+
+
+def register(client: httpx.Client) -> None:
+    """The extractors are there."""
+    for content in MODELS:
+        client.put(f"/v1/extractors/{hashlib.sha256(content).hexdigest()}", content=content).raise_for_status()
 
 
 def renew(client: httpx.Client, name: str) -> None:

@@ -128,6 +128,7 @@ def test_limits_that_are_settings_are_described(serve_thread: Callable[..., Serv
     draw = "/v1/buffers/{buffer}/draw"
     assert [parameter(described, draw, name)["maximum"] for name in ("size", "world_size", "rank")] == [11, 33, 32]
     assert parameter(described, "/v1/buffers/{buffer}/exemplars", "limit")["maximum"] == 22
+    assert parameter(described, "/v1/ingests", "limit")["maximum"] == 22
     assert parameter(described, draw, "tasks")["items"] == {"type": "integer", "minimum": 0, "maximum": 2**31 - 1}
 
 
