@@ -1,6 +1,6 @@
 """The `engram-service` command: serve, worker, migrate.
 
-`serve` runs the service and its worker without any configuration, on loopback. Options win over `ENGRAM_*` variables.
+`serve` runs the service and its workers without any configuration, on loopback. Options win over `ENGRAM_*` variables.
 """
 
 from __future__ import annotations
@@ -139,7 +139,7 @@ def _settings(**given: Any) -> Settings:
 
 
 def _stop_on_sigterm() -> None:
-    """SIGTERM unwinds the stack, so that the worker is stopped and files are closed."""
+    """SIGTERM unwinds the stack, so that the workers are stopped and files are closed."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
 
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import os
 import resource
 import socket
@@ -32,6 +33,8 @@ from engram.schemas import API_HEADER, API_NUMBER
 
 from .problems import MEDIA_TYPE
 from .settings import Settings
+
+logger = logging.getLogger(__name__)
 
 KEEP_ALIVE_S = 75
 """How long an idle connection stays open: most pauses of a trainer are shorter."""
@@ -77,7 +80,12 @@ class Edge:
             # While the loop was busy, nothing was read: that is not the clients' fault.
             elapsed_s, before = min(now() - before, 2 * pause_s), now()
             for connection in list(connections):
-                connection.look(elapsed_s)
+                try:
+                    connection.look(elapsed_s)
+                except Exception as error:
+                    # One broken connection must not stop the clocks of all others.
+                    logger.error("a connection cannot be looked at; it is ended", exc_info=error)
+                    connection.transport.abort()
 
 
 class Connection(HttpToolsProtocol):

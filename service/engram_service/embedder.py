@@ -53,6 +53,9 @@ class ExtractorLimits:
     max_bytes: int = 512 * 2**20
     """Size of the file."""
 
+    niceness: int = 10
+    """How far its process stands back, at least."""
+
 
 @dataclass(frozen=True)
 class ExtractorInfo:
@@ -139,7 +142,13 @@ class _Child:
     def start(self) -> None:
         limits = self._limits
         orders = Orders(
-            str(self._path.absolute()), self._sha256, limits.max_bytes, limits.memory_bytes, limits.threads, os.getpid()
+            str(self._path.absolute()),
+            self._sha256,
+            limits.max_bytes,
+            limits.memory_bytes,
+            limits.threads,
+            limits.niceness,
+            os.getpid(),
         )
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 - closed by stop()
         self._process = subprocess.Popen(

@@ -72,7 +72,6 @@ _OPEN_FILES = 64
 _PR_SET_PDEATHSIG = 1
 _FREE_SIDES = (32, 224)
 _MAX_DEPTH = 100
-_NICENESS = 10
 
 
 class Refused(Exception):
@@ -96,6 +95,7 @@ class Orders:
     max_bytes: int
     memory_bytes: int
     threads: int
+    niceness: int
     parent: int
 
     def to_json(self) -> str:
@@ -147,8 +147,8 @@ def _confine(orders: Orders) -> None:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
     if os.getppid() != orders.parent:  # it died before the line above
         sys.exit(1)
-    # Draws come first on a machine whose cores are all busy.
-    os.nice(_NICENESS)
+    # Draws come first on a machine whose cores are all busy. A worker's own niceness is there already.
+    os.nice(max(0, orders.niceness - os.nice(0)))
     resource.setrlimit(resource.RLIMIT_AS, (orders.memory_bytes, orders.memory_bytes))
     resource.setrlimit(resource.RLIMIT_FSIZE, (_STDERR_BYTES, _STDERR_BYTES))
     resource.setrlimit(resource.RLIMIT_NOFILE, (_OPEN_FILES, _OPEN_FILES))

@@ -184,6 +184,7 @@ def limits(settings: Settings) -> ExtractorLimits:
         memory_bytes=settings.extractor_memory_bytes,
         batch_s=settings.extractor_batch_s,
         max_bytes=settings.max_extractor_bytes,
+        niceness=settings.worker_niceness,
     )
 
 

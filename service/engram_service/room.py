@@ -33,7 +33,7 @@ class Room:
         """Inside the block the reserve may be used; what it gives removes, when it is called, all that can go.
 
         Raises:
-            Unavailable: the data folder is gone or cannot be written to.
+            Unavailable: the data folder is gone or cannot be written to, or another emergency goes on for too long.
         """
         with self.reserve.given_up():
             yield self._collect

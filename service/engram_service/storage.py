@@ -13,16 +13,22 @@ from __future__ import annotations
 
 import fcntl
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from engram.errors import StorageFull
+from engram.errors import StorageFull, Unavailable
 from engram.files import disk_errors
 from engram.packs import PackFolder
 
 LEAST_RESERVE_BYTES = 2**16
 """Where there is no room for all of the reserve, it is made in half the size, and so on down to this."""
+
+WAIT_S = 10.0
+"""How long a request waits for the reserve; all threads of the service would soon do nothing else."""
+
+LOOK_S = 0.02
 
 
 class PackStore(PackFolder):
@@ -54,7 +60,7 @@ class Reserve:
         """
         if self._is_whole():
             return True
-        with self._locked(fcntl.LOCK_EX | fcntl.LOCK_NB) as is_mine:
+        with self._locked(wait_s=0) as is_mine:
             if is_mine:
                 self._make()
         return self._is_whole()
@@ -64,9 +70,11 @@ class Reserve:
         """Inside the block its bytes are free; one block at a time. Afterwards it is kept again, as far as possible.
 
         Raises:
-            Unavailable: the folder is gone or cannot be written to.
+            Unavailable: the folder is gone or cannot be written to, or another block goes on for too long.
         """
-        with self._locked(fcntl.LOCK_EX):
+        with self._locked(WAIT_S) as is_mine:
+            if not is_mine:
+                raise Unavailable("the disk is full, and something else is freeing room on it; try again")
             with disk_errors(self.path, 0):
                 self.path.unlink(missing_ok=True)
             try:
@@ -85,28 +93,36 @@ class Reserve:
         with disk_errors(self.path, size):
             file = os.open(self.path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
         try:
-            while size >= LEAST_RESERVE_BYTES:
+            held = os.fstat(file).st_size
+            while size >= LEAST_RESERVE_BYTES and size > held:
                 try:
                     with disk_errors(self.path, size):
                         os.posix_fallocate(file, 0, size)
                     return
                 except StorageFull:
-                    os.ftruncate(file, 0)
+                    # What it has already is kept: on a full disk somebody else would take it.
+                    os.ftruncate(file, held)
                     size //= 2
         finally:
             os.close(file)
 
     @contextmanager
-    def _locked(self, how: int) -> Iterator[bool]:
+    def _locked(self, wait_s: float) -> Iterator[bool]:
         """The folder is locked, by its own descriptor: the file comes and goes. False if another one has the lock."""
+        deadline = time.monotonic() + wait_s
         with disk_errors(self.path, 0):
             folder = os.open(self.path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
-            try:
-                fcntl.flock(folder, how)
-            except BlockingIOError:
-                yield False
-            else:
-                yield True
+            while not (is_mine := _try_lock(folder)) and time.monotonic() < deadline:
+                time.sleep(LOOK_S)
+            yield is_mine
         finally:
             os.close(folder)
+
+
+def _try_lock(file: int) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True

@@ -1,6 +1,6 @@
 """Runs workers as child processes: starts them, watches them, ends those that do not end by themselves.
 
-    python -m engram_service.worker NAME NUMBER OF      the worker's name, and that it is number NUMBER of OF
+    python -P -m engram_service.worker NAME NUMBER OF      the worker's name, and that it is number NUMBER of OF
 
     standard input      the settings as a line of JSON; its end tells the worker to give its ingest back and to end
     standard output     every second a line of JSON: the id of the ingest that it is at, or null
@@ -41,6 +41,8 @@ LOOK_S = 0.25
 NOTICE_S = 1.25
 # How often the database is told that the workers are alive; one small transaction for all of them.
 REPORT_S = 5.0
+# How often the log says that they cannot be looked after: a full disk may be that of the log.
+TELL_EVERY_S = 60.0
 # Starting takes about a second anyway. Workers that end before they give a sign start more and more seldom.
 RESTART_S = 0.2
 RESTART_MOST_S = 10.0
@@ -106,6 +108,8 @@ class Supervisor:
             child.kill(f"it has said what no worker says: {error}")
         code = child.process.wait()
         child.let_go()
+        with self._lock:
+            del self._children[number]
         self._take_over(child)
         if not self._stopping.is_set():
             logger.error("worker %d ended with %d; another one starts", child.process.pid, code)
@@ -131,7 +135,7 @@ class Supervisor:
     def _watch(self) -> None:
         report_s = min(REPORT_S, self._settings.worker_silent_s / 4)
         report_at, reported = 0.0, set[Identity]()
-        looked_at = time.monotonic()
+        looked_at, told_at = time.monotonic(), float("-inf")
         while not self._stopping.wait(LOOK_S):
             with self._lock:
                 children = list(self._children.values())
@@ -143,28 +147,34 @@ class Supervisor:
                 if now - before < NOTICE_S:
                     self._end_the_stuck(children)
                 if alive and (now >= report_at or alive - reported):
+                    report_at, reported = now + report_s, alive
                     with self._database.session() as session:
                         liveness.report(session, alive)
-                    report_at, reported = now + report_s, alive
-            except EngramError as error:
-                logger.warning("the workers cannot be looked after: %s", error)
             except Exception as error:
-                logger.error("the workers cannot be looked after; this is a defect of Engram", exc_info=error)
+                if now - told_at < TELL_EVERY_S:
+                    continue
+                told_at = now
+                if isinstance(error, EngramError):
+                    logger.warning("the workers cannot be looked after: %s", error)
+                else:
+                    logger.error("the workers cannot be looked after; this is a defect of Engram", exc_info=error)
 
     def _end_the_stuck(self, children: list[_Child]) -> None:
         """Workers that should have ended their work, or have shown no life, are killed."""
+        settings = self._settings
+        for child in children:
+            if child.is_silent(settings.worker_silent_s):
+                child.kill(f"it has shown no sign of life for {settings.worker_silent_s:g} s")
         leases = {child: child.lease for child in children}
         at_work = {lease for lease in leases.values() if lease is not None}
         held: set[Lease] = set()
         if at_work:
             with self._database.reading() as session:
                 held = ingest.held_by(session, at_work)
-        now, settings = time.monotonic(), self._settings
+        now = time.monotonic()
         for child, lease in leases.items():
             child.see(lease, is_held=lease in held)
-            if child.is_silent(settings.worker_silent_s):
-                child.kill(f"it has shown no sign of life for {settings.worker_silent_s:g} s")
-            elif lease is not None and now - child.lost_at > NOTICE_S:
+            if lease is not None and now - child.lost_at > NOTICE_S:
                 child.kill(f"it goes on with ingest {lease.id}, which is no longer its own")
             elif lease is not None and now - child.since > settings.max_ingest_s + NOTICE_S:
                 with suppress(LeaseLost):
@@ -182,7 +192,8 @@ class _Child:
         environment.setdefault("OMP_NUM_THREADS", "1")
         environment["PYTHONPATH"] = os.pathsep.join(str(Path(part).absolute()) for part in sys.path if part)
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "engram_service.worker", post.name, str(post.number), str(post.of)],
+            # Safe path: what lies in the folder in which the service was started is none of the service's modules.
+            [sys.executable, "-P", "-m", "engram_service.worker", post.name, str(post.number), str(post.of)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=environment,

@@ -71,10 +71,10 @@ def run(
     collect_at = time.monotonic() + post.number * round_s
     try:
         while not stop.is_set():
+            is_alive(None)
             if time.monotonic() >= collect_at:
                 collector.run()
                 collect_at = time.monotonic() + post.of * round_s
-            is_alive(None)
             try:
                 held = ingest.claim(database, settings, owner=post.name, watch=watch)
                 if held is None:

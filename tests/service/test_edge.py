@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import socket
 import time
@@ -13,7 +14,8 @@ import numpy as np
 import pytest
 
 from engram import Client
-from engram_service.edge import MAX_HEADERS
+from engram_service.edge import MAX_HEADERS, Edge
+from engram_service.settings import Settings
 from tests.contents import create, fill, pictures
 from tests.servers import ServiceThread, eventually
 from tests.uploads import encoded, pairs, tar_of
@@ -228,6 +230,33 @@ def test_requests_that_are_sent_ahead_are_few(served: ServiceThread) -> None:
             received += connection.recv(2**16)
     assert sent(served, asked * 1000).count(b"HTTP/1.1 ") < 20
     assert httpx.get(f"{served.url}/healthz").status_code == 200
+
+
+def test_a_connection_that_is_broken_stops_no_clock(settings: Settings) -> None:
+    class Looked:
+        def __init__(self, error: Exception | None) -> None:
+            self.transport, self.looks, self.is_ended = self, 0, False
+            self._error = error
+
+        def look(self, _: float) -> None:
+            self.looks += 1
+            if self._error is not None:
+                raise self._error
+
+        def abort(self) -> None:
+            self.is_ended = True
+
+    broken, sound = Looked(RuntimeError("the handler is closed")), Looked(None)
+
+    async def watch() -> None:
+        edge = Edge(settings.model_copy(update={"head_timeout_s": 0.04}))
+        watching = asyncio.create_task(edge.watch({broken, sound}))  # type: ignore[arg-type]
+        while sound.looks < 3 and not watching.done():
+            await asyncio.sleep(0.01)
+        watching.cancel()
+
+    asyncio.run(watch())
+    assert (broken.is_ended, sound.is_ended, sound.looks >= 3) == (True, False, True)
 
 
 def test_what_is_no_http_is_a_problem_too(served: ServiceThread) -> None:

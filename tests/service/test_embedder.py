@@ -20,8 +20,9 @@ from onnx import TensorProto, helper
 from onnxruntime.capi import onnxruntime_pybind11_state
 
 from engram.errors import BadExtractor
-from engram_service import extractor_child
+from engram_service import extractor_child, extractors
 from engram_service.embedder import ExtractorLimits, OnnxEmbedder, inspect
+from engram_service.settings import Settings
 from tests.models import endless_model
 from tests.photos import photos
 
@@ -405,6 +406,15 @@ def test_the_child_dies_with_its_parent(tmp_path: Path) -> None:
         child = psutil.Process(int(parent.stdout.readline()))
         os.kill(parent.pid, signal.SIGKILL)
     assert psutil.wait_procs([child], timeout=20)[1] == []
+
+
+def test_the_child_stands_back_as_far_as_the_settings_say(tmp_path: Path) -> None:
+    path, digest = saved(tmp_path, convolution())
+    own = os.nice(0)
+    for niceness in (0, 4):
+        wanted = extractors.limits(Settings(data_dir=tmp_path, worker_niceness=niceness))
+        with OnnxEmbedder(path, digest, wanted):
+            assert children()[0].nice() == max(own, niceness)
 
 
 def test_the_child_sees_no_secrets_of_the_service(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

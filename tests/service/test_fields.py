@@ -21,7 +21,7 @@ from engram.fields import Column, Schema
 from engram.schemas import STRIPS_MEDIA_TYPE, Buffer, BufferCreate, ExemplarPage, IngestOptions, Manifest
 from engram.selection.embedding import BuiltinEmbedder
 from engram.selection.images import ArrayImages
-from engram_service import buffers
+from engram_service import buffers, commit
 from engram_service.database import Database
 from engram_service.settings import Settings
 from engram_service.spooled import SpooledImages
@@ -393,6 +393,24 @@ def test_a_change_of_nothing_says_what_was_asked(
     answer = client.request(method, f"/v1/buffers/b/exemplars{query}", **content)  # type: ignore[arg-type]
     assert (answer.status_code, says in answer.text) == (status, True), answer.text
     assert manifest(client).generation == 1
+
+
+def test_the_place_of_an_exemplar_holds_in_the_generation_in_which_it_was_looked_up(
+    filled: ServiceThread, client: httpx.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sha256, row, _ = listed(client)["cam-3.png"]
+    place_of = commit.place_of
+
+    def overtaken(*where: Any) -> Any:
+        found = place_of(*where)
+        monkeypatch.undo()
+        client.delete("/v1/buffers/b/exemplars?key=cam-0.png")
+        return found
+
+    monkeypatch.setattr(commit, "place_of", overtaken)
+    headers = {"If-Match": '"1", "2"'}
+    assert client.delete(f"/v1/buffers/b/exemplars/{sha256}/{row}", headers=headers).status_code == 409
+    assert listed(client).keys() == set(COLUMNS["key"]) - {"cam-0.png"}
 
 
 @pytest.mark.parametrize("place", [False, True])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -9,7 +10,8 @@ import httpx
 import pytest
 
 from engram import Client
-from engram.errors import StorageFull
+from engram.errors import StorageFull, Unavailable
+from engram_service import storage
 from engram_service.app import create_app
 from engram_service.collect import collect
 from engram_service.database import Database
@@ -159,10 +161,36 @@ def test_a_reserve_is_kept_as_far_as_there_is_room(tmp_path: Path) -> None:
             assert not Reserve(disk / "reserve", 2**19).keep()
             (disk / "others").write_bytes(bytes(3 * 2**18))
         assert reserve.path.stat().st_size == 2**18
-        assert not reserve.keep()
+        fill_up(disk / "all")
+        left = []
+        real = os.posix_fallocate
+
+        def allocate(file: int, first: int, size: int) -> None:
+            left.append(free_bytes(disk))
+            real(file, first, size)
+
+        # What it has is not given up on the way to more: others would take it.
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(os, "posix_fallocate", allocate)
+            assert not reserve.keep()
+        assert set(left) == {0}
+        assert reserve.path.stat().st_size == 2**18
+        (disk / "all").unlink()
         (disk / "others").unlink()
         assert reserve.keep()
         assert reserve.path.stat().st_size == 2**19
+
+
+def test_nobody_waits_for_the_reserve_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage, "WAIT_S", 0.1)
+    reserve, other = (Reserve(tmp_path / "reserve", 2**16) for _ in range(2))
+    with reserve.given_up():
+        with pytest.raises(Unavailable, match="something else is freeing room"), other.given_up():
+            pass
+        assert not reserve.path.exists()
+    with other.given_up():
+        assert not reserve.path.exists()
+    assert reserve.path.stat().st_size == 2**16
 
 
 def test_work_that_finds_no_room_even_then_is_refused(settings: Settings, database: Database) -> None:

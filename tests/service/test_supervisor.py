@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -20,9 +21,9 @@ import pytest
 from sqlalchemy import select
 from typer.testing import CliRunner
 
-from engram.errors import TooLarge, from_problem
+from engram.errors import StorageFull, TooLarge, from_problem
 from engram.schemas import Ingest, IngestOptions
-from engram_service import cli, ingest
+from engram_service import cli, ingest, liveness, supervisor
 from engram_service.database import Database
 from engram_service.liveness import Identity, Liveness, forget, report
 from engram_service.settings import Settings
@@ -176,6 +177,35 @@ def test_workers_beside_another_service_are_supervised_too(settings: Settings, d
         process.terminate()
         assert process.wait(30) == 0
     assert beats(database) == {}
+
+
+def test_workers_import_nothing_from_the_folder_in_which_the_service_was_started(
+    database: Database, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "sqlalchemy.py").write_text("raise SystemExit('not the one of the service')")
+    monkeypatch.chdir(tmp_path)
+    with supervised(settings):
+        assert eventually(lambda: len(beats(database)) == 1)
+
+
+def test_a_database_that_takes_no_reports_does_not_fill_the_log(
+    database: Database, settings: Settings, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    asked: list[float] = []
+
+    def is_full(*_: object) -> None:
+        asked.append(time.monotonic())
+        raise StorageFull("there is no room")
+
+    monkeypatch.setattr(supervisor, "LOOK_S", 0.01)
+    monkeypatch.setattr(supervisor, "REPORT_S", 0.05)
+    monkeypatch.setattr(liveness, "report", is_full)
+    with supervised(settings):
+        assert eventually(lambda: len(asked) > 5)
+    assert min(after - before for before, after in pairwise(asked)) >= 0.05
+    assert [line.message for line in caplog.records if "looked after" in line.message] == [
+        "the workers cannot be looked after: there is no room"
+    ]
 
 
 def test_a_worker_command_without_workers_is_refused(settings: Settings) -> None:

@@ -311,6 +311,22 @@ def test_a_worker_whose_lease_was_taken_over_commits_nothing(
     assert final(database, queued).state == "committed"
 
 
+def test_a_worker_that_fails_after_its_lease_was_taken_over_leaves_the_upload_to_its_successor(
+    database: Database, store: PackStore, settings: Settings
+) -> None:
+    create(database)
+    queued = queue(database, settings, tar_of_arrays(PICTURES, CLASS_IDS))
+    paused = ingest.claim(database, settings, owner="paused")
+    lapse(database)
+    second = ingest.claim(database, settings, owner="second")
+    assert paused is not None
+    assert second is not None
+    late = settings.model_copy(update={"max_ingest_s": 1e-9})
+    attempt(database, store, late, paused, threading.Event())
+    attempt(database, store, settings, second, threading.Event())
+    assert final(database, queued).state == "committed"
+
+
 def test_the_work_on_a_deleted_buffer_ends(database: Database, store: PackStore, settings: Settings) -> None:
     create(database)
     queue(database, settings, tar_of_arrays(PICTURES, CLASS_IDS))

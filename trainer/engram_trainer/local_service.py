@@ -1,6 +1,6 @@
 """Start an Engram service of your own for the length of a `with` block, for the demo, benchmarks and tests.
 
-It is a process of its own, with its worker, on a free port of the loopback address; it sees the packages of this
+It is a process of its own, with its workers, on a free port of the loopback address; it sees the packages of this
 process, and no `ENGRAM_` setting of this environment but those that are given.
 """
 
@@ -23,7 +23,7 @@ STOP_S = 60.0
 
 
 class LocalService:
-    """`engram-service serve` on a free loopback port, its worker included.
+    """`engram-service serve` on a free loopback port, its workers included.
 
     Args:
         folder: gets its data, its log and the file that names its port.

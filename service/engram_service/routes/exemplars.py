@@ -169,8 +169,10 @@ def _place_now(
 ) -> tuple[Where, buffers.Expected]:
     """The exemplar's place in its class, and the state of the buffer that a change of it is meant for."""
     with database.reading() as session:
-        where, found = commit.place_of(session, buffer, pack, row)
-    return where, found if expected is None else expected
+        where, state = commit.place_of(session, buffer, pack, row)
+        buffers.check_expected(buffers.find(session, buffer), expected)
+    # Of several states that are expected, the place is known in this one.
+    return where, state
 
 
 def _as_it_stands(database: Database, buffer: str) -> Buffer:
