@@ -204,11 +204,12 @@ def is_extractor(child: psutil.Process) -> bool:
         return False
 
 
+@pytest.mark.slow
 def test_few_models_are_checked_at_a_time_and_further_ones_are_told_to_come_back(
     serve_thread: Callable[..., ServiceThread], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(extractors, "CHECK_WAIT_S", 0.3)
-    served = serve_thread(max_extractor_checks=1, extractor_batch_s=4)
+    served = serve_thread(max_extractor_checks=1, extractor_batch_s=10)
     most = 0
 
     def register(seed: int) -> httpx.Response:
