@@ -59,7 +59,8 @@ def labelled(
         texts, places = np.unique(ids, return_inverse=True)
         spelled = [class_name(text) for text in texts.tolist()]
         names = tuple(sorted({*spelled}))
-        return images_NHWC, np.array([names.index(name) for name in spelled], np.int64)[places], names
+        place_of = {name: place for place, name in enumerate(names)}
+        return images_NHWC, np.array([place_of[name] for name in spelled], np.int64)[places], names
     if ids.size and not 0 <= int(ids.min()) <= int(ids.max()) <= MAX_CLASS_ID:
         raise ValueError(f"class ids must be 0 to {MAX_CLASS_ID}, got {int(ids.min())} to {int(ids.max())}")
     return images_NHWC, ids.astype(np.int64), None
@@ -207,7 +208,11 @@ def _pair(row: Any) -> tuple[Any, Any]:
 
 
 def _pixels(image: Any) -> npt.NDArray[Any]:
-    """An image or a batch of them as an array; PIL's are [H, W] or [H, W, 3], any other becomes [H, W, C]."""
+    """An image or a batch of them as an array.
+
+    Raises:
+        ValueError: one of PIL that is neither grey nor RGB.
+    """
     mode = getattr(image, "mode", None)
     if isinstance(mode, str) and mode not in ("L", "RGB"):
         raise ValueError(f"a PIL image of mode {mode!r}, neither 'L' nor 'RGB': give image.convert('RGB')")
