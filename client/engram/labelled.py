@@ -141,7 +141,9 @@ def _mend(array: npt.NDArray[Any], images: str) -> str:
 def _no_class_ids(images_NHWC: UInt8Array, ids: npt.NDArray[Any]) -> ValueError:
     said = f"{len(images_NHWC)} images need as many integer class ids or names, got {ids.dtype} {list(ids.shape)}"
     if ids.shape == (len(images_NHWC),):
-        said += "; give class_ids.astype(int)"
+        said += {"f": "; give class_ids.astype(int)", "S": "; give class_ids.astype(str)"}.get(ids.dtype.kind, "")
+    elif ids.shape == (len(images_NHWC), 1):
+        said += "; give class_ids[:, 0]"
     elif ids.ndim == 2 and len(ids) == len(images_NHWC):
         said += "; give class_ids.argmax(1)"
     elif ids.size == 1 and images_NHWC.shape[2] in (1, 3):
@@ -173,6 +175,11 @@ def _columns(source: Any) -> tuple[list[npt.NDArray[Any]], list[Any]]:
     for image, label in map(_pair, _rows(source)):
         array = _pixels(image)
         is_batch = not isinstance(label, str) and np.ndim(label) == 1
+        if is_batch and array.shape[:1] != (len(label),):
+            raise ValueError(
+                f"a row has an array {list(array.shape)} and {len(label)} classes: of one image give one class, an "
+                "integer or a name; of a batch as many images as classes"
+            )
         if not images:
             _images(array if is_batch else array[None])  # of a large data set the first row says what is wrong
         images += list(array) if is_batch else [array]
