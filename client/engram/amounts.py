@@ -7,8 +7,9 @@ from typing import Annotated
 
 from pydantic import BeforeValidator, ByteSize, TypeAdapter
 
-# ByteSize alone reads no further than it understands: it takes 1,000 for one byte.
-_AMOUNT = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmgtpe]i?)?b?\s*", re.IGNORECASE)
+# ByteSize alone reads no further than it understands: it takes 1,000 for one byte. Of numbers without end it says
+# something else.
+_AMOUNT = re.compile(r"\s*([0-9]{1,25}(?:\.[0-9]{1,25})?)\s*([kmgtpe]i?)?b?\s*", re.IGNORECASE)
 _BYTE_SIZE = TypeAdapter(ByteSize)
 
 

@@ -179,9 +179,13 @@ class Client(Uploads, Draws, Reading):
             generation: the generation this change was decided on; None changes any.
 
         Raises:
+            InvalidRequest: the budget is out of range.
             Conflict: the buffer is at another generation.
         """
-        body = json_body(BufferChange(budget_bytes=budget_bytes))
+        try:
+            body = json_body(BufferChange(budget_bytes=budget_bytes))
+        except pydantic.ValidationError as error:
+            raise InvalidRequest(first_fault(error)) from error
         return self._http.fetch(Buffer, "PATCH", paths.of_buffer(name), headers=paths.if_match(generation), body=body)
 
     def rename_classes(self, name: str, class_names: Mapping[int, str]) -> Buffer:

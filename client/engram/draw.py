@@ -25,6 +25,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
 from operator import index
+from reprlib import repr as shortened
 from typing import NamedTuple, Protocol, get_args
 
 import numpy as np
@@ -40,6 +41,7 @@ IntArray = npt.NDArray[np.int64]
 WordArray = npt.NDArray[np.uint64]
 
 STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
+_NUMBERS = ("size", "seed", "step", "rank", "world_size")
 _EPOCH_KEY = 2**63  # keeps the keys of epochs apart from those of steps
 _ROUNDS = 4  # of the Feistel network; Luby and Rackoff (1988): four rounds of random functions are a strong permutation
 
@@ -48,10 +50,10 @@ _ROUNDS = 4  # of the Feistel network; Luby and Rackoff (1988): four rounds of r
 class Request:
     """What is asked for. `size` is the batch of one rank (of one task for `per_task`); seed and step are 0..2**63-1.
 
-    Tasks may be given as any sequence of integers.
+    Tasks may be given as any sequence of integers, integers as numpy's.
 
     Raises:
-        InvalidRequest: a number is out of range, the strategy unknown, or tasks are no integers.
+        InvalidRequest: a number is out of range or no integer, the strategy unknown, or tasks are no integers.
     """
 
     size: int
@@ -64,9 +66,12 @@ class Request:
     world_size: int = 1
 
     def __post_init__(self) -> None:
-        if self.tasks is not None and type(self.tasks) is not tuple:
+        for name in _NUMBERS:
+            if type(getattr(self, name)) is not int:
+                object.__setattr__(self, name, _integer(name, getattr(self, name)))
+        if self.tasks is not None and not _are_integers(self.tasks):
             object.__setattr__(self, "tasks", _integers("tasks", self.tasks))
-        if type(self.exclude_tasks) is not tuple:
+        if not _are_integers(self.exclude_tasks):
             object.__setattr__(self, "exclude_tasks", _integers("exclude_tasks", self.exclude_tasks))
         if self.strategy not in STRATEGIES:
             raise InvalidRequest(f"strategy {self.strategy!r} is not one of {', '.join(STRATEGIES)}")
@@ -79,11 +84,22 @@ class Request:
             raise InvalidRequest(f"rank must lie in 0..world_size-1, got rank {self.rank} of {self.world_size}")
 
 
+def _integer(name: str, number: int) -> int:
+    try:
+        return index(number)
+    except TypeError:
+        raise InvalidRequest(f"{name} is an integer, got {shortened(number)}") from None
+
+
+def _are_integers(tasks: Sequence[int]) -> bool:
+    return type(tasks) is tuple and {*map(type, tasks)} <= {int}
+
+
 def _integers(name: str, tasks: Sequence[int]) -> tuple[int, ...]:
     try:
         return tuple(map(index, tasks))
     except TypeError:
-        raise InvalidRequest(f"{name} are several integers, as in {name}=[0, 2], got {tasks!r}") from None
+        raise InvalidRequest(f"{name} are several integers, as in {name}=[0, 2], got {shortened(tasks)}") from None
 
 
 class Held(Protocol):

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from urllib.parse import quote
 
 from engram import batch, paths
 from engram.batch import Batch
+from engram.draw import Request
 from engram.http import Http
 from engram.schemas import Strategy
 
@@ -60,7 +60,7 @@ class Draws:
         Raises:
             NotFound: no such buffer, task or generation.
             Conflict: the buffer is empty, or has nothing but the excluded tasks.
-            InvalidRequest: `size` is 0 or above the service's limit, or `rank` is not in the world.
+            InvalidRequest: `size` is 0 or above the service's limit, `rank` is not in the world, or a number is none.
         """
         return self.ask(
             buffer,
@@ -90,15 +90,16 @@ class Draws:
         generation: int | None = None,
     ) -> PendingDraw:
         """As `draw`, but only the question; `finish` of what is returned fetches and decodes the answer."""
-        # Every value is an integer or one of the strategies, so nothing needs quoting but a caller's mistake.
+        # Checked here as for draws without a service, so that every value is an integer or one of the strategies.
+        wanted = Request(size, seed, step, strategy, tasks, exclude_tasks, rank, world_size)
         query = (
-            f"size={size:d}&seed={seed:d}&step={step:d}&strategy={quote(strategy)}"
-            f"&rank={rank:d}&world_size={world_size:d}"
+            f"size={wanted.size}&seed={wanted.seed}&step={wanted.step}&strategy={wanted.strategy}"
+            f"&rank={wanted.rank}&world_size={wanted.world_size}"
         )
-        if tasks is not None:
-            query += f"&tasks={','.join(f'{task:d}' for task in tasks)}"
-        if exclude_tasks:
-            query += f"&exclude_tasks={','.join(f'{task:d}' for task in exclude_tasks)}"
+        if wanted.tasks is not None:
+            query += f"&tasks={','.join(map(str, wanted.tasks))}"
+        if wanted.exclude_tasks:
+            query += f"&exclude_tasks={','.join(map(str, wanted.exclude_tasks))}"
         if generation is not None:
             query += f"&generation={generation:d}"
         return PendingDraw(self._http, f"{paths.of_buffer(buffer)}/draw?{query}")

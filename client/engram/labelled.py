@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from operator import index
+from reprlib import repr as shortened
 from typing import Any, Protocol
 
 import numpy as np
@@ -58,7 +59,8 @@ def labelled(
         texts, places = np.unique(ids, return_inverse=True)
         spelled = [class_name(text) for text in texts.tolist()]
         names = tuple(sorted({*spelled}))
-        return images_NHWC, np.array([names.index(name) for name in spelled], np.int64)[places], names
+        place_of = {name: place for place, name in enumerate(names)}
+        return images_NHWC, np.array([place_of[name] for name in spelled], np.int64)[places], names
     if ids.size and not 0 <= int(ids.min()) <= int(ids.max()) <= MAX_CLASS_ID:
         raise ValueError(f"class ids must be 0 to {MAX_CLASS_ID}, got {int(ids.min())} to {int(ids.max())}")
     return images_NHWC, ids.astype(np.int64), None
@@ -74,11 +76,13 @@ def task_number(task: int) -> int:
         return index(task)
     except TypeError:
         raise ValueError(
-            f"a task is an integer, the first one usually 0, not the {type(task).__name__} {task!r}"
+            f"a task is an integer, the first one usually 0, not the {type(task).__name__} {shortened(task)}"
         ) from None
 
 
 def _images(images: Any) -> UInt8Array:
+    if isinstance(images, list | tuple) and not images:
+        raise ValueError("there are no images")
     try:
         array = np.asarray([*map(_pixels, images)] if isinstance(images, list | tuple) else images)
     except (TypeError, ValueError, RuntimeError) as error:
@@ -92,21 +96,24 @@ def _images(images: Any) -> UInt8Array:
     if array.ndim == 3:
         array = array[..., None]
     if array.dtype != np.uint8 or array.ndim != 4 or array.shape[3] not in (1, 3):
+        given = "images" if isinstance(images, np.ndarray) else "numpy.asarray(images)"
         raise ValueError(
             f"images must be uint8 [N, H, W, 3], [N, H, W, 1] or [N, H, W], got {array.dtype} "
-            f"{list(np.shape(images))}{_mend(array)}"
+            f"{list(np.shape(images))}{_mend(array, given)}"
         )
     return array
 
 
-def _mend(array: npt.NDArray[Any]) -> str:
-    """How such images become what is wanted, as the end of a sentence."""
-    images, steps = "images", []
+def _mend(array: npt.NDArray[Any], images: str) -> str:
+    """How such images, an expression for their array, become what is wanted, as the end of a sentence."""
+    steps = []
+    if array.dtype.kind not in "biuf":
+        return "; give their pixels"
     if array.ndim == 4 and array.shape[1] in (1, 3) and array.shape[3] not in (1, 3):
-        images = "images.transpose(0, 2, 3, 1)"
-        steps.append("channels go last (for a tensor: images.permute(0, 2, 3, 1))")
+        images += ".transpose(0, 2, 3, 1)"
+        steps.append("channels go last")
     elif array.ndim == 4 and array.shape[3] == 4:
-        images = "images[..., :3]"
+        images += "[..., :3]"
         steps.append("without the alpha channel")
     elif array.ndim in (1, 2):
         return "; are images and class ids swapped?"
@@ -115,10 +122,18 @@ def _mend(array: npt.NDArray[Any]) -> str:
     if array.dtype != np.uint8 and array.size:
         low, high = float(array.min()), float(array.max())
         if not (low >= 0 and high <= 255):
-            return f" from {low:g} to {high:g}; give the images as they were before they were normalised"
-        if array.dtype.kind == "f" and high <= 1:
+            said = f" from {low:g} to {high:g}; give "
+            if array.dtype.kind == "f":
+                return said + "the images as they were before they were normalised"
+            return said + "images whose values go from 0 to 255"
+        if array.dtype.kind == "b":
+            images = f"({images} * 255)"
+            steps.append("black and white are 0 and 255")
+        elif array.dtype.kind == "f" and high <= 1:
             images = f"({images} * 255).round()"
             steps.append("values from 0 to 1 times 255 (of a torchvision data set: leave out ToTensor)")
+        elif array.dtype.kind == "f":
+            images += ".round()"
         images += ".astype(numpy.uint8)"
     return f"; give {images}" + (f": {', '.join(steps)}" if steps else "")
 
@@ -126,7 +141,9 @@ def _mend(array: npt.NDArray[Any]) -> str:
 def _no_class_ids(images_NHWC: UInt8Array, ids: npt.NDArray[Any]) -> ValueError:
     said = f"{len(images_NHWC)} images need as many integer class ids or names, got {ids.dtype} {list(ids.shape)}"
     if ids.shape == (len(images_NHWC),):
-        said += "; give class_ids.astype(int)"
+        said += {"f": "; give class_ids.astype(int)", "S": "; give class_ids.astype(str)"}.get(ids.dtype.kind, "")
+    elif ids.shape == (len(images_NHWC), 1):
+        said += "; give class_ids[:, 0]"
     elif ids.ndim == 2 and len(ids) == len(images_NHWC):
         said += "; give class_ids.argmax(1)"
     elif ids.size == 1 and images_NHWC.shape[2] in (1, 3):
@@ -158,6 +175,11 @@ def _columns(source: Any) -> tuple[list[npt.NDArray[Any]], list[Any]]:
     for image, label in map(_pair, _rows(source)):
         array = _pixels(image)
         is_batch = not isinstance(label, str) and np.ndim(label) == 1
+        if is_batch and array.shape[:1] != (len(label),):
+            raise ValueError(
+                f"a row has an array {list(array.shape)} and {len(label)} classes: of one image give one class, an "
+                "integer or a name; of a batch as many images as classes"
+            )
         if not images:
             _images(array if is_batch else array[None])  # of a large data set the first row says what is wrong
         images += list(array) if is_batch else [array]
@@ -193,7 +215,11 @@ def _pair(row: Any) -> tuple[Any, Any]:
 
 
 def _pixels(image: Any) -> npt.NDArray[Any]:
-    """An image or a batch of them as an array; PIL's are [H, W] or [H, W, 3], any other becomes [H, W, C]."""
+    """An image or a batch of them as an array.
+
+    Raises:
+        ValueError: one of PIL that is neither grey nor RGB.
+    """
     mode = getattr(image, "mode", None)
     if isinstance(mode, str) and mode not in ("L", "RGB"):
         raise ValueError(f"a PIL image of mode {mode!r}, neither 'L' nor 'RGB': give image.convert('RGB')")

@@ -187,9 +187,10 @@ class LocalBuffer:
         """A task as it is stored: classes, counts, bytes and the decision on its quality.
 
         Raises:
+            ValueError: the task is no integer.
             NotFound: there is no such task.
         """
-        saved = self._saved
+        task, saved = task_number(task), self._saved
         local = state.local_of(self.folder, saved)
         if task not in local.tasks:
             raise NotFound(f"there is no task {task} in {self.folder}; there are {list(local.tasks)}", task=task)
@@ -320,14 +321,19 @@ class LocalBuffer:
         where, generation = self._named(task, class_id, key, exemplar, generation)
         self._change(partial(memory.relabel, where=where, class_id=to_class_id), generation)
 
-    def delete_task(self, task: int) -> None:
+    def delete_task(self, task: int, *, generation: int | None = None) -> None:
         """The task's exemplars are gone, in a new generation; what its classes were named stays known.
 
+        Args:
+            task: the task's number.
+            generation: the generation this change was decided on; None changes any.
+
         Raises:
+            ValueError: the task is no integer.
             NotFound: there is no such task.
-            Conflict: the buffer is frozen, or is just being changed by another process.
+            Conflict: the buffer is frozen, at another generation, or is just being changed by another process.
         """
-        self._change(partial(memory.reshare, without_task=task))
+        self._change(partial(memory.reshare, without_task=task_number(task)), generation)
 
     def change_budget(self, budget_bytes: int, *, generation: int | None = None) -> None:
         """The buffer has another budget; a smaller one drops the tails of every class.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from reprlib import repr as shortened
 from urllib.parse import quote, urlencode
 
 from engram.errors import InvalidRequest
@@ -9,7 +10,15 @@ from engram.labelled import task_number
 
 
 def of_buffer(name: str) -> str:
-    """A buffer."""
+    """A buffer.
+
+    Raises:
+        ValueError: the name is no text.
+    """
+    if not isinstance(name, str):
+        raise ValueError(
+            f"a buffer is named by a text, as in 'cifar', not by the {type(name).__name__} {shortened(name)}"
+        )
     return f"/v1/buffers/{quote(name, safe='')}"
 
 

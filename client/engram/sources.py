@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass, replace
 from itertools import islice
+from reprlib import repr as shortened
 from typing import Protocol
 
 from engram.batch import Batch
@@ -59,7 +60,7 @@ def check(source: Source) -> None:
         name = source if isinstance(source, str) else "cifar"
         raise ValueError(
             f"batches are drawn from a Mirror, a LocalBuffer, or a client and the name of a buffer as in "
-            f"(client, {name!r}), not from the {type(source).__name__} {source!r}"
+            f"(client, {name!r}), not from the {type(source).__name__} {shortened(source)}"
         )
 
 

@@ -200,6 +200,7 @@ REFUSED: dict[str, tuple[Callable[[LocalBuffer], object], type[Exception], str]]
     "a task that is not there": (lambda b: b.delete_task(7), NotFound, "7"),
     "no budget": (lambda b: b.change_budget(0), InvalidRequest, "budget_bytes"),
     "another generation": (lambda b: b.change_budget(9, generation=1), Conflict, "generation 3, 1 is expected"),
+    "a task of another generation": (lambda b: b.delete_task(0, generation=1), Conflict, "generation 3, 1 is expected"),
     "a class with another's name": (
         lambda b: b.rename_classes({0: "cat", 1: "cat"}),
         Conflict,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -93,16 +94,21 @@ MENDS: dict[str, tuple[tuple[Any, ...], str]] = {
         (FLOATS, CLASS_IDS),
         r"float32 \[6, 8, 12, 3\]; give \(images \* 255\).round\(\).astype\(numpy.uint8\)",
     ),
-    "floats to 255": ((FLOATS * 255, CLASS_IDS), r"give images.astype\(numpy.uint8\)"),
+    "floats to 255": ((FLOATS * 255, CLASS_IDS), r"give images.round\(\).astype\(numpy.uint8\)"),
+    "black and white": ((IMAGES > 99, CLASS_IDS), r"give \(images \* 255\).astype\(numpy.uint8\)"),
+    "16 bits": ((IMAGES.astype(np.uint16) << 8, CLASS_IDS), "uint16 .* give images whose values go from 0 to 255$"),
+    "names of files": ((["a.png", "b.png"], [0, 1]), "give their pixels"),
+    "none": (([], []), "^there are no images$"),
+    "none of a generator": ((iter(()),), "^there are no images$"),
     "normalised": ((FLOATS * 4 - 2, CLASS_IDS), "from -2 to 2; give the images as they were before"),
     "wide integers": ((IMAGES.astype(np.int64), CLASS_IDS), r"int64 .*; give images.astype\(numpy.uint8\)"),
     "channels first": (
         (IMAGES.transpose(0, 3, 1, 2), CLASS_IDS),
-        r"give images.transpose\(0, 2, 3, 1\): channels go last \(for a tensor: images.permute\(0, 2, 3, 1\)\)",
+        r"give images.transpose\(0, 2, 3, 1\): channels go last$",
     ),
     "a tensor as networks take it": (
         (torch.from_numpy(FLOATS).permute(0, 3, 1, 2), CLASS_IDS),
-        r"give \(images.transpose\(0, 2, 3, 1\) \* 255\).round\(\).astype\(numpy.uint8\): channels go last",
+        r"give \(numpy.asarray\(images\).transpose\(0, 2, 3, 1\) \* 255\).round\(\).astype\(numpy.uint8\): channels",
     ),
     "a tensor that learns": ((torch.zeros(2, 8, 8, 3, requires_grad=True), [0, 1]), "detach"),
     "an alpha channel": ((np.zeros((2, 8, 8, 4), np.uint8), [0, 1]), r"give images\[..., :3\]"),
@@ -111,6 +117,14 @@ MENDS: dict[str, tuple[tuple[Any, ...], str]] = {
     "swapped": ((CLASS_IDS, IMAGES), "are images and class ids swapped"),
     "class ids as floats": ((IMAGES, np.zeros(6)), r"class_ids.astype\(int\)"),
     "one-hot classes": ((IMAGES, np.eye(6)), r"class_ids.argmax\(1\)"),
+    "a column of classes": ((IMAGES, np.array(CLASS_IDS)[:, None]), r"class_ids\[:, 0\]$"),
+    "bytes for names": ((IMAGES, [b"cat"] * 6), r"class_ids.astype\(str\)$"),
+    "classes that are not there": ((IMAGES, [None] * 6), r"got object \[6\]$"),
+    "one image with a list of its class": (([(IMAGES[0], [3])],), r"array \[8, 12, 3\] and 1 classes: of one image"),
+    "batches that only together are right": (
+        ([(IMAGES[:2], CLASS_IDS[:3]), (IMAGES[2:], CLASS_IDS[3:])],),
+        r"array \[2, 8, 12, 3\] and 3 classes: .* of a batch as many images as classes",
+    ),
     "no classes": ((IMAGES,), "there are no class ids: give images and class ids, or an iterable of"),
     "no pairs": ((list(IMAGES),), "a row is one ndarray, not a pair of an image and its class"),
     "triples": (([(IMAGES[0], 0, 1)],), "a row is 3 values"),
@@ -132,12 +146,22 @@ def test_the_error_says_what_to_write_instead(slip: str) -> None:
         labelled(*given)
 
 
-def test_the_expression_that_an_error_gives_is_right() -> None:
-    images = torch.from_numpy(FLOATS).permute(0, 3, 1, 2)
+@pytest.mark.parametrize(
+    "images",
+    [
+        torch.from_numpy(FLOATS).permute(0, 3, 1, 2),
+        torch.from_numpy(FLOATS),
+        list(torch.from_numpy(FLOATS)),
+        FLOATS * 255,
+        IMAGES.transpose(0, 3, 1, 2).astype(np.int64),
+    ],
+    ids=["tensor, channels first", "tensor", "list of tensors", "floats to 255", "channels first"],
+)
+def test_the_expression_that_an_error_gives_is_right(images: Any) -> None:
     with pytest.raises(ValueError) as slip:
         labelled(images, CLASS_IDS)
-    expression = str(slip.value).partition("give ")[2].partition(": ")[0]
-    mended = eval(expression, {"images": images.numpy(), "numpy": np})
+    expression = str(slip.value).partition("; give ")[2].partition(": ")[0]
+    mended = eval(expression, {"images": images, "numpy": np})
     assert np.array_equal(labelled(mended, CLASS_IDS)[0], IMAGES)
 
 
@@ -164,9 +188,67 @@ def test_a_task_that_is_no_integer_is_named(engram_client: Client, tmp_path: Pat
         lambda: engram_client.upload_tar("any", task, tmp_path / "a.tar"),
         lambda: engram_client.task("any", task),
         lambda: LocalBuffer(tmp_path / "memory", budget_bytes=1000).add(task, IMAGES, CLASS_IDS),
+        lambda: LocalBuffer(tmp_path / "memory").task(task),
+        lambda: LocalBuffer(tmp_path / "memory").delete_task(task),
     ):
         with pytest.raises(ValueError, match=said):
             call()
+    with pytest.raises(ValueError) as swapped:
+        engram_client.upload("any", IMAGES, CLASS_IDS, 0)  # type: ignore[arg-type]
+    assert len(str(swapped.value)) < 200
+
+
+def test_a_buffer_that_is_no_text_is_named(engram_client: Client) -> None:
+    for slip in (0, None, IMAGES):
+        with pytest.raises(ValueError, match="a buffer is named by a text, as in 'cifar', not by the"):
+            engram_client.upload(slip, 0, IMAGES, CLASS_IDS)  # type: ignore[arg-type]
+
+
+def test_a_budget_out_of_range_is_one_error_everywhere(engram_client: Client, name: str, tmp_path: Path) -> None:
+    engram_client.create_buffer(name, budget_bytes=1000)
+    memory = LocalBuffer(tmp_path / "memory", budget_bytes=1000)
+    slip: Any
+    for slip, said in ((-1, "greater than or equal to 1"), ("1MB", "a valid integer")):
+        with pytest.raises(InvalidRequest, match=f"budget_bytes: Input should be .*{said}"):
+            engram_client.change_budget(name, slip)
+        with pytest.raises(InvalidRequest, match=f"budget_bytes: Input should be .*{said}"):
+            memory.change_budget(slip)
+
+
+def test_a_draw_is_the_same_or_refused_alike_wherever_it_is_asked_for(
+    engram_client: Client, name: str, tmp_path: Path
+) -> None:
+    engram_client.create_buffer(name, budget_bytes=10**6, quality=90)
+    memory = LocalBuffer(tmp_path / "memory", budget_bytes=10**6, quality=90)
+    for task in (0, 1):
+        engram_client.wait(engram_client.upload(name, task, IMAGES, CLASS_IDS))
+        memory.add(task, IMAGES, CLASS_IDS)
+    taken: list[dict[str, Any]] = [
+        {"exclude_tasks": np.array([0])},
+        {"exclude_tasks": np.array([0, 7])},
+        {"tasks": np.array([1]), "seed": np.int64(3)},
+        {"tasks": (np.int64(1),), "size": np.int32(4)},
+    ]
+    for given in taken:
+        whole = {"size": 5, **given}
+        assert engram_client.draw(name, **whole).tasks.tolist() == [1] * whole["size"]
+        assert memory.draw(**whole).tasks.tolist() == [1] * whole["size"]
+    refused: list[dict[str, Any]] = [
+        {"size": "8"},
+        {"size": 8.0},
+        {"seed": None},
+        {"seed": 1.5},
+        {"world_size": 2.0},
+        {"tasks": 0},
+        {"tasks": ("0",)},
+        {"exclude_tasks": [0.5]},
+        {"strategy": None},
+    ]
+    for given in refused:
+        (slip,) = given
+        for draw in (partial(engram_client.draw, name), memory.draw):
+            with pytest.raises(InvalidRequest, match=slip):
+                draw(**{"size": 5, **given})
 
 
 def test_tasks_of_a_draw_may_be_any_sequence_of_integers() -> None:

@@ -1,4 +1,4 @@
-"""The `engram-train` command: run a method on a stream of tasks, or print the report of an earlier run."""
+"""The `engram-train` command: runs a method on a stream of tasks and prints what it remembers at the end."""
 
 from __future__ import annotations
 
@@ -45,8 +45,9 @@ def train(
     data: Annotated[
         str,
         typer.Option(
-            help="'sample' (Fashion-MNIST, ships with Engram), 'digits', a folder (IDX files, train/CLASS/*.png, "
-            "a saved Hugging Face data set) or the name of a data set on the Hugging Face Hub, e.g. uoft-cs/cifar100.",
+            help="'sample' (850 images of each class of Fashion-MNIST), 'digits', a folder (IDX files, "
+            "train/CLASS/*.png, a saved Hugging Face data set) or the name of a data set on the Hugging Face Hub, "
+            "e.g. uoft-cs/cifar100.",
             rich_help_panel=STREAM,
         ),
     ] = "sample",

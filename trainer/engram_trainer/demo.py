@@ -1,4 +1,4 @@
-"""The demo: train one learner with three memories of equal bytes, on images that ship with Engram.
+"""The demo: train one learner with three memories of equal bytes, on a sample of Fashion-MNIST.
 
 LUCIR learns the Fashion-MNIST sample two classes at a time: without replay, with uncompressed replay, and with an
 Engram service that is started for the purpose and stopped afterwards. It prints a table and leaves a picture.
