@@ -336,6 +336,7 @@ def test_a_model_of_foreign_or_random_operators_is_refused_before_it_is_loaded(c
         extractor_child.check_is_plain(model if isinstance(model, bytes) else model.SerializeToString())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", BAD)
 def test_a_model_that_cannot_serve_is_refused_with_its_reason(case: str, tmp_path: Path) -> None:
     make, reason = BAD[case]

@@ -87,6 +87,7 @@ def cancel(database: Database, queued: Ingest) -> None:
         ingest.cancel(session, queued.id)
 
 
+@pytest.mark.slow
 def test_an_upload_whose_work_never_ends_holds_up_no_other_and_is_cancelled_within_seconds(
     make_service: Callable[..., ServiceProcess],
 ) -> None:
@@ -142,6 +143,7 @@ def test_a_worker_that_gives_no_sign_of_life_is_replaced(database: Database, set
     assert beats(database) == {}
 
 
+@pytest.mark.slow
 def test_workers_say_when_are_reported_come_after_their_service_and_end_when_it_is_killed(
     make_service: Callable[..., ServiceProcess],
 ) -> None:

@@ -68,6 +68,7 @@ def test_a_run_leaves_its_configuration_its_results_and_two_pictures(tmp_path: P
             assert picture.width > 300
 
 
+@pytest.mark.slow
 def test_replay_beats_chance_and_no_replay(tmp_path: Path) -> None:
     longer = replace(SMALL, options={**SMALL.options, "epochs": 25, "eta": 8.0, "batch_size": 16})
     with_replay = run(longer, tmp_path / "replay")
@@ -231,6 +232,7 @@ def test_a_process_killed_with_the_service_as_its_memory_goes_on_as_if_it_had_no
     assert resumed["memory"][-1]["generation"] == 5
 
 
+@pytest.mark.slow
 def test_the_service_chooses_by_the_trainers_own_extractor(service: ServiceProcess, tmp_path: Path) -> None:
     config = replace(
         SMALL,
