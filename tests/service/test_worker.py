@@ -356,13 +356,13 @@ def test_a_running_worker_takes_what_comes_and_stops_when_asked(
 
 @pytest.mark.services
 def test_workers_share_a_queue_in_postgresql(postgres_url: str, tmp_path: Path) -> None:
-    settings = Settings(data_dir=tmp_path / "data", database_url=postgres_url, worker_poll_s=0.01, grace_s=0)
+    settings = Settings(data_dir=tmp_path / "data", database_url=postgres_url, worker_poll_s=0.01, grace_s=60)
     settings.make_folders()
     database, stop = Database(settings), threading.Event()
     database.migrate()
     for number in range(4):
         create(database, f"b{number}", budget_bytes=4000)
-    workers = [threading.Thread(target=worker.run, args=(settings, stop)) for _ in range(3)]
+    workers = [threading.Thread(target=worker.run, args=(settings, stop), daemon=True) for _ in range(3)]
     for one in workers:
         one.start()
 
@@ -381,7 +381,7 @@ def test_workers_share_a_queue_in_postgresql(postgres_url: str, tmp_path: Path) 
     for one in workers:
         one.join(30)
     store = PackStore(settings.packs_dir)
-    collect(database, store, settings)
+    collect(database, store, settings.model_copy(update={"grace_s": 0}))
     with database.reading() as session:
         for number in range(4):
             found = buffers.read(session, f"b{number}")

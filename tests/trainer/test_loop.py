@@ -192,7 +192,7 @@ def start(url: str, folder: Path) -> subprocess.Popen[bytes]:
     """The command line that makes the configuration `remote`."""
     options = "--data digits --tasks 5 --train-per-class 30 --network mlp --epochs 6 --budget 5000 --quality 60"
     command = [sys.executable, "-m", "engram_trainer", *options.split(), "--threads", "1"]
-    command += ["--url", url, "--out", str(folder), "--resume"]
+    command += ["--url", url, "--out", str(folder), *(["--resume"] if folder.exists() else [])]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (ROOT / "client", ROOT / "trainer")))}
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
