@@ -61,7 +61,8 @@ def fill(client: httpx.Client) -> Held:
 def register(client: httpx.Client) -> None:
     """The extractors are there."""
     for content in MODELS:
-        client.put(f"/v1/extractors/{hashlib.sha256(content).hexdigest()}", content=content).raise_for_status()
+        answer = client.put(f"/v1/extractors/{hashlib.sha256(content).hexdigest()}", content=content)
+        assert answer.is_success, answer.text
 
 
 def renew(client: httpx.Client, name: str) -> None:
