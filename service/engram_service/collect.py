@@ -21,9 +21,7 @@ A file that cannot be removed is passed over, so that one bad sector stops nothi
 
 from __future__ import annotations
 
-import fcntl
 import logging
-import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -40,6 +38,7 @@ from . import extractors
 from .commit import exclusive
 from .database import Database
 from .ingest import ACTIVE
+from .receiving import abandoned
 from .settings import Settings
 from .storage import PackStore, Reserve
 from .tables import BufferRow, IngestRow, PackRow
@@ -48,7 +47,6 @@ logger = logging.getLogger(__name__)
 
 # Files removed in one transaction, which holds up commits for as long: a few milliseconds.
 BATCH = 100
-
 
 # How often the log names a file that cannot be removed.
 TELL_EVERY_S = 3600.0
@@ -243,12 +241,9 @@ def _uploads(database: Database, folder: Path, stuck: Stuck, pulse: Callable[[],
 
 
 def _remove_if_abandoned(database: Database, path: Path) -> bool:
-    try:
-        file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    except FileNotFoundError:
-        return False
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    with abandoned(path) as is_abandoned:
+        if not is_abandoned:
+            return False
         # Only now, with its receiver known to be done, does the absence of a row mean anything.
         with database.reading() as session:
             state = session.scalars(select(IngestRow.state).where(IngestRow.id == path.stem)).one_or_none()
@@ -256,7 +251,3 @@ def _remove_if_abandoned(database: Database, path: Path) -> bool:
             return False
         path.unlink(missing_ok=True)
         return True
-    except BlockingIOError:
-        return False
-    finally:
-        os.close(file)

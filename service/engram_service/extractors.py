@@ -10,14 +10,13 @@ finds no row. Both exclude each other, so a row has its file, and a file that a 
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
 import os
 import re
 import time
 from collections.abc import AsyncIterator, Callable, Iterable
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from secrets import token_hex
 
@@ -27,17 +26,15 @@ from sqlalchemy import Select, delete, select, text
 from sqlalchemy.orm import Session
 
 from engram.errors import BadUpload, Conflict, NotFound, RateLimited, TooLarge
-from engram.files import disk_errors, fsync_path
+from engram.files import disk_errors
 from engram.schemas import Extractor
 
 from .database import Database
 from .embedder import ExtractorInfo, ExtractorLimits, inspect
-from .ingest import ACTIVE, open_locked
+from .ingest import ACTIVE
+from .receiving import ReceivedFile, abandoned, fill
 from .settings import Settings
 from .tables import ExtractorRow, IngestRow, TaskRow
-
-BLOCK_BYTES = 2**20
-"""How much of a body is collected before a thread is hired to write it."""
 
 CHECK_WAIT_S = 5.0
 """How long a registration waits for its turn; most models are checked within two seconds."""
@@ -89,21 +86,30 @@ async def register(
         StorageFull: the disk is full; nothing is left behind.
     """
     temporary = settings.extractors_dir / f".{token_hex(8)}.tmp"
-    file = await run_sync(open_locked, temporary)
+    file = await run_sync(ReceivedFile, temporary)
     try:
-        found = await _spool(chunks, temporary, file, settings.max_extractor_bytes)
-        if found != sha256:
-            raise BadUpload(f"the body's SHA-256 is {found}, the address says {sha256}", sha256=found)
+        await fill(file, chunks, settings.max_extractor_bytes, partial(_too_large, settings=settings))
+        await run_sync(file.sync)
+        if file.sha256 != sha256:
+            raise BadUpload(f"the body's SHA-256 is {file.sha256}, the address says {sha256}", sha256=file.sha256)
         known = await run_sync(_known, database, settings, sha256)
         if known is not None:
             return known, False
         async with turns.taken():
             info = await run_sync(inspect, temporary, limits(settings))
-        return await run_sync(_keep, database, settings, sha256, temporary, info)
+        return await run_sync(_keep, database, settings, file, info)
     finally:
-        with suppress(FileNotFoundError):
-            temporary.unlink()
-        os.close(file)
+        # By this name only: under its final one it may be another registration's by now.
+        temporary.unlink(missing_ok=True)
+        file.release()
+
+
+def _too_large(_: int, settings: Settings) -> TooLarge:
+    return TooLarge(
+        f"the extractor has more than {settings.max_extractor_bytes} bytes, the most that ENGRAM_MAX_EXTRACTOR_BYTES "
+        "allows",
+        max_extractor_bytes=settings.max_extractor_bytes,
+    )
 
 
 def read(session: Session, sha256: str) -> Extractor:
@@ -167,7 +173,10 @@ def collect(
             if _DIGEST.fullmatch(file.name):
                 removed += file.name not in named and _unname(database, settings, file.name)
             elif file.suffix == ".tmp":
-                removed += _remove_if_abandoned(file)
+                with abandoned(file) as is_abandoned:
+                    if is_abandoned:
+                        file.unlink(missing_ok=True)
+                        removed += 1
         except OSError as error:
             stuck[str(file)] = error
     return removed
@@ -188,35 +197,6 @@ def limits(settings: Settings) -> ExtractorLimits:
     )
 
 
-async def _spool(chunks: AsyncIterator[bytes], temporary: Path, file: int, max_bytes: int) -> str:
-    """The digest of the body, which is durable in `temporary`."""
-    digest = hashlib.sha256()
-    size = 0
-    with disk_errors(temporary, max_bytes):
-
-        def write(block: bytes) -> None:
-            digest.update(block)
-            rest = memoryview(block)
-            while rest:
-                rest = rest[os.write(file, rest) :]
-
-        waiting = bytearray()
-        async for chunk in chunks:
-            size += len(chunk)
-            if size > max_bytes:
-                raise TooLarge(
-                    f"the extractor has more than {max_bytes} bytes, the most that ENGRAM_MAX_EXTRACTOR_BYTES allows",
-                    max_extractor_bytes=max_bytes,
-                )
-            waiting += chunk
-            if len(waiting) >= BLOCK_BYTES:
-                await run_sync(write, bytes(waiting))
-                waiting.clear()
-        await run_sync(write, bytes(waiting))
-        await run_sync(os.fsync, file)
-    return digest.hexdigest()
-
-
 def _known(database: Database, settings: Settings, sha256: str) -> Extractor | None:
     """The model if it is registered and its file is there; its period of grace begins again."""
     with database.reading() as session:
@@ -228,21 +208,18 @@ def _known(database: Database, settings: Settings, sha256: str) -> Extractor | N
     return None if row is None else _describe(row)
 
 
-def _keep(
-    database: Database, settings: Settings, sha256: str, temporary: Path, info: ExtractorInfo
-) -> tuple[Extractor, bool]:
-    final, size = path(settings, sha256), temporary.stat().st_size
-    with database.session() as session, disk_errors(final, size):
+def _keep(database: Database, settings: Settings, file: ReceivedFile, info: ExtractorInfo) -> tuple[Extractor, bool]:
+    sha256 = file.sha256
+    with database.session() as session:
         _alone(session)
         # Another upload of the same model may have been faster; a row without a file is made good by ours.
         known = session.get(ExtractorRow, sha256)
-        temporary.rename(final)
-        fsync_path(final.parent)
+        file.rename(path(settings, sha256))
         if known is not None:
             return _describe(known), False
         row = ExtractorRow(
             sha256=sha256,
-            bytes=size,
+            bytes=file.bytes,
             input_shape=list(info.input_shape),
             dimensions=info.dimensions,
             created_at=time.time(),
@@ -312,22 +289,6 @@ def _files(settings: Settings, stuck: dict[str, OSError]) -> Iterable[Path]:
     except OSError as error:
         stuck[str(settings.extractors_dir)] = error
         return []
-
-
-def _remove_if_abandoned(temporary: Path) -> bool:
-    """A file whose receiver is gone is gone, too; True if so."""
-    try:
-        file = os.open(temporary, os.O_RDONLY | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return False
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        temporary.unlink(missing_ok=True)
-        return True
-    except BlockingIOError:
-        return False
-    finally:
-        os.close(file)
 
 
 def _describe(row: ExtractorRow) -> Extractor:

@@ -18,14 +18,12 @@ unlocked and without a row knows that nobody will ever ask for it (see `collect`
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
-import os
 import time
 from base64 import b64encode
 from collections.abc import AsyncIterator, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from secrets import token_hex
 from typing import Any, get_args
@@ -37,20 +35,16 @@ from sqlalchemy.orm import Session, aliased
 from sqlalchemy.sql.elements import ColumnElement
 
 from engram.errors import BadUpload, Conflict, EngramError, NotFound, TooLarge
-from engram.files import disk_errors, fsync_path
 from engram.schemas import Ingest, IngestOptions, IngestPage, State
 
 from . import buffers
 from .database import Database
+from .receiving import ReceivedFile, fill
 from .settings import Settings
 from .tables import IngestRow
 
 ACTIVE: tuple[State, ...] = ("received", "selecting", "encoding")
 FINAL: tuple[State, ...] = tuple(state for state in get_args(State) if state not in ACTIVE)
-
-# One trip to the thread pool per block: large enough to outweigh the trip, small beside the process.
-BLOCK_BYTES = 1 << 20
-
 
 # How often a worker looks again at once where others were faster; after that it waits as if there were nothing.
 CLAIM_TRIES = 10
@@ -96,28 +90,12 @@ class Watch:
         return {name: now - since for name, (_, since) in self._first.items()}
 
 
-class SpoolFile:
-    """One body on its way to disk. Methods block; `receive` calls them in the thread pool."""
+class SpoolFile(ReceivedFile):
+    """One body on its way into the spool folder."""
 
     def __init__(self, folder: Path) -> None:
         self.id = f"{time.time_ns() // 1_000_000:012x}{token_hex(10)}"
-        self.path = folder / f"{self.id}.part"
-        self.bytes = 0
-        self._hash = hashlib.sha256()
-        self._file = open_locked(self.path)
-
-    def write(self, block: bytes | bytearray) -> None:
-        """The block is written and hashed.
-
-        Raises:
-            StorageFull: the disk is full.
-        """
-        self._hash.update(block)
-        with disk_errors(self.path, len(block)):
-            rest = memoryview(block)
-            while rest:
-                rest = rest[os.write(self._file, rest) :]
-        self.bytes += len(block)
+        super().__init__(folder / f"{self.id}.part")
 
     def seal(self, content_digest: bytes | None) -> None:
         """The file has its final name and survives a power cut.
@@ -131,31 +109,14 @@ class SpoolFile:
         """
         if self.bytes == 0:
             raise BadUpload("the body is empty (0 bytes); send a tar of KEY.ppm|png|jpg|webp + KEY.cls pairs", images=0)
-        if content_digest is not None and content_digest != self._hash.digest():
+        found = bytes.fromhex(self.sha256)
+        if content_digest is not None and content_digest != found:
             raise BadUpload(
                 f"Content-Digest announces sha-256 {b64encode(content_digest).decode()}, the {self.bytes} bytes "
-                f"received have {b64encode(self._hash.digest()).decode()}; send them again"
+                f"received have {b64encode(found).decode()}; send them again"
             )
-        with disk_errors(self.path, self.bytes):
-            os.fsync(self._file)
-            self.path = self.path.rename(spool_path(self.path.parent, self.id))
-            fsync_path(self.path.parent)
-
-    @property
-    def sha256(self) -> str:
-        """Digest of what was written so far."""
-        return self._hash.hexdigest()
-
-    def discard(self) -> None:
-        """The file is gone."""
-        self.path.unlink(missing_ok=True)
-        self.release()
-
-    def release(self) -> None:
-        """The file is left to the row that names it, or to the collector if none does."""
-        if self._file >= 0:
-            os.close(self._file)
-            self._file = -1
+        self.sync()
+        self.rename(spool_path(self.path.parent, self.id))
 
 
 def spool_path(folder: Path, ingest_id: str) -> Path:
@@ -175,15 +136,7 @@ async def receive(
     """
     spooled = await run_sync(SpoolFile, settings.spool_dir)
     try:
-        block = bytearray()
-        async for chunk in chunks:
-            block += chunk
-            if spooled.bytes + len(block) > settings.max_body_bytes:
-                raise body_too_large(spooled.bytes + len(block), settings)
-            if len(block) >= BLOCK_BYTES:
-                await run_sync(spooled.write, block)
-                block = bytearray()
-        await run_sync(spooled.write, block)
+        await fill(spooled, chunks, settings.max_body_bytes, partial(body_too_large, settings=settings))
         await run_sync(spooled.seal, content_digest)
     except BaseException:
         spooled.discard()
@@ -503,14 +456,3 @@ def _change(database: Database, held: Lease, **values: Any) -> None:
         changed = session.execute(update(IngestRow).where(holds(held)).values(**values, **_changed()))
         if changed.rowcount != 1:  # type: ignore[attr-defined]
             raise LeaseLost(held.id)
-
-
-def open_locked(path: Path) -> int:
-    """A new file, locked before anybody else could lock it for removal."""
-    while True:
-        with disk_errors(path, 0):
-            file = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600)
-        fcntl.flock(file, fcntl.LOCK_EX)
-        if os.fstat(file).st_nlink > 0:
-            return file
-        os.close(file)  # a collector found it between creation and lock
