@@ -26,7 +26,7 @@ import hashlib
 import math
 import os
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -39,9 +39,7 @@ from PIL import Image, UnidentifiedImageError
 
 from engram.errors import BadUpload, NotFound, Unavailable
 from engram.folder import classes
-
-Images = npt.NDArray[np.uint8]
-ClassIds = npt.NDArray[np.int64]
+from engram_trainer.examples import ClassIds, Examples, Images, Shape
 
 SAMPLE = Path(__file__).parent / "data" / "fashion-mnist"
 SAMPLE_SHA256 = "9fb99ddd581d12fbba27005cda473423a2fa3f9426dca24b5a71b53be43c09ba"
@@ -60,50 +58,40 @@ IDX_UINT8 = 0x0800
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """Train and test images of one problem, in memory."""
+    """Train and test images of one problem, wherever they lie.
+
+    Raises:
+        ValueError: a split's images are no RGB or grey images, or those of the splits differ in shape.
+    """
 
     name: str
-    train_images: Images
-    train_class_ids: ClassIds
-    test_images: Images
-    test_class_ids: ClassIds
+    train: Examples
+    test: Examples
     class_names: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        for split, images, class_ids in self._splits():
-            if images.ndim != 4 or images.dtype != np.uint8 or images.shape[3] not in (1, 3):
-                raise ValueError(f"{split} images must be uint8 [N, H, W, 1 or 3], not {images.dtype} {images.shape}")
-            if len(images) != len(class_ids):
-                raise ValueError(f"{self.name}: {len(images)} {split} images but {len(class_ids)} class ids")
-        if self.train_images.shape[1:] != self.test_images.shape[1:]:
-            raise ValueError(f"train images are {self.shape}, test images are {self.test_images.shape[1:]}")
+        if self.train.shape != self.test.shape:
+            raise ValueError(f"{self.name}: train images are {self.train.shape}, test images are {self.test.shape}")
+        if self.shape[2] not in (1, 3):
+            raise ValueError(f"{self.name}: images have 1 or 3 channels, not {self.shape[2]}")
 
     @property
-    def shape(self) -> tuple[int, int, int]:
+    def shape(self) -> Shape:
         """Height, width and channels of every image."""
-        height, width, channels = self.train_images.shape[1:]
-        return height, width, channels
+        return self.train.shape
 
     @property
     def classes(self) -> tuple[int, ...]:
         """The class ids of the training images, ascending."""
-        return tuple(int(class_id) for class_id in np.unique(self.train_class_ids))
+        return self.train.classes
 
     def first(self, *, train: int | None = None, test: int | None = None) -> Dataset:
         """The first `train` and `test` images of each class, in the order of the source; None keeps all."""
-        train_rows = first_rows(self.train_class_ids, train)
-        test_rows = first_rows(self.test_class_ids, test)
         return replace(
             self,
-            train_images=self.train_images[train_rows],
-            train_class_ids=self.train_class_ids[train_rows],
-            test_images=self.test_images[test_rows],
-            test_class_ids=self.test_class_ids[test_rows],
+            train=self.train.select(first_rows(self.train.class_ids, train)),
+            test=self.test.select(first_rows(self.test.class_ids, test)),
         )
-
-    def _splits(self) -> Iterator[tuple[str, Images, ClassIds]]:
-        yield "train", self.train_images, self.train_class_ids
-        yield "test", self.test_images, self.test_class_ids
 
 
 def first_rows(class_ids: ClassIds, count: int | None) -> npt.NDArray[np.int64]:
@@ -188,12 +176,13 @@ def read_idx_folder(folder: Path, *, name: str, class_names: tuple[str, ...] = (
             raise NotFound(f"{folder} has neither {paths[0].name} nor {paths[1].name}")
         arrays.append(read_idx(path))
     train, train_labels, test, test_labels = arrays
+    for images, labels in ((train, train_labels), (test, test_labels)):
+        if images.ndim != 3 or len(images) != len(labels):
+            raise BadUpload(f"{folder} has images of the shape {images.shape} and {len(labels)} labels for them")
     return Dataset(
         name,
-        train[..., None],
-        train_labels.astype(np.int64),
-        test[..., None],
-        test_labels.astype(np.int64),
+        Examples.of_arrays(train[..., None], train_labels.astype(np.int64)),
+        Examples.of_arrays(test[..., None], test_labels.astype(np.int64)),
         class_names,
     )
 
@@ -232,8 +221,8 @@ def _fetch_sample(folder: Path, url: str) -> None:
             (Path(fetched) / f"{stem}-ubyte.gz").write_bytes(answer.content)
         sample = read_idx_folder(Path(fetched), name="fashion-mnist").first(train=700, test=150)
     digest = hashlib.sha256()
-    for array in (sample.train_images, sample.train_class_ids, sample.test_images, sample.test_class_ids):
-        digest.update(array.astype(np.uint8).tobytes())
+    for split in (sample.train, sample.test):
+        digest.update(split.read().tobytes() + split.class_ids.astype(np.uint8).tobytes())
     if digest.hexdigest() != SAMPLE_SHA256:
         raise BadUpload(f"{url} gave other images than those of Fashion-MNIST (SHA-256 {digest.hexdigest()})")
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -250,10 +239,10 @@ def write_idx(dataset: Dataset, folder: str | Path) -> None:
     """Write a grey data set as the four gzipped IDX files, the same bytes every time."""
     Path(folder).mkdir(parents=True, exist_ok=True)
     for stem, array in (
-        ("train-images-idx3", dataset.train_images[..., 0]),
-        ("train-labels-idx1", dataset.train_class_ids),
-        ("t10k-images-idx3", dataset.test_images[..., 0]),
-        ("t10k-labels-idx1", dataset.test_class_ids),
+        ("train-images-idx3", dataset.train.read()[..., 0]),
+        ("train-labels-idx1", dataset.train.class_ids),
+        ("t10k-images-idx3", dataset.test.read()[..., 0]),
+        ("t10k-labels-idx1", dataset.test.class_ids),
     ):
         header = np.array([IDX_UINT8 | array.ndim, *array.shape], ">u4").tobytes()
         data = gzip.compress(header + array.astype(np.uint8).tobytes(), compresslevel=9, mtime=0)
@@ -278,7 +267,8 @@ def read_digits() -> Dataset:
     for class_id in range(10):
         is_test[np.flatnonzero(class_ids == class_id)[4::5]] = True
     names = tuple(str(digit) for digit in range(10))
-    return Dataset("digits", images[~is_test], class_ids[~is_test], images[is_test], class_ids[is_test], names)
+    train, test = (Examples.of_arrays(images[rows], class_ids[rows]) for rows in (~is_test, is_test))
+    return Dataset("digits", train, test, names)
 
 
 def read_image_folder(folder: Path, *, resize: int | None = None) -> Dataset:
@@ -308,7 +298,7 @@ def read_image_folder(folder: Path, *, resize: int | None = None) -> Dataset:
     both = _stack([*train, *test], resize=resize, source=str(folder))
     # Integers are their own names, and there may be gaps between them.
     names = () if any(name.isascii() and name.isdigit() for name in ids) else tuple(ids)
-    return Dataset(folder.name, both[: len(train_ids)], train_ids, both[len(train_ids) :], test_ids, names)
+    return _split(folder.name, both, train_ids, test_ids, names)
 
 
 def class_ids(folder: Path) -> dict[str, int]:
@@ -361,7 +351,7 @@ def read_hub(name: str, *, resize: int | None = None, image: str | None = None, 
     both = _stack(pictures, resize=resize, source=name)
     train_ids, test_ids = (np.asarray(split[label][:], np.int64) for split in (train, test))
     names = tuple(getattr(features[label], "names", None) or ())
-    return Dataset(Path(name).name, both[: len(train_ids)], train_ids, both[len(train_ids) :], test_ids, names)
+    return _split(Path(name).name, both, train_ids, test_ids, names)
 
 
 def _column(features: Any, kind: type, preferred: Sequence[str], name: str) -> str:
@@ -371,6 +361,11 @@ def _column(features: Any, kind: type, preferred: Sequence[str], name: str) -> s
     if not found:
         raise NotFound(f"'{name}' has no {kind.__name__} column; its columns are {sorted(features)}")
     return next((column for column in preferred if column in found), found[0])
+
+
+def _split(name: str, both: Images, train_ids: ClassIds, test_ids: ClassIds, names: tuple[str, ...]) -> Dataset:
+    train, test = both[: len(train_ids)], both[len(train_ids) :]
+    return Dataset(name, Examples.of_arrays(train, train_ids), Examples.of_arrays(test, test_ids), names)
 
 
 def _open(path: Path) -> Image.Image:

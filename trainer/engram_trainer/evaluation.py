@@ -24,7 +24,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from engram_trainer.datasets import Images
+from engram_trainer.examples import Images
 from engram_trainer.stream import Stream, Task
 
 Matrix = Sequence[Sequence[float | None]]

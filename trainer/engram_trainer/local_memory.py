@@ -26,7 +26,7 @@ from engram.memory import Upload
 from engram.schemas import Decision, IngestOptions, PackEntry, Per, ShareBy, Strategy, Subsampling
 from engram.selection.embedding import EXTRACTOR_BLOCK, BuiltinEmbedder, Embedder, unit_rows
 from engram.selection.images import ArrayImages
-from engram_trainer.datasets import Images
+from engram_trainer.examples import Images
 from engram_trainer.memory import Embed, Learned, all_rows
 
 Kind = Literal["raw", "files", "strips"]

@@ -16,14 +16,17 @@ of `tasks` equal bins of 0 to 180 degrees. Departure: the reference code takes i
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from engram_trainer.datasets import ClassIds, Dataset, Images
+from engram_trainer.datasets import Dataset
+from engram_trainer.examples import ClassIds, Examples, Images
 
 Scenario = Literal["class-incremental", "task-incremental", "permuted", "rotated"]
 SCENARIOS: tuple[Scenario, ...] = get_args(Scenario)
@@ -63,10 +66,8 @@ class Task:
 
     index: int
     classes: tuple[int, ...]
-    train_images: Images
-    train_class_ids: ClassIds
-    test_images: Images
-    test_class_ids: ClassIds
+    train: Examples
+    test: Examples
 
 
 @dataclass(frozen=True, eq=False)
@@ -156,22 +157,17 @@ def _groups(order: tuple[int, ...], config: StreamConfig) -> list[tuple[int, ...
 
 def _limited(dataset: Dataset, config: StreamConfig) -> Dataset:
     """The data set after the validation split and the limits per class."""
-    train_images, train_ids = dataset.train_images, dataset.train_class_ids
-    test_images, test_ids = dataset.test_images, dataset.test_class_ids
+    train, test = dataset.train, dataset.test
     if not 0 <= config.validation_ratio < 1:
         raise ValueError(f"validation_ratio must be in 0..1 (exclusive), not {config.validation_ratio}")
     if config.validation_ratio:
-        counts = {c: round(config.validation_ratio * int((train_ids == c).sum())) for c in dataset.classes}
-        held = _sample(train_ids, counts, _generator(config, VALIDATION))
-        kept = np.setdiff1d(np.arange(len(train_ids)), held)
-        test_images, test_ids = train_images[held], train_ids[held]
-        train_images, train_ids = train_images[kept], train_ids[kept]
+        counts = {c: round(config.validation_ratio * int((train.class_ids == c).sum())) for c in dataset.classes}
+        held = _sample(train.class_ids, counts, _generator(config, VALIDATION))
+        test, train = train.select(held), train.select(np.setdiff1d(np.arange(len(train)), held))
     if config.train_per_class is not None and config.brings_classes:
         counts = dict.fromkeys(dataset.classes, config.train_per_class)
-        rows = _sample(train_ids, counts, _generator(config, TRAIN))
-        train_images, train_ids = train_images[rows], train_ids[rows]
-    limited = Dataset(dataset.name, train_images, train_ids, test_images, test_ids, dataset.class_names)
-    return limited.first(test=config.test_per_class)
+        train = train.select(_sample(train.class_ids, counts, _generator(config, TRAIN)))
+    return replace(dataset, train=train, test=test).first(test=config.test_per_class)
 
 
 def _sample(class_ids: ClassIds, counts: dict[int, int], generator: np.random.Generator) -> npt.NDArray[np.int64]:
@@ -183,17 +179,9 @@ def _sample(class_ids: ClassIds, counts: dict[int, int], generator: np.random.Ge
 
 
 def _classes_only(dataset: Dataset, config: StreamConfig, index: int, classes: tuple[int, ...]) -> Task:
-    rows = np.flatnonzero(np.isin(dataset.train_class_ids, classes))
-    rows = _per_task(rows, config, index)
-    test = np.isin(dataset.test_class_ids, classes)
-    return Task(
-        index,
-        classes,
-        dataset.train_images[rows],
-        dataset.train_class_ids[rows],
-        dataset.test_images[test],
-        dataset.test_class_ids[test],
-    )
+    train = np.flatnonzero(np.isin(dataset.train.class_ids, classes))
+    test = np.flatnonzero(np.isin(dataset.test.class_ids, classes))
+    return Task(index, classes, dataset.train.select(_per_task(train, config, index)), dataset.test.select(test))
 
 
 def _per_task(rows: npt.NDArray[np.int64], config: StreamConfig, index: int) -> npt.NDArray[np.int64]:
@@ -203,21 +191,20 @@ def _per_task(rows: npt.NDArray[np.int64], config: StreamConfig, index: int) -> 
 
 
 def _transformed(dataset: Dataset, config: StreamConfig, index: int) -> Task:
-    class_ids = dataset.train_class_ids
-    rows = np.arange(len(class_ids))
+    rows = np.arange(len(dataset.train))
     if config.train_per_class is not None:
         counts = dict.fromkeys(dataset.classes, config.train_per_class)
-        rows = _sample(class_ids, counts, _generator(config, TRAIN, index))
-    rows = _per_task(rows, config, index)
+        rows = _sample(dataset.train.class_ids, counts, _generator(config, TRAIN, index))
+    train = dataset.train.select(_per_task(rows, config, index))
+    change: Callable[[Images], Images]
     if config.scenario == "permuted":
         height, width, _ = dataset.shape
         places = _generator(config, PIXELS, index).permutation(height * width)
-        train, test = (permute(images, places) for images in (dataset.train_images[rows], dataset.test_images))
+        change = partial(permute, places=places)
     else:
         width_degrees = 180 / config.tasks
-        degrees = width_degrees * (index + _generator(config, ANGLE, index).random())
-        train, test = (rotate(images, degrees) for images in (dataset.train_images[rows], dataset.test_images))
-    return Task(index, dataset.classes, train, class_ids[rows], test, dataset.test_class_ids)
+        change = partial(rotate, degrees=width_degrees * (index + _generator(config, ANGLE, index).random()))
+    return Task(index, dataset.classes, train.mapped(change), dataset.test.mapped(change))
 
 
 def permute(images_NHWC: Images, places: npt.NDArray[np.int64]) -> Images:

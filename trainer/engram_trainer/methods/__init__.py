@@ -17,7 +17,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from engram_trainer.datasets import Images
+from engram_trainer.examples import Images
 from engram_trainer.memory import Memory
 from engram_trainer.stream import Stream, Task
 
