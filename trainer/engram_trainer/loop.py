@@ -96,14 +96,14 @@ def run(
         ValueError: the configuration contradicts itself or the data.
     """
     folder, watch = Path(folder), watch or Silent()
-    _check_device(config.device)
+    _check_device(config.runtime.device)
     tasks = stream.build(datasets.load(config.data, resize=config.resize), config.stream)
     learner = methods.build(
         config.method,
         stream=tasks,
         network=config.network,
         seed=config.seed,
-        device=config.device,
+        device=config.runtime.device,
         options=config.options,
     )
     identity = _identify(config, folder, resume=resume)
@@ -147,7 +147,7 @@ class _Run:
                 accuracy(self.learner.scores, self.stream, task, learned=-1) for task in self.stream.tasks
             ]
             return
-        state = torch.load(path, map_location=self.config.device, weights_only=True)
+        state = torch.load(path, map_location=self.config.runtime.device, weights_only=True)
         self.learner.load_state_dict(state["learner"])
         self.memory.load_state_dict(state["memory"])
         self.is_learned, self.onnx = state["is_learned"], state["onnx"]
@@ -245,8 +245,6 @@ def _identify(config: RunConfig, folder: Path, *, resume: bool) -> str:
     if path.is_file():
         found = json.loads(path.read_text())
         changed = differences(found["config"], now)
-        # A service may come back under another address.
-        changed = [change for change in changed if not change.startswith("memory.url:")]
         if not changed and (resume or not _has_checkpoint(folder)):
             _note(config, folder, found["run"])
             return str(found["run"])
