@@ -6,7 +6,7 @@ mean; the method's correction, if it has one; the optimiser. The next step's ima
 looked at, so a GPU computes meanwhile.
 
 Several processes equal one with the whole batch: each has its part of every batch, `mean` divides by the number of all
-values, and what varies an image does not depend on which process has it. What does depend is BatchNorm, which normalises
+values, and what varies an image does not depend on which process has it. BatchNorm does depend on it: it normalises
 by a process's own part on a CPU (on GPUs its statistics are shared); its running statistics are the first process's.
 
 Lightning Fabric places, converts and communicates.
