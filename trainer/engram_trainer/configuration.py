@@ -17,6 +17,7 @@ from engram_trainer.stream import StreamConfig
 
 MemoryKind = Literal["service", "raw", "files", "strips", "none"]
 MEMORY_KINDS: tuple[MemoryKind, ...] = get_args(MemoryKind)
+ReplayFrom = Literal["mirror", "draw"]
 Normalise = Literal["none", "mnist", "cifar10", "cifar100", "imagenet"]
 Precision = Literal["32", "bf16"]
 
@@ -33,7 +34,7 @@ Source: mnist as in PyTorch's examples; cifar10 as in Mammoth's `seq_cifar10.py`
 code. cifar100's deviations are smaller than those of the pixels (0.2673, 0.2564, 0.2762): they are the code's.
 """
 
-MAY_CHANGE = ("memory.url", "runtime.workers")
+MAY_CHANGE = ("memory.url", "memory.patience_s", "memory.replay", "runtime.workers")
 """What may differ when a run is resumed: a service may come back under another address, and workers change nothing."""
 
 
@@ -62,10 +63,18 @@ class MemoryConfig:
     """The service; None reads ENGRAM_URL, else http://127.0.0.1:8077. The token is read from ENGRAM_TOKEN."""
     buffer: str | None = None
     """The buffer's name; None makes one of the run's own."""
+    replay: ReplayFrom = "mirror"
+    """Whether exemplars of a service are drawn from a mirror in the run's folder, or by the service, batch by batch."""
+    patience_s: float = 600.0
+    """How long a run waits for a service that is away."""
 
     def __post_init__(self) -> None:
         if self.kind not in MEMORY_KINDS:
             raise ValueError(f"memory kind {self.kind!r} is not one of {', '.join(MEMORY_KINDS)}")
+        if self.replay not in get_args(ReplayFrom):
+            raise ValueError(f"replay {self.replay!r} is not one of {', '.join(get_args(ReplayFrom))}")
+        if not self.patience_s >= 0:
+            raise ValueError(f"patience_s must be at least 0, got {self.patience_s}")
         if self.kind == "files" and self.quality is None:
             raise ValueError("memory kind 'files' needs a quality from 1 to 100; only that of strips can be chosen")
         if self.quality is not None and not 1 <= self.quality <= 100:

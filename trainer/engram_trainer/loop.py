@@ -39,13 +39,14 @@ from engram_trainer import datasets, extractor, methods, stream
 from engram_trainer.configuration import MemoryConfig, RunConfig, differences
 from engram_trainer.evaluation import accuracy
 from engram_trainer.local_memory import LocalConfig
-from engram_trainer.memory import Learned, Memory, NoMemory, ServiceMemory
+from engram_trainer.memory import Learned, Memory, NoMemory
 from engram_trainer.methods import Learner
 from engram_trainer.plain_memory import local_memory
 from engram_trainer.preparation import Preparation
 from engram_trainer.processes import Place, beside
 from engram_trainer.report import Report, describe_tasks, environment, plot
 from engram_trainer.runtime import Runtime
+from engram_trainer.service_memory import ServiceMemory
 from engram_trainer.steps import OnStep
 from engram_trainer.stream import Stream, Task
 

@@ -4,12 +4,13 @@ Replay comes from a mirror of the packs, or from the service batch by batch. Whe
 (`patient`): what it asks for is the same when it is asked for again.
 
 Of several processes of a run the first one changes the buffer and refreshes the mirror; then the others refresh, in the
-same folder, where they find the packs already.
+same folder, where they find the packs already. All of them call what changes the memory, at the same time.
 
 A run that writes while it learns goes back to its last checkpoint when it is killed, so its buffer must go back too. A
 buffer cannot be set back, but the state of a checkpoint can be kept: `state_dict` freezes a fork of the buffer, whose
-packs it shares, and the last two such forks stay. `load_state_dict` makes the buffer anew from the one of its
-checkpoint, if the buffer has moved on.
+packs it shares, and the last two such forks stay, one of which the newest checkpoint on the disk names.
+`load_state_dict` makes the buffer anew from the fork of its checkpoint. Where a checkpoint between epochs is newer than
+that of the last task's end, both are loaded, in this order, and the older fork may be gone.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -32,20 +33,16 @@ from engram.draw import Layout
 from engram.errors import Conflict, NotFound, Unavailable
 from engram.fields import KEY, Schema
 from engram.mirror import Mirror
-from engram.schemas import Buffer, Ingest, IngestOptions, Manifest, PackEntry, Strategy
+from engram.schemas import Buffer, Ingest, IngestOptions, PackEntry, Strategy
 from engram.sources import Source
+from engram_trainer.configuration import ReplayFrom
 from engram_trainer.examples import ClassIds, Examples, Images, Rows, Shape
 from engram_trainer.local_memory import exchange_seed, slots, strip_sizes
-from engram_trainer.memory import Drawn, KeptBy, Learned, plans
-
-Via = Literal["mirror", "draw"]
+from engram_trainer.memory import Drawn, KeptBy, Learned, Loader, plans
 
 UPLOAD_BYTES = 2**31
 """Of pixels in one upload, unless a class alone has more: services take 8 GiB, unless they are told otherwise."""
 PATIENCE_S = 600.0
-CHECKPOINTS = 2
-"""Frozen forks that are kept: that of the checkpoint on the disk, and that of the one which is just being written."""
-
 _FIRST_PAUSE_S = 0.5
 _LONGEST_PAUSE_S = 15.0
 
@@ -88,10 +85,12 @@ class ServiceMemory(Drawn):
         options: how tasks are ranked and encoded; `seed` and `extractor` are filled in for each task.
         run: names this run, so that a task that is added again after a crash is the same ingest.
         folder: where a mirror keeps its packs.
-        via: whether batches are drawn from a mirror, or by the service.
+        replay: whether batches are drawn from a mirror, or by the service.
         shape: of the images that the run has; None: any.
         fields: what its exemplars have beside their images, as the buffer must declare it; None: any.
         is_written_online: whether the run exchanges exemplars while it learns, so that checkpoints keep the buffer.
+        is_first: whether this is the process that changes the buffer.
+        barrier: returns once all processes of the run are here.
         patience_s: how long to wait for a service that is away.
         tell: told when there is such a wait.
         watch: called while the service works on a task.
@@ -110,23 +109,28 @@ class ServiceMemory(Drawn):
         options: IngestOptions,
         run: str,
         folder: str | Path,
-        via: Via = "mirror",
+        replay: ReplayFrom = "mirror",
         shape: Shape | None = None,
         fields: Mapping[str, str] | None = None,
         is_written_online: bool = False,
+        is_first: bool = True,
+        barrier: Callable[[], None] = lambda: None,
         patience_s: float = PATIENCE_S,
         tell: Callable[[str], None] = lambda message: None,
         watch: Callable[[Ingest], None] | None = None,
     ) -> None:
         self.client, self.buffer, self.options, self.run, self.watch = client, buffer, options, run, watch
-        self.is_written_online = is_written_online
+        self.is_written_online, self.is_first, self._barrier = is_written_online, is_first, barrier
         self._patience_s, self._tell = patience_s, tell
         self._about = client.buffer(buffer)
         _check_fits(self._about, shape, fields)
-        self._mirror = Mirror(client, buffer, folder) if via == "mirror" else None
+        self._mirror = Mirror(client, buffer, folder) if replay == "mirror" else None
         self._manifest = client.manifest(buffer) if self._mirror is None else self._mirror.manifest
         self._layout = Layout(self._manifest.packs)
-        self._forks: list[str] = []
+        self._fork: str | None = None
+        """That of the last checkpoint."""
+        self._is_lost = False
+        """Whether the fork of the checkpoint that was loaded last is gone."""
 
     def patiently(self, call: Callable[[], _T]) -> _T:
         """What `call` returns, however long the service is away, within `patience_s`."""
@@ -138,16 +142,17 @@ class ServiceMemory(Drawn):
         Raises:
             EngramError: the service refused the images, the extractor or the budget.
         """
-        model, examples = learned.extractor, learned.examples
-        digest = None
-        if model is not None:
-            digest = self.patiently(partial(self.client.register_extractor, model)).sha256
-        options = self.options.model_copy(update={"seed": learned.seed, "extractor": digest})
-        parts = whole_classes(examples, UPLOAD_BYTES)
-        for number, rows in enumerate(parts):
-            key = f"{self.run}-task-{learned.task}" + (f"-{number}" if len(parts) > 1 else "")
-            self._upload(learned.task, examples, rows, learned.fields, options, key)
-        self.refresh()
+        if self.is_first:
+            model, examples = learned.extractor, learned.examples
+            digest = None
+            if model is not None:
+                digest = self.patiently(partial(self.client.register_extractor, model)).sha256
+            options = self.options.model_copy(update={"seed": learned.seed, "extractor": digest})
+            parts = whole_classes(examples, UPLOAD_BYTES)
+            for number, rows in enumerate(parts):
+                key = f"{self.run}-task-{learned.task}" + (f"-{number}" if len(parts) > 1 else "")
+                self._upload(learned.task, examples, rows, learned.fields, options, key)
+        self._share()
 
     def exchange(
         self,
@@ -167,17 +172,29 @@ class ServiceMemory(Drawn):
         Raises:
             EngramError: the service refused the images or the budget.
         """
-        if drop:
-            with suppress(NotFound):  # they are gone: an answer was lost, or the buffer did not keep them
-                self.patiently(partial(self.client.remove, self.buffer, keys=list(drop)))
-        if len(keys):
-            seed = exchange_seed(keys)
-            options = self.options.model_copy(update={"ranking": kept_by, "seed": seed, "extractor": None})
-            examples = Examples.of_arrays(images_NHWC, np.asarray(class_ids, np.int64))
-            given = {**fields, KEY: np.array(keys)}
-            key = f"{self.run}-exchange-{self.generation}-{task}-{seed:08x}"
-            self._upload(task, examples, np.arange(len(keys)), given, options, key)
-        self.refresh()
+        if self.is_first:
+            self._check_found()
+            if drop:
+                with suppress(NotFound):  # they are gone: an answer was lost, or the buffer did not keep them
+                    self.patiently(partial(self.client.remove, self.buffer, keys=list(drop)))
+            if len(keys):
+                seed = exchange_seed(keys)
+                options = self.options.model_copy(update={"ranking": kept_by, "seed": seed, "extractor": None})
+                examples = Examples.of_arrays(images_NHWC, np.asarray(class_ids, np.int64))
+                given = {**fields, KEY: np.array(keys)}
+                key = f"{self.run}-exchange-{self.generation}-{task}-{seed:08x}"
+                self._upload(task, examples, np.arange(len(keys)), given, options, key)
+        self._share()
+
+    def _share(self) -> None:
+        """All processes see what the first one has changed; it brings the packs into the mirror's folder."""
+        if self.is_first:
+            self.refresh()
+        self._barrier()
+        if not self.is_first:
+            self.refresh()
+        # Nobody changes anything while another one still reads what was there.
+        self._barrier()
 
     def _upload(
         self,
@@ -223,7 +240,12 @@ class ServiceMemory(Drawn):
     @property
     def source(self) -> Source:
         """The mirror, or the service."""
+        self._check_found()
         return (self.client, self.buffer) if self._mirror is None else self._mirror
+
+    def loader(self, size: int, **request: Any) -> Loader:
+        """As `Memory.loader`; while the service is away, the next batch is waited for."""
+        return PatientLoader(super().loader(size, **request), self.patiently)
 
     def draw(
         self,
@@ -308,67 +330,109 @@ class ServiceMemory(Drawn):
 
     def state_dict(self) -> dict[str, Any]:
         """Which buffer and generation; where it is written online, they can be had again."""
-        state = {"buffer": self.buffer, "generation": self.generation}
+        state: dict[str, Any] = {"buffer": self.buffer, "generation": self.generation}
         if not self.is_written_online:
             return state
-        name = self._fork_name(self.generation)
-        self.patiently(partial(self._freeze, name))
-        self._forks = [*(fork for fork in self._forks if fork != name), name]
-        self._forget(self._forks[:-CHECKPOINTS])
-        return {**state, "fork": name}
+        before, now = self._fork, f"{self._fork_prefix}{self.generation}"
+        if now != before:
+            self.patiently(partial(self._freeze, now))
+        self._forget(lambda name: name not in (before, now))
+        self._fork = now
+        return {**state, "fork": now}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """The buffer is as it was, or is known to hold all that it held.
 
         Raises:
             Conflict: it is another buffer, or one that was set back.
-            NotFound: the fork that has to be gone back to was deleted.
         """
-        if state["buffer"] != self.buffer or self.generation < state["generation"]:
+        fork = state.get("fork")
+        forks = self._forks() if self.is_written_online else []
+        if state["buffer"] != self.buffer or (self.generation < state["generation"] and fork not in forks):
             raise Conflict(
                 f"the checkpoint was made with buffer {state['buffer']!r} at generation {state['generation']}, this is "
                 f"{self.buffer!r} at generation {self.generation}; start the run in a new folder"
             )
         if not self.is_written_online:
             return
-        fork, prefix = state["fork"], self._fork_name("")
-        found = [each.name for each in self.patiently(self.client.buffers) if each.name.startswith(prefix)]
-        if fork in found or self.generation > state["generation"]:
+        # All processes have looked before the first one changes what they look at.
+        self._barrier()
+        self._fork, self._is_lost = fork, fork not in forks and self.generation != state["generation"]
+        if self.is_first and fork in forks:
             # At the same generation, too: an upload may have been accepted that is not committed yet.
             self.patiently(partial(self._set_back, fork))
-            self.refresh()
-        # What was frozen for a checkpoint that was never written is of a future that does not come.
-        self._forget([name for name in found if name != fork])
-        self._forks = [fork]
+        self._share()
 
     def finish(self) -> None:
         """The run is over: what its checkpoints kept is not needed any more."""
-        self._forget(self._forks)
+        if self.is_first and self.is_written_online:
+            self._forget(lambda name: True)
 
-    def _fork_name(self, generation: int | str) -> str:
-        return f"{self.buffer}-at-{generation}"
+    @property
+    def _fork_prefix(self) -> str:
+        return f"{self.buffer}-at-"
+
+    def _forks(self) -> list[str]:
+        """The frozen forks that there are of this buffer."""
+        found = self.patiently(self.client.buffers)
+        return [each.name for each in found if each.name.startswith(self._fork_prefix) and each.is_frozen]
 
     def _freeze(self, name: str) -> None:
-        try:
-            self.client.fork(self.buffer, name, generation=self.generation, frozen=True)
-        except Conflict:
-            # It was made already, and the answer got lost.
-            found = self.client.buffer(name)
-            if not found.is_frozen or found.generation != self.generation:
-                raise
+        """There is such a fork of the buffer as it is now; done once more it is the same."""
+        # One of this name may be of a future that did not come: a run was killed before it wrote the checkpoint.
+        with suppress(NotFound):
+            self.client.delete_buffer(name)
+        self.client.fork(self.buffer, name, generation=self.generation, frozen=True)
 
     def _set_back(self, fork: str) -> None:
         """The buffer is deleted and made again from the fork; done once more it is the same."""
-        self.client.buffer(fork)
         with suppress(NotFound):
             self.client.delete_buffer(self.buffer)
         self.client.fork(fork, self.buffer)
 
-    def _forget(self, forks: Sequence[str]) -> None:
-        for name in forks:
+    def _forget(self, is_meant: Callable[[str], bool]) -> None:
+        for name in filter(is_meant, self._forks()):
             with suppress(NotFound):
                 self.patiently(partial(self.client.delete_buffer, name))
-        self._forks = [fork for fork in self._forks if fork not in forks]
+
+    def _check_found(self) -> None:
+        """Returns if the buffer is what the checkpoint says.
+
+        Raises:
+            Conflict: it has moved on, and what the checkpoint kept is gone.
+        """
+        if self._is_lost:
+            raise Conflict(
+                f"buffer {self.buffer!r} has moved on since the checkpoint, and {self._fork!r}, which it was to be set "
+                "back to, is gone; start the run in a new folder"
+            )
+
+
+class PatientLoader:
+    """A loader of a service that may be away for a while.
+
+    Args:
+        loader: which may be asked again after it has raised `Unavailable`.
+        patiently: calls what it is given until the service is there.
+    """
+
+    def __init__(self, loader: Loader, patiently: Callable[[Callable[[], Batch]], Batch]) -> None:
+        self._loader, self._patiently = loader, patiently
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        """The next step's batch.
+
+        Raises:
+            Unavailable: the service was away for too long.
+        """
+        return self._patiently(self._loader.__next__)
+
+    def close(self) -> None:
+        """Nothing is drawn ahead any more."""
+        self._loader.close()
 
 
 def tar_of(examples: Examples, rows: Rows, fields: Mapping[str, npt.NDArray[Any]]) -> Iterator[bytes]:
@@ -415,8 +479,8 @@ def _check_fits(buffer: Buffer, shape: Shape | None, fields: Mapping[str, str] |
         )
     if fields is not None and buffer.fields != (wanted := Schema.declare(fields).declared):
         raise Conflict(
-            f"buffer {buffer.name!r} declares {buffer.fields or 'no fields'}, the method needs {wanted or 'none'}; name "
-            "another buffer"
+            f"buffer {buffer.name!r} declares {buffer.fields or 'no fields'}, the method needs {wanted or 'none'}; "
+            "name another buffer"
         )
 
 
