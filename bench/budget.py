@@ -59,10 +59,11 @@ from engram_trainer.configuration import RuntimeConfig
 from engram_trainer.extractor import to_onnx
 from engram_trainer.local_memory import LocalConfig, StripMemory
 from engram_trainer.local_service import local_service
-from engram_trainer.memory import Learned, Memory, NoMemory, ServiceMemory
+from engram_trainer.memory import Learned, Memory, NoMemory
 from engram_trainer.methods import Learner, joint, lucir
 from engram_trainer.plain_memory import PlainMemory
 from engram_trainer.runtime import Runtime
+from engram_trainer.service_memory import ServiceMemory
 
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 """Where Debian's package dataset-fashion-mnist puts it."""

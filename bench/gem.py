@@ -30,9 +30,10 @@ from engram_trainer.configuration import RuntimeConfig
 from engram_trainer.evaluation import Metrics, accuracy, metrics
 from engram_trainer.local_memory import LocalConfig
 from engram_trainer.local_service import local_service
-from engram_trainer.memory import Learned, Memory, NoMemory, ServiceMemory
+from engram_trainer.memory import Learned, Memory, NoMemory
 from engram_trainer.plain_memory import local_memory
 from engram_trainer.runtime import Runtime
+from engram_trainer.service_memory import ServiceMemory
 from engram_trainer.stream import Scenario, Stream, StreamConfig
 
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")
