@@ -1,4 +1,4 @@
-"""Every loss against the paper's equation, evaluated here in float64 by numpy, and by what must hold whatever the input."""
+"""Losses against the papers' equations, evaluated here by numpy in float64, and by what holds for every input."""
 
 from __future__ import annotations
 
