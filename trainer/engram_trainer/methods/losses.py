@@ -12,7 +12,7 @@ from torch.nn import functional
 def logit_distance(logits_NC: torch.Tensor, stored_NC: torch.Tensor) -> torch.Tensor:
     """|z' - h(x')|^2 / C of each image: 0 for equal logits.
 
-    Source: Buzzega et al., Dark Experience for General Continual Learning (NeurIPS 2020), equation 6. Departure:
+    Source: Buzzega et al., Dark Experience for General Continual Learning (NeurIPS 2020), section 3. Departure:
     divided by C, as in its code (a mean squared error), for which its weights were found.
     """
     return (logits_NC - stored_NC).square().mean(dim=1)
