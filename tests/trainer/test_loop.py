@@ -21,7 +21,7 @@ from PIL import Image
 from engram.client import Client
 from engram.errors import BudgetExceeded, Conflict, NotFound, Unavailable
 from engram_trainer import loop
-from engram_trainer.configuration import MemoryConfig, RunConfig
+from engram_trainer.configuration import MemoryConfig, RunConfig, RuntimeConfig
 from engram_trainer.report import Report
 from engram_trainer.stream import StreamConfig
 from tests.servers import ServiceProcess
@@ -335,4 +335,4 @@ def test_a_buffer_that_was_there_before_a_run_stays_when_it_fails(service: Servi
 
 def test_a_device_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="device 'warp:0' cannot be used"):
-        run(replace(SMALL, device="warp:0"), tmp_path / "run")
+        run(replace(SMALL, runtime=RuntimeConfig("warp:0")), tmp_path / "run")

@@ -16,12 +16,21 @@ from engram import __version__, amounts
 from engram.errors import EngramError
 from engram.schemas import Definition, Per, Ranking, Rule, ShareBy, Subsampling
 from engram_trainer import loop, methods, networks
-from engram_trainer.configuration import MemoryConfig, MemoryKind, RunConfig
+from engram_trainer.configuration import (
+    MemoryConfig,
+    MemoryKind,
+    Normalise,
+    Precision,
+    PrepareConfig,
+    RunConfig,
+    RuntimeConfig,
+)
 from engram_trainer.progress import Bars
 from engram_trainer.report import Report
 from engram_trainer.stream import Scenario, StreamConfig
 
-STREAM, METHOD, MEMORY, SELECTION, RUN = "Stream", "Method", "Memory", "Selection (service and strips)", "Run"
+STREAM, METHOD, MEMORY, RUNTIME, RUN = "Stream", "Method", "Memory", "Runtime", "Run"
+SELECTION = "Selection (service and strips)"
 
 app = typer.Typer(
     rich_markup_mode="rich",
@@ -54,6 +63,12 @@ def train(
     resize: Annotated[
         int | None, typer.Option(help="Make every image so many pixels wide and high.", rich_help_panel=STREAM)
     ] = None,
+    crop: Annotated[
+        int | None, typer.Option(help="What the network sees: the centre, so many pixels wide.", rich_help_panel=STREAM)
+    ] = None,
+    normalise: Annotated[
+        Normalise, typer.Option(help="Whose mean and deviation are taken from the pixels.", rich_help_panel=STREAM)
+    ] = PrepareConfig.normalise,
     scenario: Annotated[Scenario, typer.Option(help="What a task is.", rich_help_panel=STREAM)] = StreamConfig.scenario,
     tasks: Annotated[
         int, typer.Option(help="Number of tasks, the first included.", rich_help_panel=STREAM)
@@ -157,9 +172,20 @@ def train(
     seed: Annotated[
         int, typer.Option(help="Of the order of classes, weights, batches and augmentation.", rich_help_panel=RUN)
     ] = 0,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps.", rich_help_panel=RUN)] = RunConfig.device,
+    device: Annotated[
+        str, typer.Option(help="cpu, cuda, cuda:1, mps.", rich_help_panel=RUNTIME)
+    ] = RuntimeConfig.device,
+    precision: Annotated[
+        Precision, typer.Option(help="Of the network's passes.", rich_help_panel=RUNTIME)
+    ] = RuntimeConfig.precision,
+    processes: Annotated[
+        int, typer.Option(help="Each computes its part of every batch.", rich_help_panel=RUNTIME)
+    ] = RuntimeConfig.processes,
+    workers: Annotated[
+        int, typer.Option(help="Processes that decode images, for each training process.", rich_help_panel=RUNTIME)
+    ] = RuntimeConfig.workers,
     threads: Annotated[
-        int | None, typer.Option(help="CPU threads; without it PyTorch decides.", rich_help_panel=RUN)
+        int | None, typer.Option(help="CPU threads; without it PyTorch decides.", rich_help_panel=RUNTIME)
     ] = None,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
@@ -183,6 +209,7 @@ def train(
         config = RunConfig(
             data=data,
             resize=resize,
+            prepare=PrepareConfig(crop, normalise),
             stream=StreamConfig(
                 scenario=scenario,
                 tasks=tasks,
@@ -212,7 +239,7 @@ def train(
                 buffer=buffer,
             ),
             seed=seed,
-            device=device,
+            runtime=RuntimeConfig(device, precision, processes, workers),
         )
         with Bars(console) as bars:
             report = loop.run(config, out, resume=resume, watch=bars)

@@ -64,6 +64,17 @@ class StreamConfig:
         """Whether each task brings classes of its own; otherwise it transforms the images of all classes."""
         return self.scenario in ("class-incremental", "task-incremental")
 
+    def require_new_classes(self, method: str) -> None:
+        """Returns if every task that a learner meets brings classes.
+
+        Raises:
+            ValueError: there are tasks that bring none, which this method cannot learn.
+        """
+        if not self.brings_classes:
+            raise ValueError(f"{method} needs tasks that bring classes; {self.scenario} tasks bring none")
+        if self.visits is not None:
+            raise ValueError(f"{method} needs tasks that bring classes; tasks that return bring none")
+
 
 @dataclass(frozen=True, eq=False)
 class Task:
@@ -104,8 +115,16 @@ class Stream:
         Raises:
             KeyError: a class id is not in the stream.
         """
-        label = {class_id: place for place, class_id in enumerate(self.class_order)}
-        return np.array([label[int(class_id)] for class_id in class_ids], np.int64)
+        order = np.array(self.class_order, np.int64)
+        ascending = np.argsort(order)
+        places = np.searchsorted(order[ascending], class_ids).clip(max=len(order) - 1)
+        labels = ascending[places]
+        if not np.array_equal(order[labels], class_ids):
+            raise KeyError(
+                f"class ids {sorted({*np.unique(class_ids).tolist()} - {*self.class_order})} are not in the stream"
+            )
+        found: npt.NDArray[np.int64] = labels.astype(np.int64)
+        return found
 
     def seen(self, visit: int) -> int:
         """How many labels have arrived once visit `visit` is there."""

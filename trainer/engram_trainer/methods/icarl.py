@@ -68,8 +68,7 @@ class Icarl(LinearLearner):
 
     def __init__(self, runtime: Runtime, config: Config, *, network: str) -> None:
         super().__init__(runtime, network=network)
-        if not self.stream.config.brings_classes:
-            raise ValueError(f"iCaRL needs tasks that bring classes; {self.stream.config.scenario} tasks bring none")
+        self.stream.config.require_new_classes("iCaRL")
         self.config = config
         self.means_CD = torch.zeros(len(self.stream.class_order), self.dimensions)
         """The unit mean of each label's exemplars; zeros for labels that have none."""
@@ -77,7 +76,7 @@ class Icarl(LinearLearner):
     def learn(self, task: Task, memory: Memory, progress: OnStep) -> None:
         """Train on a task's images and exemplars of earlier tasks."""
         config, runtime = self.config, self.runtime
-        seen, old_count = self.stream.seen(task.visit), self.stream.seen(task.visit - 1) if task.visit else 0
+        seen, old_count = self.stream.seen(task.visit), self.stream.seen(task.visit - 1)
         old_model = copy.deepcopy(self.model).eval().requires_grad_(False)
         optimizer = config.optimizer(self.model.parameters())
 
@@ -89,7 +88,14 @@ class Icarl(LinearLearner):
             losses_N = binary_cross_entropy(self.model(images_NCHW)[:, :seen], targets_NC)
             return runtime.mean(losses_N) / len(self.stream.class_order)
 
-        drawn = replayed(config, len(task.train), memory, exclude=task.index, world_size=runtime.world_size)
+        drawn = replayed(
+            config.batch_size,
+            config.replay_ratio,
+            len(task.train),
+            memory,
+            exclude_task=task.index,
+            world_size=runtime.world_size,
+        )
         phase = Phase(
             task=task,
             purpose=LEARN,

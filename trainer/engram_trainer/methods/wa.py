@@ -56,16 +56,13 @@ class Wa(LinearLearner):
 
     def __init__(self, runtime: Runtime, config: Config, *, network: str) -> None:
         super().__init__(runtime, network=network)
-        if not self.stream.config.brings_classes:
-            raise ValueError(f"WA needs tasks that bring classes; {self.stream.config.scenario} tasks bring none")
-        if self.stream.config.visits is not None:
-            raise ValueError("WA aligns the weights of new classes with those of old ones; its tasks cannot return")
+        self.stream.config.require_new_classes("WA")
         self.config = config
 
     def learn(self, task: Task, memory: Memory, progress: OnStep) -> None:
         """Train on a task's images and exemplars of earlier tasks, then align the new weights."""
         config, runtime = self.config, self.runtime
-        seen, old_count = self.stream.seen(task.visit), self.stream.seen(task.visit - 1) if task.visit else 0
+        seen, old_count = self.stream.seen(task.visit), self.stream.seen(task.visit - 1)
         old_model = copy.deepcopy(self.model).eval().requires_grad_(False)
         kept_part = old_count / seen
         optimizer = config.optimizer(self.model.parameters())
@@ -81,7 +78,14 @@ class Wa(LinearLearner):
                 total = total + kept_part * runtime.mean(losses_N)
             return total
 
-        drawn = replayed(config, len(task.train), memory, exclude=task.index, world_size=runtime.world_size)
+        drawn = replayed(
+            config.batch_size,
+            config.replay_ratio,
+            len(task.train),
+            memory,
+            exclude_task=task.index,
+            world_size=runtime.world_size,
+        )
         phase = Phase(
             task=task,
             purpose=LEARN,
