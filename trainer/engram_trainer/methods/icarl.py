@@ -81,10 +81,10 @@ class Icarl(LinearLearner):
         optimizer = config.optimizer(self.model.parameters())
 
         def loss(step: Step) -> torch.Tensor:
-            images_NCHW = step.images_NCHW
+            images_NCHW = step.images
             with torch.no_grad():
                 old_NO = torch.sigmoid(old_model(images_NCHW)[:, :old_count])
-            targets_NC = icarl_targets(step.labels_N, old_NO, seen)
+            targets_NC = icarl_targets(step.labels, old_NO, seen)
             losses_N = binary_cross_entropy(self.model(images_NCHW)[:, :seen], targets_NC)
             return runtime.mean(losses_N) / len(self.stream.class_order)
 

@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn import functional
 
 from engram_trainer import networks
-from engram_trainer.examples import Images
+from engram_trainer.examples import Examples, Images
 from engram_trainer.memory import Memory
 from engram_trainer.runtime import Runtime
 from engram_trainer.steps import OnStep
@@ -27,6 +27,7 @@ class LinearLearner:
     """The network with its scores and features; a method adds `learn`."""
 
     fields: Mapping[str, str] = {}
+    fills_memory = False
 
     def __init__(self, runtime: Runtime, *, network: str) -> None:
         self.runtime, self.stream, self.seed, self.device = runtime, runtime.stream, runtime.seed, runtime.device
@@ -44,6 +45,10 @@ class LinearLearner:
         self.features = self.runtime.place_module(features)
         self.head = networks.linear_head(self.dimensions, len(self.stream.class_order), seed=self.seed).to(self.device)
         self.model = nn.Sequential(self.features, self.head)
+
+    def columns(self, examples: Examples) -> Mapping[str, npt.NDArray[Any]]:
+        """None: exemplars are an image and its class."""
+        return {}
 
     def balance(self, task: Task, memory: Memory, progress: OnStep) -> None:
         """Nothing: these methods do not come back to their memory."""

@@ -106,6 +106,7 @@ class Lucir:
     """A network and a cosine classifier that grows with the classes."""
 
     fields: Mapping[str, str] = {}
+    fills_memory = False
 
     def __init__(self, runtime: Runtime, config: Config, *, network: str) -> None:
         self.runtime, self.stream, self.config, self.seed = runtime, runtime.stream, config, runtime.seed
@@ -167,6 +168,10 @@ class Lucir:
         )
         runtime.fit(phase, memory, progress)
         self.classifier.embeddings_CD = nn.Parameter(torch.cat([old_CD, new_CD.detach()]))
+
+    def columns(self, examples: Examples) -> Mapping[str, npt.NDArray[Any]]:
+        """None: exemplars are an image and its class."""
+        return {}
 
     def balance(self, task: Task, memory: Memory, progress: OnStep) -> None:
         """Tune the class embeddings on the exemplars of all classes, new ones included; network and eta are frozen.

@@ -65,10 +65,10 @@ class Lwf(LinearLearner):
         optimizer = config.optimizer(self.model.parameters())
 
         def loss(step: Step) -> torch.Tensor:
-            images_NCHW = step.images_NCHW
+            images_NCHW = step.images
             logits_NC = self.model(images_NCHW)
             new_NC = logits_NC[:, :seen].masked_fill(is_foreign_C, -torch.inf)
-            total = runtime.mean(self.cross_entropies(new_NC, step.labels_N, seen))
+            total = runtime.mean(self.cross_entropies(new_NC, step.labels, seen))
             if groups:
                 with torch.no_grad():
                     old_NC = old_model(images_NCHW)

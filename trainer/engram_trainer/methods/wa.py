@@ -68,9 +68,9 @@ class Wa(LinearLearner):
         optimizer = config.optimizer(self.model.parameters())
 
         def loss(step: Step) -> torch.Tensor:
-            images_NCHW = step.images_NCHW
+            images_NCHW = step.images
             logits_NC = self.model(images_NCHW)
-            total = (1 - kept_part) * runtime.mean(self.cross_entropies(logits_NC, step.labels_N, seen))
+            total = (1 - kept_part) * runtime.mean(self.cross_entropies(logits_NC, step.labels, seen))
             if old_count:
                 with torch.no_grad():
                     old_NO = old_model(images_NCHW)[:, :old_count]
