@@ -129,7 +129,7 @@ def _run(
         ) as memory:
             running = _Run(config, folder, identity, runtime, learner, memory)
             running.restore()
-            for task in tasks.tasks[len(running.report.matrix) :]:
+            for task in tasks.visits[len(running.report.matrix) :]:
                 watch.task(task, tasks)
                 running.learn(task, watch)
                 running.remember(task, watch)
@@ -205,7 +205,7 @@ class _Run:
     def remember(self, task: Task, watch: Watch) -> None:
         """The memory holds exemplars of the task, and the learner is balanced on all exemplars."""
         with self._timed("remember"):
-            seed = int(np.random.default_rng([self.config.seed, task.index]).integers(2**31))
+            seed = int(np.random.default_rng([self.config.seed, task.visit]).integers(2**31))
             self.memory.add(Learned(task.index, task.train, self.onnx, embed=self.learner.embed, seed=seed))
         with self._timed("balance"), self._waiting():
             self.learner.balance(task, self.memory, _steps(watch, "balance"))
@@ -213,10 +213,11 @@ class _Run:
     def evaluate(self, task: Task, watch: Watch) -> None:
         """R has the task's row: all tasks so far and, for FWT, the next."""
         row: list[float | None] = []
+        met = 1 + max(each.index for each in self.stream.visits[: task.visit + 1])
         with self._timed("evaluate"):
-            for each in self.stream.tasks[: task.index + 2]:
-                row.append(accuracy(self.learner.scores, self.runtime, each, learned=task.index))
-                watch.phase("evaluate", each.index + 1, min(task.index + 2, len(self.stream.tasks)))
+            for each in self.stream.tasks[: met + 1]:
+                row.append(accuracy(self.learner.scores, self.runtime, each, learned=task.visit))
+                watch.phase("evaluate", each.index + 1, min(met + 1, len(self.stream.tasks)))
         self.report.matrix.append(row)
         self.report.memory.append(self.memory.describe())
         self.report.seconds.append(self.seconds)
@@ -250,18 +251,18 @@ class _Partial:
         self._path, self._identity, self._runtime = path, identity, runtime
         self._saved_at = time.monotonic()
 
-    def load(self, *, task: int, purpose: int) -> dict[str, Any] | None:
+    def load(self, *, visit: int, purpose: int) -> dict[str, Any] | None:
         """What was saved last, if it was this phase of this run."""
         if not self._path.is_file():
             return None
         found: dict[str, Any] = torch.load(self._path, map_location=self._runtime.device, weights_only=True)
-        is_this = (found["run"], found["task"], found["purpose"]) == (self._identity, task, purpose)
+        is_this = (found["run"], found["visit"], found["purpose"]) == (self._identity, visit, purpose)
         return found["state"] if is_this else None
 
-    def save(self, state: Callable[[], dict[str, Any]], *, task: int, purpose: int) -> None:
+    def save(self, state: Callable[[], dict[str, Any]], *, visit: int, purpose: int) -> None:
         """Keep it, unless the last one is a few seconds old."""
         if self._runtime.is_first and time.monotonic() - self._saved_at >= PARTIAL_EVERY_S:
-            _write(self._path, {"run": self._identity, "task": task, "purpose": purpose, "state": state()})
+            _write(self._path, {"run": self._identity, "visit": visit, "purpose": purpose, "state": state()})
             self._saved_at = time.monotonic()
 
 

@@ -46,10 +46,10 @@ _EXEMPLAR = np.uint64(1 << 63)
 class Keeper(Protocol):
     """Where the state in the middle of a phase is kept."""
 
-    def load(self, *, task: int, purpose: int) -> dict[str, Any] | None:
+    def load(self, *, visit: int, purpose: int) -> dict[str, Any] | None:
         """What was saved last, if it was this phase."""
 
-    def save(self, state: Callable[[], dict[str, Any]], *, task: int, purpose: int) -> None:
+    def save(self, state: Callable[[], dict[str, Any]], *, visit: int, purpose: int) -> None:
         """Keep what `state` gives in place of what was saved before; it may not be asked."""
 
 
@@ -242,7 +242,7 @@ class Runtime:
 
     def _resume(self, phase: Phase, memory: Memory) -> int:
         """The epoch to go on with."""
-        where = {"task": phase.task.index, "purpose": phase.purpose}
+        where = {"visit": phase.task.visit, "purpose": phase.purpose}
         state = None if self.keeper is None else self.keeper.load(**where)
         if state is None:
             return 0
@@ -263,7 +263,7 @@ class Runtime:
                 "memory": memory.state_dict() if phase.writes_memory else None,
             }
 
-        self.keeper.save(state, task=phase.task.index, purpose=phase.purpose)
+        self.keeper.save(state, visit=phase.task.visit, purpose=phase.purpose)
 
 
 class _Walk:
@@ -273,7 +273,7 @@ class _Walk:
         self.runtime, self.phase, self.memory = runtime, phase, memory
         self.total = 0
         self._loaders: list[FollowingLoader] | None = None
-        self._base = phase.purpose, phase.task.index
+        self._base = phase.purpose, phase.task.visit
         self._vary_key = runtime.key(*self._base, VARY)
         for replay in phase.replay:
             if replay.size < runtime.world_size:
