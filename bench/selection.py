@@ -127,7 +127,7 @@ def two_classes(data: Dataset, size: int) -> ArrayImages:
     """`size` images of the even classes as class 0, of the odd ones as class 1; shifted copies if there are fewer."""
     parts = []
     for parity in (0, 1):
-        pool = data.train_images[data.train_class_ids % 2 == parity]
+        pool = data.train.images.read(np.flatnonzero(data.train.class_ids % 2 == parity))
         copies = -(-size // len(pool))
         parts.append(np.concatenate([np.roll(pool, shift, axis=2) for shift in range(copies)])[:size])
     return ArrayImages(np.concatenate(parts), np.repeat(np.arange(2), size))
@@ -167,8 +167,9 @@ def agreement(
     for pair in range(pairs):
         classes = np.random.default_rng(pair).permutation(np.array(data.classes))[:4]
         tasks = [of_classes(small, classes[:2]), of_classes(small, classes[2:])]
-        seen = data.test_class_ids[np.isin(data.test_class_ids, classes)]
-        tests = ArrayImages(data.test_images[np.isin(data.test_class_ids, classes)], seen)
+        kept = data.test.select(np.flatnonzero(np.isin(data.test.class_ids, classes)))
+        seen = kept.class_ids
+        tests = ArrayImages(kept.read(), seen)
         for share in shares:
             scores: dict[int, list[float]] = {quality: [] for quality in CANDIDATE_QUALITIES}
             picks: list[int] = []
@@ -204,8 +205,8 @@ def behind(scores: dict[int, list[float]], picks: Sequence[int]) -> tuple[float,
 
 def of_classes(data: Dataset, classes: IntArray) -> ArrayImages:
     """The training images of these classes."""
-    rows = np.isin(data.train_class_ids, classes)
-    return ArrayImages(data.train_images[rows], data.train_class_ids[rows])
+    chosen = data.train.select(np.flatnonzero(np.isin(data.train.class_ids, classes)))
+    return ArrayImages(chosen.read(), chosen.class_ids)
 
 
 class Learner:

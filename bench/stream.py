@@ -132,8 +132,8 @@ def load(folder: Path | None) -> Dataset:
 
 def herding(data: Dataset, uploads: int) -> dict[str, report.Cell]:
     """Distances of means after many small uploads, against one upload of everything."""
-    rows = np.random.default_rng(0).permutation(len(data.train_images))[: uploads * UPLOAD_IMAGES]
-    images, class_ids = data.train_images[rows], data.train_class_ids[rows]
+    rows = np.random.default_rng(0).permutation(len(data.train))[: uploads * UPLOAD_IMAGES]
+    images, class_ids = data.train.images.read(rows), data.train.class_ids[rows]
     embedder = BuiltinEmbedder((images.shape[1], images.shape[2], images.shape[3]))
     features_ND = embedder.embed(images)
 

@@ -108,7 +108,8 @@ ORDER = {
         "__main__",
     ],
     "engram_trainer": [
-        "augment datasets extractor networks local_service",
+        "augment examples extractor networks local_service",
+        "batches datasets",
         "stream memory",
         "methods configuration evaluation",
         "local_memory plain_memory report",

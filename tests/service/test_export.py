@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import socket
-import time
 from collections.abc import Callable
 
 import httpx
@@ -15,7 +14,7 @@ import simplejpeg
 from engram import tar
 from engram_service.database import Database
 from tests.contents import create, fill
-from tests.servers import ServiceProcess, ServiceThread, http
+from tests.servers import ServiceProcess, ServiceThread, eventually, http
 
 
 def test_an_export_holds_every_exemplar_as_a_file_of_its_own(client: httpx.Client, served: ServiceThread) -> None:
@@ -70,9 +69,6 @@ def test_a_client_that_leaves_midway_leaves_nothing_behind(make_service: Callabl
             with socket.create_connection((host, int(port))) as connection:
                 connection.sendall(b"GET /v1/buffers/b/export HTTP/1.1\r\nHost: localhost\r\n\r\n")
                 assert connection.recv(1000).startswith(b"HTTP/1.1 200")
-        deadline = time.monotonic() + 30
-        while process.num_fds() > before and time.monotonic() < deadline:
-            time.sleep(0.02)
-        assert process.num_fds() <= before
+        assert eventually(lambda: process.num_fds() <= before)
         assert client.get("/healthz").json()["status"] == "ok"
     assert "Traceback" not in service.log.read_text()

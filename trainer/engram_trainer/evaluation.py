@@ -25,7 +25,8 @@ import numpy as np
 import numpy.typing as npt
 
 from engram_trainer.examples import Images
-from engram_trainer.stream import Stream, Task
+from engram_trainer.runtime import Runtime
+from engram_trainer.stream import Task
 
 Matrix = Sequence[Sequence[float | None]]
 
@@ -44,18 +45,20 @@ class Metrics:
     incremental: tuple[float, ...]
 
 
-def correct(
-    scores: Callable[[Images], npt.NDArray[np.float32]], stream: Stream, task: Task, *, learned: int
-) -> int | None:
+Scores = Callable[[Images], npt.NDArray[np.float32]]
+
+
+def correct(scores: Scores, runtime: Runtime, task: Task, *, learned: int) -> int | None:
     """How many test images of a task are classified right once task `learned` is the latest (-1: none is).
 
     Competing labels: those of the task where it is given, else all labels seen so far; every class in the permuted and
-    rotated scenarios.
+    rotated scenarios. Several processes share the images.
 
     Returns:
         None where the learner cannot answer yet: a class of the task is not among the competing labels, or has no
         column.
     """
+    stream = runtime.stream
     task_labels = stream.labels(np.array(task.classes))
     if stream.task_is_given or not stream.config.brings_classes:
         labels = np.sort(task_labels)
@@ -63,19 +66,20 @@ def correct(
         labels = np.arange(stream.seen(learned) if learned >= 0 else 0)
     if not np.isin(task_labels, labels).all():
         return None
-    scores_NC = scores(task.test_images)
-    if scores_NC.shape[1] <= labels.max():
+    if scores(task.test.images.read(np.arange(1))).shape[1] <= labels.max():
         return None
-    predicted = labels[np.argmax(scores_NC[:, labels], axis=1)]
-    return int((predicted == stream.labels(task.test_class_ids)).sum())
+    count = 0
+    mine = np.arange(runtime.rank, len(task.test), runtime.world_size)
+    for rows, images_NHWC in runtime.read(task.test, rows=mine):
+        predicted = labels[np.argmax(scores(images_NHWC)[:, labels], axis=1)]
+        count += int((predicted == stream.labels(task.test.class_ids[rows])).sum())
+    return runtime.total(count)
 
 
-def accuracy(
-    scores: Callable[[Images], npt.NDArray[np.float32]], stream: Stream, task: Task, *, learned: int
-) -> float | None:
+def accuracy(scores: Scores, runtime: Runtime, task: Task, *, learned: int) -> float | None:
     """`correct` as a fraction of all the task's test images."""
-    count = correct(scores, stream, task, learned=learned)
-    return None if count is None else count / len(task.test_images)
+    count = correct(scores, runtime, task, learned=learned)
+    return None if count is None else count / len(task.test)
 
 
 def metrics(matrix: Matrix, *, test_counts: Sequence[int], at_random: Sequence[float | None] | None = None) -> Metrics:

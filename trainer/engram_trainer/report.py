@@ -77,8 +77,8 @@ def describe_tasks(stream: Stream) -> list[dict[str, Any]]:
             "task": task.index,
             "classes": list(task.classes),
             "class_names": [stream.class_names[class_id] for class_id in task.classes] if stream.class_names else [],
-            "train_images": len(task.train_images),
-            "test_images": len(task.test_images),
+            "train_images": len(task.train),
+            "test_images": len(task.test),
         }
         for task in stream.tasks
     ]

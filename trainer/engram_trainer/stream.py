@@ -92,8 +92,16 @@ class Stream:
         Raises:
             KeyError: a class id is not in the stream.
         """
-        label = {class_id: place for place, class_id in enumerate(self.class_order)}
-        return np.array([label[int(class_id)] for class_id in class_ids], np.int64)
+        order = np.array(self.class_order, np.int64)
+        ascending = np.argsort(order)
+        places = np.searchsorted(order[ascending], class_ids).clip(max=len(order) - 1)
+        labels = ascending[places]
+        if not np.array_equal(order[labels], class_ids):
+            raise KeyError(
+                f"class ids {sorted({*np.unique(class_ids).tolist()} - {*self.class_order})} are not in the stream"
+            )
+        found: npt.NDArray[np.int64] = labels.astype(np.int64)
+        return found
 
     def seen(self, task_index: int) -> int:
         """How many labels have arrived once task `task_index` is there."""
