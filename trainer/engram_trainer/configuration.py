@@ -128,6 +128,8 @@ class RuntimeConfig:
 class RunConfig:
     """A run: data, stream, method, memory, seed, runtime."""
 
+    recipe: str | None = None
+    """The published experiment that this configuration is of: see `recipes`."""
     data: str = "sample"
     """See `datasets.load`."""
     resize: int | None = None
