@@ -56,9 +56,9 @@ def test_a_client_that_leaves_midway_leaves_nothing_behind(
     serve_thread: Callable[..., ServiceThread], caplog: pytest.LogCaptureFixture
 ) -> None:
     served, process = serve_thread(cache_bytes=1), psutil.Process()
-    create(served.state.database, budget_bytes=10**8, quality=95)
+    create(served.state.database, budget_bytes=10**8, quality=100)
     for task in range(2):
-        fill(served.state.database, served.settings, task, {task: 40}, shape=(512, 512, 3))
+        fill(served.state.database, served.settings, task, {task: 22}, shape=(512, 512, 3))
     with http(served) as client:
         whole = len(client.get("/v1/buffers/b/export").content)
         assert whole > 10**7, "more than the sockets' buffers take"
