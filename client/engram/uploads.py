@@ -203,13 +203,8 @@ class Uploads:
         Raises:
             NotFound: no such buffer.
         """
-        query = {"limit": str(page_size)} | ({} if buffer is None else {"buffer": buffer})
-        while True:
-            page = self._http.fetch(IngestPage, "GET", f"/v1/ingests?{urlencode(query)}")
+        for page in self._http.pages(IngestPage, "/v1/ingests", limit=page_size, buffer=buffer):
             yield from page.ingests
-            if page.next is None:
-                return
-            query["cursor"] = page.next
 
     def wait(
         self,

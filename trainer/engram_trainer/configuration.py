@@ -17,7 +17,7 @@ from engram_trainer.stream import StreamConfig
 
 MemoryKind = Literal["service", "raw", "files", "strips", "none"]
 MEMORY_KINDS: tuple[MemoryKind, ...] = get_args(MemoryKind)
-ReplayFrom = Literal["mirror", "draw"]
+ReplayVia = Literal["mirror", "draw"]
 Normalise = Literal["none", "mnist", "cifar10", "cifar100", "imagenet"]
 Precision = Literal["32", "bf16"]
 
@@ -34,8 +34,8 @@ Source: mnist as in PyTorch's examples; cifar10 as in Mammoth's `seq_cifar10.py`
 code. cifar100's deviations are smaller than those of the pixels (0.2673, 0.2564, 0.2762): they are the code's.
 """
 
-MAY_CHANGE = ("memory.url", "memory.patience_s", "memory.replay", "runtime.workers")
-"""What may differ when a run is resumed: a service may come back under another address, and workers change nothing."""
+MAY_CHANGE = ("memory.url", "memory.replay", "memory.patience_s", "runtime.workers", "runtime.checkpoint_s")
+"""What may differ when a run is resumed: a service may come back under another address, and the others change no result."""
 
 
 @dataclass(frozen=True)
@@ -63,16 +63,16 @@ class MemoryConfig:
     """The service; None reads ENGRAM_URL, else http://127.0.0.1:8077. The token is read from ENGRAM_TOKEN."""
     buffer: str | None = None
     """The buffer's name; None makes one of the run's own."""
-    replay: ReplayFrom = "mirror"
-    """Whether exemplars of a service are drawn from a mirror in the run's folder, or by the service, batch by batch."""
+    replay: ReplayVia = "mirror"
+    """From a local mirror of the buffer's packs, or drawn by the service batch by batch."""
     patience_s: float = 600.0
-    """How long a run waits for a service that is away."""
+    """How long a run waits for a service that does not answer any more."""
 
     def __post_init__(self) -> None:
         if self.kind not in MEMORY_KINDS:
             raise ValueError(f"memory kind {self.kind!r} is not one of {', '.join(MEMORY_KINDS)}")
-        if self.replay not in get_args(ReplayFrom):
-            raise ValueError(f"replay {self.replay!r} is not one of {', '.join(get_args(ReplayFrom))}")
+        if self.replay not in get_args(ReplayVia):
+            raise ValueError(f"replay {self.replay!r} is not one of {', '.join(get_args(ReplayVia))}")
         if not self.patience_s >= 0:
             raise ValueError(f"patience_s must be at least 0, got {self.patience_s}")
         if self.kind == "files" and self.quality is None:
@@ -123,6 +123,8 @@ class RuntimeConfig:
     """Each computes its part of every batch; gradients are averaged."""
     workers: int = 0
     """Processes that read and decode images, of each training process; 0 reads in the training process itself."""
+    checkpoint_s: float = 60.0
+    """A phase that takes longer is checkpointed between two of its epochs, when so many seconds have gone by."""
 
     def __post_init__(self) -> None:
         if self.precision not in get_args(Precision):
@@ -137,6 +139,8 @@ class RuntimeConfig:
 class RunConfig:
     """A run: data, stream, method, memory, seed, runtime."""
 
+    recipe: str | None = None
+    """The published experiment that this configuration is of: see `recipes`."""
     data: str = "sample"
     """See `datasets.load`."""
     resize: int | None = None

@@ -4,7 +4,7 @@ Replay comes from a mirror of the packs, or from the service batch by batch. Whe
 (`patient`): what it asks for is the same when it is asked for again.
 
 Of several processes of a run the first one changes the buffer and refreshes the mirror; then the others refresh, in the
-same folder, where they find the packs already. All of them call what changes the memory, at the same time.
+same folder, where they find the packs already.
 
 A run that writes while it learns goes back to its last checkpoint when it is killed, so its buffer must go back too. A
 buffer cannot be set back, but the state of a checkpoint can be kept: `state_dict` freezes a fork of the buffer, whose
@@ -35,7 +35,7 @@ from engram.fields import KEY, Schema
 from engram.mirror import Mirror
 from engram.schemas import Buffer, Ingest, IngestOptions, PackEntry, Strategy
 from engram.sources import Source
-from engram_trainer.configuration import ReplayFrom
+from engram_trainer.configuration import ReplayVia
 from engram_trainer.examples import ClassIds, Examples, Images, Rows, Shape
 from engram_trainer.local_memory import exchange_seed, slots, strip_sizes
 from engram_trainer.memory import Drawn, KeptBy, Learned, Loader, plans
@@ -85,12 +85,10 @@ class ServiceMemory(Drawn):
         options: how tasks are ranked and encoded; `seed` and `extractor` are filled in for each task.
         run: names this run, so that a task that is added again after a crash is the same ingest.
         folder: where a mirror keeps its packs.
-        replay: whether batches are drawn from a mirror, or by the service.
+        via: whether batches are drawn from a mirror, or by the service.
         shape: of the images that the run has; None: any.
         fields: what its exemplars have beside their images, as the buffer must declare it; None: any.
         is_written_online: whether the run exchanges exemplars while it learns, so that checkpoints keep the buffer.
-        is_first: whether this is the process that changes the buffer.
-        barrier: returns once all processes of the run are here.
         patience_s: how long to wait for a service that is away.
         tell: told when there is such a wait.
         watch: called while the service works on a task.
@@ -109,22 +107,20 @@ class ServiceMemory(Drawn):
         options: IngestOptions,
         run: str,
         folder: str | Path,
-        replay: ReplayFrom = "mirror",
+        via: ReplayVia = "mirror",
         shape: Shape | None = None,
         fields: Mapping[str, str] | None = None,
         is_written_online: bool = False,
-        is_first: bool = True,
-        barrier: Callable[[], None] = lambda: None,
         patience_s: float = PATIENCE_S,
         tell: Callable[[str], None] = lambda message: None,
         watch: Callable[[Ingest], None] | None = None,
     ) -> None:
         self.client, self.buffer, self.options, self.run, self.watch = client, buffer, options, run, watch
-        self.is_written_online, self.is_first, self._barrier = is_written_online, is_first, barrier
+        self.is_written_online = is_written_online
         self._patience_s, self._tell = patience_s, tell
         self._about = client.buffer(buffer)
         _check_fits(self._about, shape, fields)
-        self._mirror = Mirror(client, buffer, folder) if replay == "mirror" else None
+        self._mirror = Mirror(client, buffer, folder) if via == "mirror" else None
         self._manifest = client.manifest(buffer) if self._mirror is None else self._mirror.manifest
         self._layout = Layout(self._manifest.packs)
         self._fork: str | None = None
@@ -142,17 +138,16 @@ class ServiceMemory(Drawn):
         Raises:
             EngramError: the service refused the images, the extractor or the budget.
         """
-        if self.is_first:
-            model, examples = learned.extractor, learned.examples
-            digest = None
-            if model is not None:
-                digest = self.patiently(partial(self.client.register_extractor, model)).sha256
-            options = self.options.model_copy(update={"seed": learned.seed, "extractor": digest})
-            parts = whole_classes(examples, UPLOAD_BYTES)
-            for number, rows in enumerate(parts):
-                key = f"{self.run}-task-{learned.task}" + (f"-{number}" if len(parts) > 1 else "")
-                self._upload(learned.task, examples, rows, learned.fields, options, key)
-        self._share()
+        model, examples = learned.extractor, learned.examples
+        digest = None
+        if model is not None:
+            digest = self.patiently(partial(self.client.register_extractor, model)).sha256
+        options = self.options.model_copy(update={"seed": learned.seed, "extractor": digest})
+        parts = whole_classes(examples, UPLOAD_BYTES)
+        for number, rows in enumerate(parts):
+            key = f"{self.run}-task-{learned.task}" + (f"-{number}" if len(parts) > 1 else "")
+            self._upload(learned.task, examples, rows, learned.fields, options, key)
+        self.refresh()
 
     def exchange(
         self,
@@ -172,29 +167,18 @@ class ServiceMemory(Drawn):
         Raises:
             EngramError: the service refused the images or the budget.
         """
-        if self.is_first:
-            self._check_found()
-            if drop:
-                with suppress(NotFound):  # they are gone: an answer was lost, or the buffer did not keep them
-                    self.patiently(partial(self.client.remove, self.buffer, keys=list(drop)))
-            if len(keys):
-                seed = exchange_seed(keys)
-                options = self.options.model_copy(update={"ranking": kept_by, "seed": seed, "extractor": None})
-                examples = Examples.of_arrays(images_NHWC, np.asarray(class_ids, np.int64))
-                given = {**fields, KEY: np.array(keys)}
-                key = f"{self.run}-exchange-{self.generation}-{task}-{seed:08x}"
-                self._upload(task, examples, np.arange(len(keys)), given, options, key)
-        self._share()
-
-    def _share(self) -> None:
-        """All processes see what the first one has changed; it brings the packs into the mirror's folder."""
-        if self.is_first:
-            self.refresh()
-        self._barrier()
-        if not self.is_first:
-            self.refresh()
-        # Nobody changes anything while another one still reads what was there.
-        self._barrier()
+        self._check_found()
+        if drop:
+            with suppress(NotFound):  # they are gone: an answer was lost, or the buffer did not keep them
+                self.patiently(partial(self.client.remove, self.buffer, keys=list(drop)))
+        if len(keys):
+            seed = exchange_seed(keys)
+            options = self.options.model_copy(update={"ranking": kept_by, "seed": seed, "extractor": None})
+            examples = Examples.of_arrays(images_NHWC, np.asarray(class_ids, np.int64))
+            given = {**fields, KEY: np.array(keys)}
+            key = f"{self.run}-exchange-{self.generation}-{task}-{seed:08x}"
+            self._upload(task, examples, np.arange(len(keys)), given, options, key)
+        self.refresh()
 
     def _upload(
         self,
@@ -355,17 +339,15 @@ class ServiceMemory(Drawn):
             )
         if not self.is_written_online:
             return
-        # All processes have looked before the first one changes what they look at.
-        self._barrier()
         self._fork, self._is_lost = fork, fork not in forks and self.generation != state["generation"]
-        if self.is_first and fork in forks:
+        if fork in forks:
             # At the same generation, too: an upload may have been accepted that is not committed yet.
             self.patiently(partial(self._set_back, fork))
-        self._share()
+            self.refresh()
 
     def finish(self) -> None:
         """The run is over: what its checkpoints kept is not needed any more."""
-        if self.is_first and self.is_written_online:
+        if self.is_written_online:
             self._forget(lambda name: True)
 
     @property
