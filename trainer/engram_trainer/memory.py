@@ -9,12 +9,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, Protocol
+from types import TracebackType
+from typing import Any, Literal, Protocol, Self, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-from engram.batch import Batch
+from engram.batch import Batch, empty
 from engram.draw import Layout, Plan, Request, plan
 from engram.errors import Conflict
 from engram.fields import Column, Columns, Schema
@@ -26,6 +27,8 @@ from engram_trainer.examples import ClassIds, Examples, Images, Rows, Shape
 Embed = Callable[[Images], npt.NDArray[np.float32]]
 KeptBy = Literal["ring", "reservoir"]
 """What goes first where a share cannot hold all that was exchanged: the oldest, or any."""
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,17 +47,6 @@ class Learned:
     """Draws what the ranking leaves to chance."""
     fields: Mapping[str, npt.NDArray[Any]] = field(default_factory=dict)
     """What the examples have beside their images, by name, one row for each."""
-
-
-class Loader(Protocol):
-    """Minibatches in step order. What a step raises leaves it where it was, so that it may be asked again."""
-
-    def __iter__(self) -> Iterator[Batch]: ...
-
-    def __next__(self) -> Batch: ...
-
-    def close(self) -> None:
-        """Nothing is drawn ahead any more."""
 
 
 class Memory(Protocol):
@@ -90,23 +82,8 @@ class Memory(Protocol):
         steps: int | None = None,
         rank: int = 0,
         world_size: int = 1,
-    ) -> Loader:
-        """Replay minibatches in step order, drawn ahead from what the memory holds now.
-
-        Args:
-            size: exemplars of each process.
-            seed: of the draws.
-            strategy: see `engram.draw`.
-            exclude_tasks: never draw from these.
-            start_step: the first step.
-            steps: how many batches; None for no end.
-            rank: this process among `world_size`.
-            world_size: how many processes share each step's batch.
-        """
-
-    @property
-    def generation(self) -> int:
-        """Counts the changes, so that a loader of an older one can be replaced."""
+    ) -> FollowingLoader:
+        """Replay minibatches in step order, drawn ahead; empty ones as long as there is nothing to draw from."""
 
     def draw(
         self,
@@ -194,6 +171,10 @@ class Drawn(ABC):
     ) -> Batch:
         """As `Memory.draw`."""
 
+    def patiently(self, call: Callable[[], _T]) -> _T:
+        """What `call` returns, however long its source is away where there is reason to wait."""
+        return call()
+
     def loader(
         self,
         size: int,
@@ -205,19 +186,10 @@ class Drawn(ABC):
         steps: int | None = None,
         rank: int = 0,
         world_size: int = 1,
-    ) -> Loader:
+    ) -> FollowingLoader:
         """As `Memory.loader`."""
-        return ReplayLoader(
-            self.source,
-            size,
-            seed=seed,
-            strategy=strategy,
-            exclude_tasks=exclude_tasks,
-            start_step=start_step,
-            steps=steps,
-            rank=rank,
-            world_size=world_size,
-        )
+        request = Request(size, seed, start_step, strategy, None, exclude_tasks, rank, world_size)
+        return FollowingLoader(self, request, None if steps is None else start_step + steps)
 
     def counts(self) -> dict[int, dict[int, int]]:
         """How many exemplars there are by task and class."""
@@ -229,11 +201,82 @@ class Drawn(ABC):
         return sum(entry.bytes for entry in self.entries)
 
 
+class FollowingLoader:
+    """An endless (or finite) iterator of replay minibatches that follows its memory.
+
+    Batches are drawn ahead by `engram.ReplayLoader`. When the memory has changed, what was drawn ahead is dropped, and
+    the next step is drawn from what is there now: so a batch depends on the memory and on the step, never on how far
+    ahead the loader was.
+    """
+
+    def __init__(self, memory: Drawn | None, request: Request, end: int | None) -> None:
+        self._memory, self._request, self._end = memory, request, end
+        self._step = request.step
+        self._loader: ReplayLoader | None = None
+        self._generation = -1
+
+    def __iter__(self) -> Iterator[Batch]:
+        """The batches from here on; the threads stop when the loop is left."""
+        try:
+            while self._end is None or self._step < self._end:
+                yield next(self)
+        finally:
+            self.close()
+
+    def __next__(self) -> Batch:
+        """The next step's batch, without exemplars if there is nothing to draw from.
+
+        Raises:
+            StopIteration: all steps were taken.
+            EngramError: what the draw raised; the loader may be asked again for this step.
+        """
+        if self._end is not None and self._step >= self._end:
+            self.close()
+            raise StopIteration
+        batch = empty() if self._memory is None else self._memory.patiently(self._next)
+        self._step += 1
+        return batch
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """No thread is left afterwards; asked again, the loader goes on with the next step."""
+        if self._loader is not None:
+            self._loader.close()
+        self._loader = None
+
+    def _next(self) -> Batch:
+        assert self._memory is not None, "a loader of no memory has nothing to ask"
+        if self._loader is None or self._generation != self._memory.generation:
+            self.close()
+            self._generation = self._memory.generation
+            request = self._request
+            if not self._memory.counts().keys() - set(request.exclude_tasks):
+                return empty()
+            self._loader = ReplayLoader(
+                self._memory.source,
+                request.size,
+                strategy=request.strategy,
+                seed=request.seed,
+                start_step=self._step,
+                steps=None if self._end is None else self._end - self._step,
+                exclude_tasks=request.exclude_tasks,
+                rank=request.rank,
+                world_size=request.world_size,
+            )
+        return next(self._loader)
+
+
 class NoMemory:
     """Keeps nothing: the floor that every replay is measured against."""
 
     used_bytes = 0
-    generation = 0
     is_lossy = False
 
     def add(self, learned: Learned) -> None:
@@ -263,13 +306,10 @@ class NoMemory:
         steps: int | None = None,
         rank: int = 0,
         world_size: int = 1,
-    ) -> Loader:
-        """Refuse, as `draw` does.
-
-        Raises:
-            Conflict: always.
-        """
-        raise Conflict(f"cannot draw {size} exemplars from a memory that keeps none")
+    ) -> FollowingLoader:
+        """Batches without exemplars."""
+        request = Request(size, seed, start_step, strategy, None, exclude_tasks, rank, world_size)
+        return FollowingLoader(None, request, None if steps is None else start_step + steps)
 
     def draw(
         self,

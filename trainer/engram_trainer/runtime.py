@@ -29,7 +29,7 @@ from engram.batch import Batch
 from engram_trainer.batches import batches
 from engram_trainer.configuration import RuntimeConfig
 from engram_trainer.examples import ClassIds, Examples, Images, Rows
-from engram_trainer.memory import Loader, Memory
+from engram_trainer.memory import FollowingLoader, Memory
 from engram_trainer.preparation import DRAWS, Augment, Preparation, pixels, uniforms
 from engram_trainer.processes import Environment, Place
 from engram_trainer.steps import Minibatch, OnStep, Phase, Replay, Step
@@ -272,7 +272,7 @@ class _Walk:
     def __init__(self, runtime: Runtime, phase: Phase, memory: Memory) -> None:
         self.runtime, self.phase, self.memory = runtime, phase, memory
         self.total = 0
-        self._loaders: list[Loader] | None = None
+        self._loaders: list[FollowingLoader] | None = None
         self._base = phase.purpose, phase.task.visit
         self._vary_key = runtime.key(*self._base, VARY)
         for replay in phase.replay:
@@ -351,7 +351,7 @@ class _Walk:
             return ()
         return tuple(self._replayed(number, place, batch) for place, batch in enumerate(drawn))
 
-    def _loader(self, replay: Replay, number: int) -> Loader:
+    def _loader(self, replay: Replay, number: int) -> FollowingLoader:
         runtime = self.runtime
         return self.memory.loader(
             replay.size // runtime.world_size,

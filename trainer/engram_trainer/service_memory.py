@@ -38,7 +38,7 @@ from engram.sources import Source
 from engram_trainer.configuration import ReplayVia
 from engram_trainer.examples import ClassIds, Examples, Images, Rows, Shape
 from engram_trainer.local_memory import exchange_seed, slots, strip_sizes
-from engram_trainer.memory import Drawn, KeptBy, Learned, Loader, plans
+from engram_trainer.memory import Drawn, KeptBy, Learned, plans
 
 UPLOAD_BYTES = 2**31
 """Of pixels in one upload, unless a class alone has more: services take 8 GiB, unless they are told otherwise."""
@@ -227,10 +227,6 @@ class ServiceMemory(Drawn):
         self._check_found()
         return (self.client, self.buffer) if self._mirror is None else self._mirror
 
-    def loader(self, size: int, **request: Any) -> Loader:
-        """As `Memory.loader`; while the service is away, the next batch is waited for."""
-        return PatientLoader(super().loader(size, **request), self.patiently)
-
     def draw(
         self,
         size: int,
@@ -388,33 +384,6 @@ class ServiceMemory(Drawn):
                 f"buffer {self.buffer!r} has moved on since the checkpoint, and {self._fork!r}, which it was to be set "
                 "back to, is gone; start the run in a new folder"
             )
-
-
-class PatientLoader:
-    """A loader of a service that may be away for a while.
-
-    Args:
-        loader: which may be asked again after it has raised `Unavailable`.
-        patiently: calls what it is given until the service is there.
-    """
-
-    def __init__(self, loader: Loader, patiently: Callable[[Callable[[], Batch]], Batch]) -> None:
-        self._loader, self._patiently = loader, patiently
-
-    def __iter__(self) -> Iterator[Batch]:
-        return self
-
-    def __next__(self) -> Batch:
-        """The next step's batch.
-
-        Raises:
-            Unavailable: the service was away for too long.
-        """
-        return self._patiently(self._loader.__next__)
-
-    def close(self) -> None:
-        """Nothing is drawn ahead any more."""
-        self._loader.close()
 
 
 def tar_of(examples: Examples, rows: Rows, fields: Mapping[str, npt.NDArray[Any]]) -> Iterator[bytes]:
