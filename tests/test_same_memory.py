@@ -229,7 +229,7 @@ def policies() -> st.SearchStrategy[dict[str, Any]]:
         {
             "budget_bytes": st.integers(500, 8000),
             "per": st.sampled_from(["buffer", "class"]),
-            "share_by": st.sampled_from(["class", "task"]),
+            "share_by": st.sampled_from(["class", "task", "none"]),
             "subsampling": st.sampled_from(["4:2:0", "4:4:4"]),
             "quality": st.sampled_from([None, None, 50]),
             "fields": st.just({}) | st.sets(st.sampled_from(sorted(FIELDS))).map(lambda n: {k: FIELDS[k] for k in n}),

@@ -93,7 +93,9 @@ def create(
     buffer: BufferArgument,
     budget: Annotated[str, typer.Option(help="Bytes, as in 500000, 1.5MB or 64KiB.")],
     per: Annotated[Per, typer.Option(help="Whether the budget is of the whole buffer or of each class.")] = "buffer",
-    share_by: Annotated[ShareBy, typer.Option(help="Who gets equal shares: classes or tasks.")] = "class",
+    share_by: Annotated[
+        ShareBy, typer.Option(help="Who gets equal shares: classes, tasks, or none: what is stored stays.")
+    ] = "class",
     subsampling: Annotated[Subsampling, typer.Option(help="Chroma subsampling of all exemplars.")] = "4:2:0",
     quality: Annotated[
         int | None, typer.Option(min=1, max=100, help="Fix the JPEG quality of all exemplars; else it is selected.")

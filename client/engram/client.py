@@ -127,7 +127,8 @@ class Client(Uploads, Draws, Reading):
             name: lower-case letters, digits, dots, dashes, underscores.
             budget_bytes: of the whole buffer, or of each class.
             per: which of the two.
-            share_by: what gets equal shares: classes or tasks.
+            share_by: what gets equal shares: classes or tasks. "none": what is stored stays until it is removed, and an
+                upload keeps what there is room for.
             subsampling: of the colour planes.
             quality: JPEG quality of all exemplars, for good; None lets selection find it.
             fields: the columns of every exemplar beside its image, their types by name, e.g. `{"logits": "float16

@@ -67,7 +67,8 @@ class LocalBuffer:
         folder: nothing else should be kept there.
         budget_bytes: of the whole buffer, or of each class. Needed for a new one, as the others are not.
         per: which of the two ("buffer" if it is not given).
-        share_by: what gets equal shares: classes or tasks ("class").
+        share_by: what gets equal shares: classes or tasks ("class"). "none": what is stored stays until it is removed,
+            and an upload keeps what there is room for.
         subsampling: of the colour planes ("4:2:0").
         quality: JPEG quality of all exemplars, for good; without it selection finds one.
         fields: the columns that every exemplar has beside its image, by name, as `{"logits": "float16 [100]"}`.

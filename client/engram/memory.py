@@ -28,7 +28,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from engram import names, pack
+from engram import names, pack, shares
 from engram.content import NOTHING, ROOMY_QUALITY, Content, Means, Task, shares_of
 from engram.errors import BadUpload, BudgetExceeded, Conflict, InvalidRequest, NotFound
 from engram.fields import KEY
@@ -132,7 +132,7 @@ def add(
     pool = Pool(before.load(), images, content.policy.subsampling, done)
     came = Counter[int](np.asarray(images.class_ids).tolist())
     seen = dict(sorted((came + Counter(before.seen)).items()))
-    share = shares_of(content.policy, {**content.classes(), upload.task: list(seen)})
+    share = _granted(content, upload.task, came, seen)
     order, means, mean_is = _rank(pool, before, came, share[upload.task], options, embedder)
     done.reach(_RANKING_PART)
     decision = Decision(
@@ -298,7 +298,7 @@ def _within(changed: Content, *, was_roomy: bool) -> Content:
     """The content after a change that is no upload: within its shares as they are now."""
     if not changed.tasks:
         return replace(changed, quality=None, is_provisional=True)
-    share = shares_of(changed.policy, changed.classes())
+    share = _granted(changed)
     if was_roomy and not _fits(changed, share):
         changed = _encode_again(*_chosen(_weighed(changed, share)))
     return _cut(changed, share)
@@ -516,6 +516,40 @@ def _encode_again(content: Content, reason: str, *, but: int | None = None, done
 
 def _saying(task: Task, said: Mapping[str, object]) -> Task:
     return task if task.decision is None else replace(task, decision=task.decision.model_copy(update=said))
+
+
+def _granted(
+    content: Content,
+    task: int | None = None,
+    came: Mapping[int, int] | None = None,
+    seen: Mapping[int, int] | None = None,
+) -> dict[int, dict[int, int]]:
+    """Bytes for each class of each task, once so many images of each class have come to one, which has seen so many."""
+    policy, classes = content.policy, content.classes()
+    if task is not None:
+        classes[task] = list(seen or ())
+    if policy.share_by != "none":
+        return shares_of(policy, classes)
+    held = {number: _spread(each.pack_bytes, each.kept) for number, each in content.tasks.items()}
+    coming = dict(came or {})
+    stored = None if task is None else content.tasks.get(task, NOTHING).load()
+    if task is not None and stored is not None:
+        held[task] = dict(zip((c for c, _ in runs_of(stored.class_ids)), pack.class_bytes(stored), strict=True))
+        each_bytes = max(1, int(stored.sizes.mean()))
+        coming = {class_id: count * each_bytes for class_id, count in coming.items()}
+    distinct = len({class_id for of in classes.values() for class_id in of})
+    total = shares.limit(policy.budget_bytes, per=policy.per, classes=distinct)
+    found = shares.room(total, held, task=task, coming=coming)
+    return {number: dict.fromkeys(classes[number], 0) | found[number] for number in classes}
+
+
+def _spread(size: int, counts: Mapping[int, int]) -> dict[int, int]:
+    """These bytes divided over classes as their exemplars are; nothing is lost."""
+    whole = sum(counts.values())
+    found = {class_id: size * count // whole for class_id, count in counts.items()}
+    for class_id in list(found)[:1]:
+        found[class_id] += size - sum(found.values())
+    return found
 
 
 def _fits(content: Content, share: Mapping[int, Mapping[int, int]]) -> bool:

@@ -30,7 +30,7 @@ from engram.names import MAX_CLASS_ID as MAX_CLASS_ID
 from engram.names import class_name
 
 Per = Literal["buffer", "class"]
-ShareBy = Literal["class", "task"]
+ShareBy = Literal["class", "task", "none"]
 Subsampling = Literal["4:2:0", "4:4:4"]
 Ranking = Literal["herding", "greedy_dpp", "reservoir", "ring", "random"]
 Definition = Literal["raw", "per_sample", "log_ratio"]
@@ -110,8 +110,10 @@ class BufferCreate(Model):
 
     `budget_bytes` is the total when `per` is "buffer" (shares shrink as classes arrive) and the bytes of each class
     when `per` is "class" (the total grows). `share_by` says what is given an equal share: each class (LUCIR, iCaRL)
-    or each task (GEM). `quality` fixes the JPEG quality of every exemplar; None leaves it to selection. `fields`
-    declares the columns that every exemplar has beside its image, by name: "float16 [100]", "float32 [any, 5]", "utf8".
+    or each task (GEM); with "none" what is stored stays until it is removed, and an upload keeps what there is room for
+    (for a reservoir, which is kept by removing exemplars). `quality` fixes the JPEG quality of every exemplar; None
+    leaves it to selection. `fields` declares the columns that every exemplar has beside its image, by name:
+    "float16 [100]", "float32 [any, 5]", "utf8".
     """
 
     name: BufferName

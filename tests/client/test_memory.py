@@ -265,12 +265,13 @@ def check_content(content: Content, shape: Shape) -> None:
     """Budget, sizes, forms and counts, as they must be at every content."""
     policy = content.policy
     share = shares_of(policy, content.classes())
-    total = shares.limit(policy.budget_bytes, per=policy.per, classes=len({c for of in share.values() for c in of}))
+    distinct = {class_id for classes in content.classes().values() for class_id in classes}
+    total = shares.limit(policy.budget_bytes, per=policy.per, classes=len(distinct))
     assert sum(task.pack_bytes for task in content.tasks.values()) <= total
     forms = set()
     for number, task in content.tasks.items():
         kept = task.load()
-        assert task.pack_bytes <= sum(share[number].values())
+        assert policy.share_by == "none" or task.pack_bytes <= sum(share[number].values())
         assert task.pack_bytes == (0 if kept is None else len(pack.to_bytes(kept)))
         assert dict(task.kept) == ({} if kept is None else dict(runs_of(kept.class_ids)))
         assert all(count <= task.seen[class_id] for class_id, count in task.kept.items())
@@ -312,6 +313,8 @@ def check_change(before: Content, after: Content, change: Change) -> None:
         now, then = rankings(task.load()), rankings(was)
         for class_id in now.keys() - (set(change.class_ids) if isinstance(change, Put) and number == uploaded else ()):
             assert now[class_id] == then[class_id][: len(now[class_id])]
+        if after.policy.share_by == "none" and uploaded is not None and number != uploaded and not again:
+            assert task.kept == before.tasks[number].kept, "an upload to one task has cut another"
         if number != uploaded and not again and task.kept == before.tasks[number].kept:
             assert task.load is before.tasks[number].load
             # Where a quality is chosen, what was not measured enough before has been measured now.

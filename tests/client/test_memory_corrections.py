@@ -59,8 +59,7 @@ def keys(content: Content, task: int = 0) -> dict[int, list[str]]:
 
 def check(content: Content) -> None:
     """Budget, sizes, order and fields, as they must be at every content."""
-    share = shares_of(content.policy, content.classes())
-    distinct = len({class_id for of in share.values() for class_id in of})
+    distinct = len({class_id for classes in content.classes().values() for class_id in classes})
     limit = shares.limit(content.policy.budget_bytes, per=content.policy.per, classes=distinct)
     assert sum(task.pack_bytes for task in content.tasks.values()) <= limit
     for task in content.tasks.values():
@@ -330,7 +329,7 @@ CHANGES = st.one_of(
         Policy,
         budget_bytes=st.integers(400, 9000),
         per=st.sampled_from(["buffer", "class"]),
-        share_by=st.sampled_from(["class", "task"]),
+        share_by=st.sampled_from(["class", "task", "none"]),
         quality=st.sampled_from([None, None, 40]),
     ),
     sequence=st.lists(CHANGES, min_size=2, max_size=9),

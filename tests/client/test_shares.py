@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engram.shares import leaves, limit, split
+from engram.shares import leaves, limit, room, split
 
 streams = st.dictionaries(st.integers(0, 30), st.lists(st.integers(0, 9), min_size=1, unique=True), min_size=1)
 
@@ -56,3 +56,13 @@ def test_sharing_by_task_gives_a_task_of_one_class_as_much_as_a_task_of_three() 
 
 def test_an_empty_buffer_has_no_shares() -> None:
     assert leaves(100, per="class", share_by="class", classes_by_task={}) == {}
+
+
+def test_without_shares_what_is_stored_stays_and_what_comes_has_the_room_that_is_left() -> None:
+    held = {0: {1: 100, 2: 50}, 1: {2: 30}}
+    assert leaves(500, per="buffer", share_by="none", classes_by_task={0: [1, 2], 1: [2]}) == {}
+    assert room(500, held) == held
+    assert room(500, held, task=1, coming={2: 30, 3: 60}) == {0: {1: 100, 2: 50}, 1: {2: 175, 3: 175}}
+    assert room(500, held, task=4, coming={8: 1, 9: 3}) == {**held, 4: {8: 80, 9: 240}}
+    assert room(90, held) == {0: {1: 50, 2: 25}, 1: {2: 15}}
+    assert room(100, held, task=4, coming={8: 1})[4] == {8: 0}

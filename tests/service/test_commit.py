@@ -178,7 +178,7 @@ class AnySequenceOfChanges(RuleBasedStateMachine):
     @initialize(
         budget_bytes=st.integers(500, 8000),
         per=st.sampled_from(["buffer", "class"]),
-        share_by=st.sampled_from(["class", "task"]),
+        share_by=st.sampled_from(["class", "task", "none"]),
         quality=st.sampled_from([None, 10, 50, 90]),
     )
     def create(self, budget_bytes: int, per: Per, share_by: ShareBy, quality: int | None) -> None:

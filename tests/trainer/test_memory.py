@@ -488,6 +488,10 @@ def test_a_run_waits_for_its_service_and_goes_on_as_if_nothing_had_been(tmp_path
         told.append(message)
         is_away.set()
 
+    def restart() -> None:
+        is_away.wait(60)
+        service.start()
+
     service = ServiceProcess(tmp_path, "--port", str(port))
     try:
         with Client(service.url, retries=0) as client:
@@ -499,7 +503,7 @@ def test_a_run_waits_for_its_service_and_goes_on_as_if_nothing_had_been(tmp_path
             with memory.loader(8, seed=4) as loader:
                 found = [next(loader) for _ in range(3)]
                 service.kill()
-                again = threading.Thread(target=lambda: is_away.wait(60) and service.start())
+                again = threading.Thread(target=restart)
                 again.start()
                 found += [next(loader) for _ in range(9)]
                 again.join()

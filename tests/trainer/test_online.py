@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 
 from engram.batch import Batch
 from engram.client import Client
-from engram.errors import Conflict
-from engram.schemas import IngestOptions
+from engram.errors import BudgetExceeded, Conflict
+from engram.schemas import IngestOptions, ShareBy
 from engram_trainer.examples import ClassIds, Images
 from engram_trainer.local_memory import Kind, LocalConfig, LocalMemory
-from engram_trainer.memory import Memory
+from engram_trainer.memory import Memory, NoMemory
 from engram_trainer.online import OnlineWriter, Policy, Reservoir, Ring
 from engram_trainer.plain_memory import local_memory
 from engram_trainer.service_memory import ServiceMemory
@@ -85,7 +85,7 @@ def test_policies_need_a_slot() -> None:
 
 
 def online(kind: Kind, **more: Any) -> LocalMemory:
-    return local_memory(LocalConfig(kind=kind, budget_bytes=more.pop("budget_bytes", 10**6), fields=FIELDS, **more))
+    return local_memory(LocalConfig(kind=kind, **{"budget_bytes": 10**6, "share_by": "none", "fields": FIELDS, **more}))
 
 
 def offered(step: int, count: int = 10) -> tuple[Images, ClassIds, list[str], dict[str, npt.NDArray[Any]]]:
@@ -157,7 +157,7 @@ def test_draws_see_what_was_sent_and_nothing_that_waits(kind: Kind) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("share_by", ["class", "task"])
+@pytest.mark.parametrize("share_by", get_args(ShareBy))
 def test_slots_whose_exemplars_the_budget_does_not_hold_are_free(kind: Kind, share_by: Any) -> None:
     memory = online(kind, budget_bytes=2_000, share_by=share_by)
     writer = OnlineWriter(memory, Reservoir(60, seed=4), flush=8)
@@ -190,6 +190,23 @@ def test_a_budget_that_is_no_number_of_slots_is_refused_in_one_sentence() -> Non
         writer = OnlineWriter(online("strips", **config), Reservoir(None, seed=4), flush=10)
         with pytest.raises(ValueError, match=says):
             offer(writer, range(1))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_budget_below_one_example_is_refused_in_one_sentence(kind: Kind) -> None:
+    writer = OnlineWriter(online(kind, budget_bytes=20), Reservoir(5, seed=4), flush=1)
+    with pytest.raises(BudgetExceeded, match="not one exemplar"):
+        offer(writer, range(1))
+
+
+@pytest.mark.parametrize("slots", [None, 7])
+def test_no_memory_can_be_filled_online_too_and_stays_empty(slots: int | None) -> None:
+    memory = NoMemory()
+    for policy in (Reservoir(slots, seed=1), Ring(slots, tasks=3)):
+        writer = OnlineWriter(memory, policy, flush=3)
+        offer(writer, range(6))
+        writer.flush()
+        assert not memory.keys()
 
 
 def test_a_key_that_was_offered_before_is_refused() -> None:
@@ -262,7 +279,7 @@ def remote(client: Client, name: str, folder: Path, **more: Any) -> ServiceMemor
 
 def buffer(client: Client, **more: Any) -> str:
     name = f"online-{uuid4().hex[:8]}"
-    client.create_buffer(name, **{"budget_bytes": 10**6, "quality": 50, "fields": FIELDS, **more})
+    client.create_buffer(name, **{"budget_bytes": 10**6, "share_by": "none", "quality": 50, "fields": FIELDS, **more})
     return name
 
 
@@ -316,8 +333,6 @@ def test_a_killed_runs_buffer_goes_back_to_its_checkpoint(client: Client, tmp_pa
         writer.flush()
         assert whole(memory) == expected
         assert memory.generation == generation
-    assert len([each for each in client.buffers() if each.name.startswith(name)]) == 2
-    memory.state_dict()
     memory.state_dict()
     assert len([each for each in client.buffers() if each.name.startswith(name)]) == 3
     memory.finish()

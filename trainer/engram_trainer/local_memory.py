@@ -20,9 +20,9 @@ import torch
 
 from engram import memory, pack
 from engram.batch import Batch, collect, empty, from_parts
-from engram.content import Content, Means, Policy, Task
+from engram.content import ROOMY_QUALITY, Content, Means, Policy, Task
 from engram.draw import Layout, Plan, Request, plan
-from engram.errors import Conflict, NotFound
+from engram.errors import BudgetExceeded, Conflict, NotFound
 from engram.fields import KEY, Columns, Schema
 from engram.memory import Upload, Where
 from engram.schemas import Decision, IngestOptions, Manifest, PackEntry, Per, ShareBy, Strategy, Subsampling
@@ -106,10 +106,10 @@ class LocalMemory(Drawn):
         drop: Sequence[str],
         kept_by: KeptBy = "ring",
     ) -> None:
-        """The exemplars with the keys `drop` are gone, and as many of these have come as their shares hold.
+        """The exemplars with the keys `drop` are gone, and as many of these have come as there is room for.
 
         Raises:
-            BudgetExceeded: not even one exemplar of the task fits.
+            BudgetExceeded: that is not one, and there is no other.
             BadUpload: the exemplars bring other fields than the memory keeps.
         """
 
@@ -324,7 +324,11 @@ class StripMemory(LocalMemory):
             columns = self.schema.columns({**fields, KEY: list(keys)}, len(keys))
             images = ArrayImages(images_NHWC, np.asarray(class_ids, np.int64), columns)
             options = self.options.model_copy(update={"ranking": kept_by, "seed": exchange_seed(keys)})
-            content = memory.add(content, Upload(task, images, options), BuiltinEmbedder(images.shape))
+            try:
+                content = memory.add(content, Upload(task, images, options), BuiltinEmbedder(images.shape))
+            except BudgetExceeded:
+                if not any(held.kept for held in content.tasks.values()):
+                    raise
         self._become(content)
 
     def keys(self) -> set[str]:
@@ -336,7 +340,7 @@ class StripMemory(LocalMemory):
     def sizes(self, images_NHWC: Images, class_ids: ClassIds, fields: Mapping[str, npt.NDArray[Any]]) -> Rows:
         """The bytes of these images as exemplars."""
         columns = self.schema.columns(fields, len(images_NHWC))
-        quality = self.policy.quality or self.quality or 0
+        quality = self.policy.quality or self.quality or ROOMY_QUALITY
         return strip_sizes(images_NHWC, class_ids, columns, quality=quality, subsampling=self.policy.subsampling)
 
     def _become(self, content: Content) -> None:

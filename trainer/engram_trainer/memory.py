@@ -68,7 +68,8 @@ class Memory(Protocol):
     ) -> None:
         """The exemplars with the keys `drop` are gone and these have come; draws from here on see it.
 
-        Where its share cannot hold all of a class, `kept_by` says what goes; `keys` says what is there.
+        Where there is no room for all of a class, `kept_by` says what goes. It may be all that came: `keys` says what
+        is there.
         """
 
     def loader(

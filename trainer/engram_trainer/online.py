@@ -3,7 +3,7 @@
 `Reservoir` keeps a uniform sample of all that was offered, `Ring` the last images of each task. Each has slots, and
 says into which slot an example goes. An `OnlineWriter` remembers the key of the exemplar in every slot; what it
 replaces is dropped from the memory by that key, in the change in which the new exemplars come. A memory may keep fewer
-than it is given, where a share cannot hold them: those slots are free afterwards.
+than it is given, where there is no room for them: those slots are free afterwards.
 
 Images are uint8 `[N, H, W, C]`. Keys are texts, each offered once.
 """
@@ -178,9 +178,10 @@ class OnlineWriter:
             self.flush()
 
     def flush(self) -> None:
-        """The memory holds all that was accepted, as far as its shares reach.
+        """The memory holds all that was accepted, as far as there is room.
 
         Raises:
+            BudgetExceeded: there is no room for a single one, in an empty memory.
             EngramError: the memory cannot take it.
         """
         if not self._waiting and not self._replaced:

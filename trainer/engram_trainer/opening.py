@@ -17,7 +17,7 @@ from typing import Any, Protocol, cast
 from engram.client import Client
 from engram.errors import Conflict, EngramError
 from engram.fields import KEY
-from engram.schemas import Ingest, IngestOptions
+from engram.schemas import Ingest, IngestOptions, ShareBy
 from engram_trainer.configuration import MemoryConfig
 from engram_trainer.local_memory import LocalConfig
 from engram_trainer.memory import Learned, Memory, NoMemory
@@ -58,6 +58,8 @@ def open_memory(
         yield NoMemory()
         return
     fields = {**learner.fields, **({KEY: "utf8"} if learner.fills_memory else {})}
+    # What is kept of a stream is decided by the method then, and shares would cut it off again.
+    share_by: ShareBy = "none" if learner.fills_memory else config.share_by
     options = IngestOptions(
         ranking=config.ranking,
         definition=config.definition,
@@ -71,7 +73,7 @@ def open_memory(
             kind=config.kind,
             budget_bytes=config.budget_bytes,
             per=config.per,
-            share_by=config.share_by,
+            share_by=share_by,
             ranking="random" if config.ranking == "random" else "herding",
             quality=config.quality,
             subsampling=config.subsampling,
@@ -100,7 +102,7 @@ def open_memory(
             runtime.barrier()
             yield _shared(open_buffer(), runtime, is_remote=True)
             return
-        is_made = _create_buffer(client, name, config, fields, is_new=is_new)
+        is_made = _create_buffer(client, name, config, fields, share_by, is_new=is_new)
         try:
             memory = open_buffer()
             runtime.barrier()
@@ -113,7 +115,9 @@ def open_memory(
             raise
 
 
-def _create_buffer(client: Client, name: str, config: MemoryConfig, fields: dict[str, str], *, is_new: bool) -> bool:
+def _create_buffer(
+    client: Client, name: str, config: MemoryConfig, fields: dict[str, str], share_by: ShareBy, *, is_new: bool
+) -> bool:
     """The buffer exists; a new run finds nothing in it. True if it was made now.
 
     Raises:
@@ -124,7 +128,7 @@ def _create_buffer(client: Client, name: str, config: MemoryConfig, fields: dict
         name,
         budget_bytes=config.budget_bytes,
         per=config.per,
-        share_by=config.share_by,
+        share_by=share_by,
         subsampling=config.subsampling,
         quality=config.quality,
         fields=fields or None,

@@ -24,6 +24,7 @@ import simplejpeg
 import torch
 from PIL import Image
 
+from engram import shares
 from engram.batch import Batch
 from engram.content import Policy, shares_of
 from engram.draw import Plan
@@ -203,6 +204,12 @@ class Kept:
         sizes: Rows = self.coded.sizes + CLASS_ID_BYTES + extra
         return sizes
 
+    @property
+    def class_bytes(self) -> dict[int, int]:
+        """Bytes of each class."""
+        sizes = self.sizes
+        return {c: int(sizes[self.class_ids == c].sum()) for c in kept_classes(self.class_ids)}
+
     def select(self, rows: Rows) -> Kept:
         """These exemplars, in this order."""
         return Kept(
@@ -307,7 +314,11 @@ class PlainMemory(LocalMemory):
             new = int((class_ids == class_id).sum())
             stored = len(rows) - new
             ranked.append(rows[ranking.order(stored, new, seen=stored, method=kept_by, rng=rng)])
-        self._adopt(task, kept.select(np.concatenate(ranked)), share)
+        try:
+            self._adopt(task, kept.select(np.concatenate(ranked)), share)
+        except BudgetExceeded:
+            if not self._kept:
+                raise
 
     def keys(self) -> set[str]:
         """The keys of all exemplars; none where they have no keys."""
@@ -318,10 +329,21 @@ class PlainMemory(LocalMemory):
         return self._encoded(images_NHWC, class_ids, dict(self.schema.columns(fields, len(images_NHWC)).values)).sizes
 
     def _shares(self, task: int, class_ids: ClassIds) -> dict[int, dict[int, int]]:
-        """The bytes of each class of each task, once the task has these too."""
+        """The bytes of each class of each task, once these images have come to one."""
         classes = {place: kept_classes(kept.class_ids) for place, kept in self._kept.items()}
         classes[task] = sorted({*classes.get(task, ()), *kept_classes(class_ids)})
-        return shares_of(self.policy, classes)
+        if self.policy.share_by != "none":
+            return shares_of(self.policy, classes)
+        total = shares.limit(
+            self.policy.budget_bytes,
+            per=self.policy.per,
+            classes=len({class_id for of in classes.values() for class_id in of}),
+        )
+        held = {place: kept.class_bytes for place, kept in self._kept.items()}
+        here = self._kept.get(task)
+        each_bytes = 1 if here is None else int(here.sizes.mean())
+        coming = {c: each_bytes * int((class_ids == c).sum()) for c in kept_classes(class_ids)}
+        return shares.room(total, held, task=task, coming=coming)
 
     def _ranked(self, learned: Learned, share: Mapping[int, int]) -> Iterator[tuple[int, Rows]]:
         """The rows of each class, ascending, by rank; no deeper than a share could reach."""

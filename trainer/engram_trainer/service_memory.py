@@ -28,9 +28,9 @@ import numpy.typing as npt
 from engram import pack, tar
 from engram.batch import Batch, collect, from_parts
 from engram.client import Client
-from engram.content import Policy
+from engram.content import ROOMY_QUALITY, Policy
 from engram.draw import Layout
-from engram.errors import Conflict, NotFound, Unavailable
+from engram.errors import BudgetExceeded, Conflict, NotFound, Unavailable
 from engram.fields import KEY, Schema
 from engram.mirror import Mirror
 from engram.schemas import Buffer, Ingest, IngestOptions, PackEntry, Strategy
@@ -162,12 +162,13 @@ class ServiceMemory(Drawn):
         drop: Sequence[str],
         kept_by: KeptBy = "ring",
     ) -> None:
-        """The exemplars with the keys `drop` are gone, and as many of these have come as the buffer keeps.
+        """The exemplars with the keys `drop` are gone, and as many of these have come as there is room for.
 
         Those that go do so first: a run that is killed between the two has too few exemplars, never too many.
 
         Raises:
-            EngramError: the service refused the images or the budget.
+            BudgetExceeded: that is not one, and there is no other.
+            EngramError: the service refused the images.
         """
         self._check_found()
         if drop:
@@ -179,7 +180,12 @@ class ServiceMemory(Drawn):
             examples = Examples.of_arrays(images_NHWC, np.asarray(class_ids, np.int64))
             given = {**fields, KEY: np.array(keys)}
             key = f"{self.run}-exchange-{self.generation}-{task}-{seed:08x}"
-            self._upload(task, examples, np.arange(len(keys)), given, options, key)
+            try:
+                self._upload(task, examples, np.arange(len(keys)), given, options, key)
+            except BudgetExceeded:
+                self.refresh()
+                if not any(entry.exemplars for entry in self.entries):
+                    raise
         self.refresh()
 
     def _upload(
@@ -281,7 +287,7 @@ class ServiceMemory(Drawn):
         policy = Policy(about.budget_bytes, about.per, about.share_by, about.subsampling, quality)
         columns = Schema.declare(about.fields).columns(fields, len(images_NHWC))
         sizes = strip_sizes(
-            images_NHWC, class_ids, columns, quality=quality or about.quality or 50, subsampling=about.subsampling
+            images_NHWC, class_ids, columns, quality=quality or ROOMY_QUALITY, subsampling=about.subsampling
         )
         return slots(policy, sizes, is_chosen=True)
 
