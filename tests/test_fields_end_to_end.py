@@ -70,6 +70,30 @@ def test_exemplars_leave_draws_and_mirrors_with_the_generation_that_removes_them
             client.relabel(name, 1, key="k4", generation=2)
 
 
+def test_many_keys_are_removed_in_few_requests_and_those_that_nothing_has_are_passed_over(
+    service: ServiceProcess,
+) -> None:
+    name = f"keys-{uuid4().hex[:8]}"
+    keys = [f"t3-e07-r{row:06d}/\N{SNOWMAN}" for row in range(900)]
+    with Client(service.url) as client:
+        client.create_buffer(name, budget_bytes=10**7, fields={"key": "utf8"})
+        client.wait(
+            client.upload(name, 0, pictures(5, 450).repeat(2, axis=0), np.arange(900) % 2, fields={"key": keys})
+        )
+        assert client.remove(name, keys=["gone", keys[5], keys[7]], generation=1).generation == 2
+        left = client.remove(name, keys=[*keys[:800], "gone", *keys[:3]])
+        assert (left.exemplars, left.generation - 2) == (100, 5)
+        assert {found.key for found in client.exemplars(name)} == {*keys[800:]}
+        assert client.remove(name, key=keys[800], keys=[keys[801]], generation=left.generation).exemplars == 98
+        with pytest.raises(NotFound, match="any of 2 keys"):
+            client.remove(name, keys=keys[:2])
+        for wrong, says in (([], "there are no keys"), (keys[900:], "name at least one")):
+            with pytest.raises(InvalidRequest, match=says):
+                client.remove(name, keys=wrong)
+        with pytest.raises(ValueError, match=r"as in keys=\['k'\]; one is given as key='k'"):
+            client.remove(name, keys="k")
+
+
 def test_what_is_wrong_with_fields_is_said_where_it_is_noticed(service: ServiceProcess) -> None:
     name = f"wrong-{uuid4().hex[:8]}"
     images, class_ids = pictures(5, 4), [0, 1, 0, 1]

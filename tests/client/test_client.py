@@ -247,6 +247,7 @@ def test_a_tar_is_uploaded_from_a_file_and_from_a_stream(engram_client: Client, 
     assert sent[-1] == len(data) == ingest.body_bytes
     engram_client.wait(ingest)
     engram_client.wait(engram_client.upload_tar(name, 1, io.BytesIO(data), options=options))
+    engram_client.wait(engram_client.upload_tar(name, 2, lambda: iter([data[:700], data[700:]]), options=options))
     assert engram_client.task(name, 0).exemplars == engram_client.task(name, 1).exemplars == 300
 
 

@@ -105,6 +105,11 @@ def test_fields_come_back_with_their_exemplars_and_a_key_finds_one(folder: Path)
         buffer.remove(exemplar=(entry.digest, 0))
     with pytest.raises(InvalidRequest, match="by its pack and row"):
         buffer.remove(exemplar=(entry.digest, 0), class_id=7)
+    left = sorted(buffer.draw(4, strategy="epoch").fields["key"])
+    buffer.remove(keys=[*left[:2], "nobody"])
+    assert sorted(buffer.draw(4, strategy="epoch").fields["key"]) == left[2:]
+    with pytest.raises(NotFound, match="any of 2 keys"):
+        buffer.remove(keys=left[:2])
     buffer.add(1, pictures(1, 1), ["new"], fields={"logits": logits[:1]})
     assert buffer.class_names == {8: "new"}, "above the class that was relabelled to"
 

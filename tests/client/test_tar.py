@@ -82,6 +82,20 @@ def test_offsets_lead_to_the_image_in_the_stream() -> None:
         assert data[member.offset : member.offset + member.size] == member.image
 
 
+def test_images_that_come_in_parts_are_the_bytes_of_those_that_come_at_once() -> None:
+    images = RNG.integers(0, 256, (90, 40, 50, 3), dtype=np.uint8)
+    class_ids, fields = (
+        np.arange(90) % 7,
+        {"weight": np.arange(90, dtype=np.float32), "note": [f"n{n}" for n in range(90)]},
+    )
+    cuts = [0, 1, 40, 40, 89, 90]
+    parts = (
+        (images[a:b], class_ids[a:b], {name: column[a:b] for name, column in fields.items()})
+        for a, b in itertools.pairwise(cuts)
+    )
+    assert b"".join(tar.write_parts(parts)) == b"".join(tar.write(images, class_ids, fields=fields))
+
+
 def test_a_grey_stack_without_channels_is_written_as_pgm() -> None:
     sent = images(3, 1)
     with tarfile.open(fileobj=io.BytesIO(b"".join(tar.write(sent[..., 0], [1, 2, 3])))) as file:

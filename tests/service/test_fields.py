@@ -353,6 +353,15 @@ def test_an_exemplar_is_removed_by_key_and_by_place(filled: ServiceThread, clien
     assert client.delete(f"/v1/buffers/b/exemplars/{sha256}/{row}").status_code == 404
 
 
+def test_several_keys_are_removed_in_one_generation(filled: ServiceThread, client: httpx.Client) -> None:
+    answer = client.delete("/v1/buffers/b/exemplars?key=cam-4.png&key=nobody&key=cam-8.png&task=0")
+    assert (answer.status_code, answer.json()["generation"]) == (200, 2)
+    assert listed(client).keys() == set(COLUMNS["key"]) - {"cam-4.png", "cam-8.png"}
+    assert "any of 2 keys" in client.delete("/v1/buffers/b/exemplars?key=nobody&key=cam-8.png").json()["detail"]
+    moved = client.patch("/v1/buffers/b/exemplars?key=cam-1.png&key=cam-2.png", json={"class_id": 9}).json()
+    assert (moved["generation"], moved["classes"]) == (3, [0, 1, 2, 9])
+
+
 def test_a_class_is_removed(filled: ServiceThread, client: httpx.Client) -> None:
     answer = client.delete("/v1/buffers/b/exemplars?class_id=1&task=0", headers={"If-Match": '"1"'})
     assert answer.json()["classes"] == [0, 2]

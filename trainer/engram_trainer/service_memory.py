@@ -49,13 +49,13 @@ _LONGEST_PAUSE_S = 15.0
 _T = TypeVar("_T")
 
 
-def patient(call: Callable[[], _T], *, patience_s: float = PATIENCE_S, tell: Callable[[str], None]) -> _T:
+def patient(call: Callable[[], _T], *, patience_s: float = PATIENCE_S, tell: Callable[[Unavailable], None]) -> _T:
     """What `call` returns. As long as its service is away it is called again, with growing pauses.
 
     Args:
         call: may be called again after it has raised `Unavailable`.
         patience_s: for how long it is called again.
-        tell: told once that there is a wait, and what for.
+        tell: told once that there is a wait, and why.
 
     Raises:
         Unavailable: the service was away for longer than `patience_s`.
@@ -70,7 +70,7 @@ def patient(call: Callable[[], _T], *, patience_s: float = PATIENCE_S, tell: Cal
             if time.monotonic() + pause_s > deadline:
                 raise
             if not is_told:
-                tell(f"waiting up to {patience_s:g} s for the service: {error}")
+                tell(error)
                 is_told = True
         time.sleep(pause_s)
         pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
@@ -132,7 +132,10 @@ class ServiceMemory(Drawn):
 
     def patiently(self, call: Callable[[], _T]) -> _T:
         """What `call` returns, however long the service is away, within `patience_s`."""
-        return patient(call, patience_s=self._patience_s, tell=self._tell)
+        return patient(call, patience_s=self._patience_s, tell=self._tell_of)
+
+    def _tell_of(self, error: Unavailable) -> None:
+        self._tell(f"the service at {self.client.url} does not answer; waiting up to {self._patience_s:g} s ({error})")
 
     def add(self, learned: Learned) -> None:
         """Upload the task, whole classes at a time, and wait until its exemplars are committed.
