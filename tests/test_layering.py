@@ -28,7 +28,7 @@ PACKAGES = {
 EXTRAS: dict[str, tuple[str, ...]] = {
     "engram": ("cli",),
     "engram_service": ("cli", "service", "postgres"),
-    "engram_trainer": ("cli", "trainer", "hub"),
+    "engram_trainer": ("cli", "trainer", "hub", "log"),
 }
 """The extras of pyproject.toml that a package may count on, beside the plain dependencies."""
 
@@ -38,6 +38,7 @@ COMMANDS = {
     "engram_service.cli",
     "engram_trainer.cli",
     "engram_trainer.demo",
+    "engram_trainer.display",
     "engram_trainer.progress",
 }
 """The modules that may import what only commands need: typer and rich."""
@@ -112,8 +113,10 @@ ORDER = {
         "batches datasets",
         "stream memory",
         "methods configuration evaluation",
+        "recipes",
         "local_memory plain_memory report",
-        "loop progress",
+        "loop progress compare scalars",
+        "display",
         "demo cli",
         "__main__",
     ],
