@@ -43,7 +43,8 @@ from engram_service.embedder import OnnxEmbedder
 from engram_trainer import datasets, networks
 from engram_trainer.datasets import Dataset
 from engram_trainer.extractor import to_onnx
-from engram_trainer.methods.lucir import round_trip
+from engram_trainer.examples import ArraySet
+from engram_trainer.methods.lucir import Coded
 
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 SHARE_BYTES = 16_000
@@ -167,9 +168,7 @@ def agreement(
     for pair in range(pairs):
         classes = np.random.default_rng(pair).permutation(np.array(data.classes))[:4]
         tasks = [of_classes(small, classes[:2]), of_classes(small, classes[2:])]
-        kept = data.test.select(np.flatnonzero(np.isin(data.test.class_ids, classes)))
-        seen = kept.class_ids
-        tests = ArrayImages(kept.read(), seen)
+        tests = of_classes(replace(data, train=data.test), classes)
         for share in shares:
             scores: dict[int, list[float]] = {quality: [] for quality in CANDIDATE_QUALITIES}
             picks: list[int] = []
@@ -222,7 +221,8 @@ class Learner:
     def learn(self, task: ArrayImages, memory: ArrayImages | None, epochs: int) -> None:
         """Half of every batch is replayed once there is something to replay."""
         images, labels = self.tensors(task)
-        coded = round_trip(task.images_NHWC, CANDIDATE_QUALITIES, np.random.default_rng(self.seed))
+        drawn = np.random.default_rng(self.seed).permutation(np.resize(CANDIDATE_QUALITIES, len(task.images_NHWC)))
+        coded = Coded(ArraySet(task.images_NHWC), drawn).read(np.arange(len(drawn)))
         both = torch.stack([images, self.tensors(ArrayImages(coded, task.class_ids))[0]])
         part = BATCH_SIZE if memory is None else BATCH_SIZE // 2
         steps = epochs * len(images) // part

@@ -31,7 +31,7 @@ class ServiceProcess(LocalService):
 
     def __init__(self, folder: Path, *arguments: str, **settings: object) -> None:
         # One worker is enough for most, and another takes a second of a core to start. Tests wait for it.
-        super().__init__(folder, *arguments, **{"workers": 1, "worker_niceness": 0, **settings})
+        super().__init__(folder, *arguments, **{"workers": 1, "worker_niceness": 0, "worker_poll_s": 0.05, **settings})
         self.start()
 
     @property

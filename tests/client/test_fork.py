@@ -69,8 +69,8 @@ def used(client: Client, buffer: str) -> Client:
 
 def test_every_batch_of_forked_and_spawned_workers_is_right(filled: Filled, mirror: Mirror) -> None:
     source = (used(filled.client, filled.name), filled.name)
-    found = drawn_by(source, 300, {"fork": 2, "spawn": 2, "forkserver": 1})
-    assert found == right(mirror, range(300))
+    found = drawn_by(source, 120, {"fork": 2, "spawn": 1, "forkserver": 1})
+    assert found == right(mirror, range(120))
 
 
 def test_a_mirror_is_drawn_from_by_forked_and_spawned_workers(mirror: Mirror) -> None:

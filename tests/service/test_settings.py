@@ -82,7 +82,7 @@ def test_the_service_says_where_it_listens_and_ends_on_sigterm(make_service: Cal
 
 
 def test_ctrl_c_ends_the_service_without_a_stack(make_service: Callable[..., ServiceProcess]) -> None:
-    service = make_service()
+    service = make_service(workers=0)
     service.process.send_signal(signal.SIGINT)
     service.process.wait(PATIENCE_S)
     assert "Traceback" not in service.log.read_text()

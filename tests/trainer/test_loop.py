@@ -303,7 +303,7 @@ def test_there_must_be_a_run_to_resume(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("buffer", [None, "of-a-run-that-failed"])
+@pytest.mark.parametrize("buffer", [None, pytest.param("of-a-run-that-failed", marks=pytest.mark.slow)])
 def test_a_run_that_failed_leaves_no_buffer_and_its_folder_takes_the_corrected_command(
     service: ServiceProcess, tmp_path: Path, buffer: str | None
 ) -> None:

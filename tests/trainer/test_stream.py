@@ -120,7 +120,8 @@ def test_the_angles_lie_in_equal_bins_of_half_a_turn() -> None:
     # A bright bar to the right of the centre shows the angle.
     images = np.zeros((1, 41, 41, 1), np.uint8)
     images[0, 20, 30:40] = 255
-    dataset = Dataset("bar", *[Examples.of_arrays(images, np.zeros(1, np.int64))] * 2)
+    bar = Examples.of_arrays(images, np.zeros(1, np.int64))
+    dataset = Dataset("bar", bar, bar)
     for seed in range(3):
         stream = build(dataset, StreamConfig(scenario="rotated", tasks=6, seed=seed))
         for task in stream.tasks:

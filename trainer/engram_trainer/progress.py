@@ -45,6 +45,8 @@ class Bars:
     def task(self, task: Task, stream: Stream) -> None:
         """A task begins."""
         self._name = f"{self._label}task {task.index + 1}/{len(stream.tasks)}"
+        if stream.visits is not stream.tasks:
+            self._name += f", visit {task.visit + 1}/{len(stream.visits)}"
         self._phase = ""
 
     def phase(self, name: str, done: int, total: int, *, note: str = "") -> None:

@@ -3,7 +3,7 @@
 report.json, fractions unless the name says otherwise:
 
     run, config, environment     the run's id; everything that defines it; versions, git commit, platform, threads
-    tasks                        classes, names, numbers of images of every task
+    tasks                        classes, names, numbers of images of every task, all its visits together
     matrix, at_random, metrics   R, b and the numbers derived from them (see `evaluation`)
     memory                       what the memory held after each task, with the service's decisions
     paper                        of a recipe: the published numbers, where they were read, and ours
@@ -51,7 +51,12 @@ class Report:
         """The numbers of the tasks finished so far; None before the first."""
         if not self.matrix:
             return None
-        return metrics(self.matrix, test_counts=[task["test_images"] for task in self.tasks], at_random=self.at_random)
+        return metrics(
+            self.matrix,
+            test_counts=[task["test_images"] for task in self.tasks],
+            at_random=self.at_random,
+            visits=self.config["stream"].get("visits"),
+        )
 
     @property
     def paper(self) -> list[dict[str, Any]]:

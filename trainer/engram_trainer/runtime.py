@@ -29,7 +29,7 @@ from engram.batch import Batch
 from engram_trainer.batches import batches
 from engram_trainer.configuration import RuntimeConfig
 from engram_trainer.examples import ClassIds, Examples, Images, Rows
-from engram_trainer.memory import Memory
+from engram_trainer.memory import FollowingLoader, Memory
 from engram_trainer.preparation import DRAWS, Augment, Preparation, pixels, uniforms
 from engram_trainer.processes import Environment, Place
 from engram_trainer.steps import Minibatch, OnStep, Phase, Replay, Step
@@ -46,10 +46,10 @@ _EXEMPLAR = np.uint64(1 << 63)
 class Keeper(Protocol):
     """Where the state in the middle of a phase is kept."""
 
-    def load(self, *, task: int, purpose: int) -> dict[str, Any] | None:
+    def load(self, *, visit: int, purpose: int) -> dict[str, Any] | None:
         """What was saved last, if it was this phase."""
 
-    def save(self, state: Callable[[], dict[str, Any]], *, task: int, purpose: int) -> None:
+    def save(self, state: Callable[[], dict[str, Any]], *, visit: int, purpose: int) -> None:
         """Keep what `state` gives in place of what was saved before; it may not be asked."""
 
 
@@ -242,7 +242,7 @@ class Runtime:
 
     def _resume(self, phase: Phase, memory: Memory) -> int:
         """The epoch to go on with."""
-        where = {"task": phase.task.index, "purpose": phase.purpose}
+        where = {"visit": phase.task.visit, "purpose": phase.purpose}
         state = None if self.keeper is None else self.keeper.load(**where)
         if state is None:
             return 0
@@ -263,7 +263,7 @@ class Runtime:
                 "memory": memory.state_dict() if phase.writes_memory else None,
             }
 
-        self.keeper.save(state, task=phase.task.index, purpose=phase.purpose)
+        self.keeper.save(state, visit=phase.task.visit, purpose=phase.purpose)
 
 
 class _Walk:
@@ -272,9 +272,8 @@ class _Walk:
     def __init__(self, runtime: Runtime, phase: Phase, memory: Memory) -> None:
         self.runtime, self.phase, self.memory = runtime, phase, memory
         self.total = 0
-        self._loaders: list[Iterator[Batch]] = []
-        self._generation: int | None = None
-        self._base = phase.purpose, phase.task.index
+        self._loaders: list[FollowingLoader] | None = None
+        self._base = phase.purpose, phase.task.visit
         self._vary_key = runtime.key(*self._base, VARY)
         for replay in phase.replay:
             if replay.size < runtime.world_size:
@@ -306,10 +305,7 @@ class _Walk:
         """Steps of an epoch."""
         if self.phase.examples is not None:
             return len(self._order(0))
-        excluded = set(self.phase.replay[0].exclude_tasks)
-        counts = self.memory.counts()
-        exemplars = sum(sum(classes.values()) for task, classes in counts.items() if task not in excluded)
-        return -(-exemplars // self.phase.replay[0].size)
+        return -(-self._exemplars() // self.phase.replay[0].size)
 
     def _order(self, epoch: int) -> list[Rows]:
         """Rows of each batch of an epoch, over all processes. A last batch that has not two images for each process is
@@ -325,11 +321,9 @@ class _Walk:
 
     def close(self) -> None:
         """Nothing is drawn ahead any more."""
-        for loader in self._loaders:
-            close = getattr(loader, "close", None)
-            if close is not None:
-                close()
-        self._loaders = []
+        for loader in self._loaders or ():
+            loader.close()
+        self._loaders = None
 
     def _new(self, number: int, rows: Rows, images_NHWC: Images) -> Minibatch:
         examples = self.phase.examples
@@ -347,24 +341,17 @@ class _Walk:
 
     def _drawn(self, number: int) -> tuple[Minibatch, ...]:
         begin = time.perf_counter()
-        if self._generation != self.memory.generation:
-            self._open(number)
+        if self._loaders is None:
+            self._loaders = [self._loader(replay, number) for replay in self.phase.replay]
         drawn = [next(loader) for loader in self._loaders]
         waited = time.perf_counter() - begin
         self.runtime.replay_wait_s += waited
         self.runtime.step_s += waited
+        if not any(map(len, drawn)) and not self._exemplars():
+            return ()
         return tuple(self._replayed(number, place, batch) for place, batch in enumerate(drawn))
 
-    def _open(self, number: int) -> None:
-        """Loaders of the memory as it is now, which draw for this step next."""
-        self.close()
-        self._generation = self.memory.generation
-        tasks = {task for task, classes in self.memory.counts().items() if sum(classes.values())}
-        self._loaders = [
-            self._loader(replay, number) for replay in self.phase.replay if tasks - set(replay.exclude_tasks)
-        ]
-
-    def _loader(self, replay: Replay, number: int) -> Iterator[Batch]:
+    def _loader(self, replay: Replay, number: int) -> FollowingLoader:
         runtime = self.runtime
         return self.memory.loader(
             replay.size // runtime.world_size,
@@ -375,6 +362,12 @@ class _Walk:
             rank=runtime.rank,
             world_size=runtime.world_size,
         )
+
+    def _exemplars(self) -> int:
+        """How many there are to draw from."""
+        excluded = {task for replay in self.phase.replay[:1] for task in replay.exclude_tasks}
+        counts = self.memory.counts()
+        return sum(sum(classes.values()) for task, classes in counts.items() if task not in excluded)
 
     def _replayed(self, number: int, place: int, batch: Batch) -> Minibatch:
         identities = _EXEMPLAR | (batch.tasks.astype(np.uint64) << np.uint64(40)) | batch.rows.astype(np.uint64)

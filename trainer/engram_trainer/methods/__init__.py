@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import nn
 
-from engram_trainer.examples import Images
+from engram_trainer.examples import Examples, Images
 from engram_trainer.memory import Memory
 from engram_trainer.runtime import Runtime
 from engram_trainer.steps import OnStep
@@ -27,6 +27,13 @@ METHODS = {
     "finetune": "engram_trainer.methods.finetune:Finetune",
     "joint": "engram_trainer.methods.joint:Joint",
     "gem": "engram_trainer.methods.gem:Gem",
+    "er": "engram_trainer.methods.er:Er",
+    "der": "engram_trainer.methods.der:Der",
+    "derpp": "engram_trainer.methods.derpp:DerPlusPlus",
+    "agem": "engram_trainer.methods.agem:Agem",
+    "icarl": "engram_trainer.methods.icarl:Icarl",
+    "lwf": "engram_trainer.methods.lwf:Lwf",
+    "wa": "engram_trainer.methods.wa:Wa",
     "lucir": "engram_trainer.methods.lucir:Lucir",
 }
 """Where each method's class is; the module also has its `Config`."""
@@ -35,11 +42,19 @@ METHODS = {
 class Learner(Protocol):
     """One method with its network. `learn`, then the loop feeds the memory, then `balance`; task by task."""
 
+    runtime: Runtime
     fields: Mapping[str, str]
     """What its exemplars have beside the image, as a buffer declares it."""
 
+    @property
+    def fills_memory(self) -> bool:
+        """Whether it fills the memory while it learns, so that the loop does not."""
+
     def learn(self, task: Task, memory: Memory, progress: OnStep) -> None:
         """Train on a task; `memory` holds exemplars of earlier tasks only."""
+
+    def columns(self, examples: Examples) -> Mapping[str, npt.NDArray[Any]]:
+        """The fields of a task's examples, one row for each, once the task is learned."""
 
     def balance(self, task: Task, memory: Memory, progress: OnStep) -> None:
         """What a method does once the memory holds the task as well, e.g. a class-balanced fine-tune."""

@@ -39,7 +39,7 @@ class Finetune(LinearLearner):
 
     def fit(self, task: Task, examples: Examples, memory: Memory, progress: OnStep) -> None:
         """Train the network as it stands on these images."""
-        config, seen = self.config, self.stream.seen(task.index)
+        config, seen = self.config, self.stream.seen(task.visit)
         optimizer = config.optimizer(self.model.parameters())
 
         def loss(step: Step) -> torch.Tensor:

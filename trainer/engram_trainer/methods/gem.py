@@ -80,7 +80,7 @@ class Gem(LinearLearner):
 
     def learn(self, task: Task, memory: Memory, progress: OnStep) -> None:
         """One pass (or more) over the task under the constraints of the exemplars of the others."""
-        config, seen = self.config, self.stream.seen(task.index)
+        config, seen = self.config, self.stream.seen(task.visit)
         parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         optimizer = config.optimizer(parameters)
 

@@ -17,4 +17,4 @@ class Joint(Finetune):
     def learn(self, task: Task, memory: Memory, progress: OnStep) -> None:
         """Start again on everything; the memory is not looked at."""
         self.reset()
-        self.fit(task, join([each.train for each in self.stream.tasks[: task.index + 1]]), memory, progress)
+        self.fit(task, join([each.train for each in self.stream.visits[: task.visit + 1]]), memory, progress)

@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn import functional
 
 from engram_trainer import networks
-from engram_trainer.examples import Images
+from engram_trainer.examples import Examples, Images
 from engram_trainer.memory import Memory
 from engram_trainer.runtime import Runtime
 from engram_trainer.steps import OnStep
@@ -27,6 +27,7 @@ class LinearLearner:
     """The network with its scores and features; a method adds `learn`."""
 
     fields: Mapping[str, str] = {}
+    fills_memory = False
 
     def __init__(self, runtime: Runtime, *, network: str) -> None:
         self.runtime, self.stream, self.seed, self.device = runtime, runtime.stream, runtime.seed, runtime.device
@@ -40,9 +41,14 @@ class LinearLearner:
     def reset(self) -> None:
         """A fresh network, the same one every time."""
         features = networks.build(self.network, self.runtime.preparation.shape, seed=self.seed)
-        head = networks.linear_head(features.dimensions, len(self.stream.class_order), seed=self.seed)
+        self.dimensions = features.dimensions
         self.features = self.runtime.place_module(features)
-        self.model = self.runtime.place_module(nn.Sequential(self.features, head))
+        self.head = networks.linear_head(self.dimensions, len(self.stream.class_order), seed=self.seed).to(self.device)
+        self.model = nn.Sequential(self.features, self.head)
+
+    def columns(self, examples: Examples) -> Mapping[str, npt.NDArray[Any]]:
+        """None: exemplars are an image and its class."""
+        return {}
 
     def balance(self, task: Task, memory: Memory, progress: OnStep) -> None:
         """Nothing: these methods do not come back to their memory."""
@@ -68,8 +74,12 @@ class LinearLearner:
         self.model.load_state_dict(state["model"])
 
     def losses(self, images_NCHW: torch.Tensor, labels_N: torch.Tensor, seen: int) -> torch.Tensor:
+        """`cross_entropies` of what the network says to these images."""
+        return self.cross_entropies(self.model(images_NCHW), labels_N, seen)
+
+    def cross_entropies(self, logits_NC: torch.Tensor, labels_N: torch.Tensor, seen: int) -> torch.Tensor:
         """Cross-entropy of each image over the first `seen` labels, or over those of its own task where it is given."""
-        logits_NC = self.model(images_NCHW)[:, :seen]
+        logits_NC = logits_NC[:, :seen]
         if self.stream.task_is_given:
             is_foreign_NC = self.task_of_label[labels_N, None] != self.task_of_label[:seen]
             logits_NC = logits_NC.masked_fill(is_foreign_NC, -torch.inf)

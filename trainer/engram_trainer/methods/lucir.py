@@ -54,7 +54,7 @@ from engram.schemas import CANDIDATE_QUALITIES
 from engram_trainer import networks
 from engram_trainer.examples import Examples, Images, ImageSet, Joined, Rows, Shape
 from engram_trainer.memory import Memory
-from engram_trainer.methods.training import Training, multistep
+from engram_trainer.methods.training import Training, multistep, replayed
 from engram_trainer.networks import CosineClassifier, cosines
 from engram_trainer.runtime import Runtime
 from engram_trainer.steps import BALANCE, CODEC, LEARN, WEIGHTS, OnStep, Phase, Replay, Step
@@ -106,12 +106,12 @@ class Lucir:
     """A network and a cosine classifier that grows with the classes."""
 
     fields: Mapping[str, str] = {}
+    fills_memory = False
 
     def __init__(self, runtime: Runtime, config: Config, *, network: str) -> None:
         self.runtime, self.stream, self.config, self.seed = runtime, runtime.stream, config, runtime.seed
         self.device = runtime.device
-        if not self.stream.config.brings_classes:
-            raise ValueError(f"LUCIR needs tasks that bring classes; {self.stream.config.scenario} tasks bring none")
+        self.stream.config.require_new_classes("LUCIR")
         if not 0 <= config.replay_ratio < 1:
             raise ValueError(f"replay_ratio must be in 0..1 (exclusive), not {config.replay_ratio}")
         if config.batch_size < 2:
@@ -144,8 +144,14 @@ class Lucir:
                 total = total + config.margin_weight * self._margin_loss(cosines_NC, labels_N, old_count)
             return total
 
-        count = sum(sum(of.values()) for number, of in memory.counts().items() if number != task.index)
-        replayed = self._replayed(len(task.train), count)
+        drawn = replayed(
+            config.batch_size,
+            config.replay_ratio,
+            len(task.train),
+            memory,
+            exclude_task=task.index,
+            world_size=runtime.world_size,
+        )
         phase = Phase(
             task=task,
             purpose=LEARN,
@@ -153,15 +159,19 @@ class Lucir:
             optimizer=optimizer,
             loss=loss,
             epochs=config.epochs,
-            batch_size=config.batch_size - replayed,
+            batch_size=config.batch_size - drawn,
             augment=config.augment,
             examples=self._clean_and_coded(task) if memory.is_lossy else task.train,
-            replay=[Replay(replayed, "epoch", exclude_tasks=(task.index,))] if replayed else [],
+            replay=[Replay(drawn, "epoch", exclude_tasks=(task.index,))] if drawn else [],
             schedule=config.schedule(optimizer),
             order=partial(self._order, len(task.train)) if memory.is_lossy else None,
         )
         runtime.fit(phase, memory, progress)
         self.classifier.embeddings_CD = nn.Parameter(torch.cat([old_CD, new_CD.detach()]))
+
+    def columns(self, examples: Examples) -> Mapping[str, npt.NDArray[Any]]:
+        """None: exemplars are an image and its class."""
+        return {}
 
     def balance(self, task: Task, memory: Memory, progress: OnStep) -> None:
         """Tune the class embeddings on the exemplars of all classes, new ones included; network and eta are frozen.
@@ -170,7 +180,7 @@ class Lucir:
         """
         config, runtime = self.config, self.runtime
         old_count = len(self.classifier.embeddings_CD) - len(task.classes)
-        if old_count == 0 or not memory.counts() or config.balance_epochs == 0:
+        if old_count == 0 or not any(map(len, memory.counts().values())) or config.balance_epochs == 0:
             return
         embeddings_CD, eta = self.classifier.embeddings_CD, self.classifier.eta.detach()
         optimizer = torch.optim.SGD(
@@ -228,15 +238,6 @@ class Lucir:
             cosines_NC, labels_N, old_count=old_count, margin=self.config.margin, nearest=self.config.margin_classes
         )
         return self.runtime.mean_where(losses_N, labels_N < old_count)
-
-    def _replayed(self, new_count: int, replay_count: int) -> int:
-        """Exemplars of each batch, a multiple of the processes; every batch has a new image for each process, too."""
-        if not replay_count:
-            return 0
-        world_size = self.runtime.world_size
-        part = max(self.config.replay_ratio, replay_count / (new_count + replay_count))
-        size = round(part * self.config.batch_size / world_size) * world_size
-        return max(world_size, min(size, self.config.batch_size - world_size))
 
     def _clean_and_coded(self, task: Task) -> Examples:
         """The task's images as they are, and behind them all of them once more after a round trip through JPEG."""

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from engram_trainer.memory import Memory
 from engram_trainer.preparation import Augment
 
 
@@ -60,3 +61,19 @@ def multistep(
     """The learning rate multiplied by `decay` at these fractions of the epochs, at the earliest after the first."""
     steps = [max(1, round(part * epochs)) for part in milestones]
     return torch.optim.lr_scheduler.MultiStepLR(optimizer, steps, gamma=decay)
+
+
+def replayed(
+    batch_size: int, replay_ratio: float, new_count: int, memory: Memory, *, exclude_task: int, world_size: int
+) -> int:
+    """How many of a batch are exemplars where it is drawn from the union of new images and a memory; 0 if that is empty.
+
+    They have the part of the batch that they are of the union, and at least `replay_ratio`. A multiple of the
+    processes; every batch has a new image for each process, too.
+    """
+    kept_count = sum(sum(of.values()) for task, of in memory.counts().items() if task != exclude_task)
+    if not kept_count:
+        return 0
+    part = max(replay_ratio, kept_count / (new_count + kept_count))
+    size = round(part * batch_size / world_size) * world_size
+    return max(world_size, min(size, batch_size - world_size))
