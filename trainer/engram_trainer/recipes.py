@@ -342,7 +342,8 @@ def _icarl() -> Recipe:
                 "milestones": (0.7, 0.9),
                 "decay": 0.2,
                 "momentum": 0.9,
-                "weight_decay": 1e-5,
+                "weight_decay": 2e-5,  # the gradient of the code's 1e-5 |w|^2
+                "replay_ratio": 0.0,
                 "padding": 4,
                 "flip": True,
             },
@@ -417,6 +418,8 @@ def _mammoth(method: str, slots: int, options: Mapping[str, Any], numbers: tuple
                 "padding": 4,
                 "flip": True,
                 "fill": "online",
+                "flush": 1,
+                "compete": "all",
                 **options,
             },
             network="resnet18-cifar",
