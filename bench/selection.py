@@ -22,6 +22,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean, median, stdev
 from typing import get_args
@@ -42,8 +43,8 @@ from engram.strip import Exemplars
 from engram_service.embedder import OnnxEmbedder
 from engram_trainer import datasets, networks
 from engram_trainer.datasets import Dataset
-from engram_trainer.extractor import to_onnx
 from engram_trainer.examples import ArraySet
+from engram_trainer.extractor import to_onnx
 from engram_trainer.methods.lucir import Coded
 
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")

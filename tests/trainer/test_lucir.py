@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ from engram_trainer.methods.lucir import (
     less_forget_losses,
     margin_ranking_losses,
 )
+from engram_trainer.methods.training import replayed
 from engram_trainer.plain_memory import local_memory
 from engram_trainer.stream import Stream, StreamConfig
 from tests.trainer import runs
@@ -149,13 +151,16 @@ def test_a_resumed_run_equals_an_uninterrupted_one(digits: Dataset) -> None:
 
 
 def test_a_replay_ratio_is_the_least_part_of_a_batch_that_is_exemplars(digits: Dataset) -> None:
-    learner = learner_of(stream_of(digits), replay_ratio=0.4, batch_size=100)
-    assert learner._replayed(3000, 30) == 40
-    assert learner._replayed(30, 3000) == 99
-    assert learner._replayed(3000, 0) == 0
-    in_proportion = learner_of(stream_of(digits), replay_ratio=0.0, batch_size=100)
-    assert in_proportion._replayed(300, 100) == 25
-    assert in_proportion._replayed(30_000, 1) == 1
+    memory = local_memory(LocalConfig(kind="raw", budget_bytes=100 * 66))
+    count = partial(replayed, 100, memory=memory, exclude_task=1, world_size=1)
+    assert count(0.4, 3000) == 0
+    memory.add(Learned(0, stream_of(digits, tasks=1).tasks[0].train))
+    assert count(0.4, 3000) == 40
+    assert count(0.4, 30) == 77  # 100 of 130
+    assert count(0.0, 300) == 25
+    assert count(0.0, 30_000) == 1
+    assert count(1 - 1e-9, 3000) == 99
+    assert partial(count, world_size=2)(0.45, 3000) == 44
 
 
 def test_scenarios_without_new_classes_are_refused(digits: Dataset) -> None:

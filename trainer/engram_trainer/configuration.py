@@ -34,8 +34,8 @@ Source: mnist as in PyTorch's examples; cifar10 as in Mammoth's `seq_cifar10.py`
 code. cifar100's deviations are smaller than those of the pixels (0.2673, 0.2564, 0.2762): they are the code's.
 """
 
-MAY_CHANGE = ("memory.url", "memory.replay", "memory.patience_s", "runtime.workers")
-"""What may differ when a run is resumed: a service may come back under another address, and workers change nothing."""
+MAY_CHANGE = ("memory.url", "memory.replay", "memory.patience_s", "runtime.workers", "runtime.checkpoint_s")
+"""What may differ when a run is resumed: a service may come back under another address, and the others change no result."""
 
 
 @dataclass(frozen=True)
@@ -119,6 +119,8 @@ class RuntimeConfig:
     """Each computes its part of every batch; gradients are averaged."""
     workers: int = 0
     """Processes that read and decode images, of each training process; 0 reads in the training process itself."""
+    checkpoint_s: float = 60.0
+    """A phase that takes longer is checkpointed between two of its epochs, when so many seconds have gone by."""
 
     def __post_init__(self) -> None:
         if self.precision not in get_args(Precision):

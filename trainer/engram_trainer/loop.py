@@ -21,7 +21,7 @@ import io
 import json
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from functools import partial
@@ -32,16 +32,13 @@ import numpy as np
 import torch
 
 from engram import files
-from engram.client import Client
-from engram.errors import Conflict, EngramError, NotFound
-from engram.schemas import Ingest, IngestOptions
+from engram.errors import Conflict, NotFound
 from engram_trainer import datasets, extractor, methods, stream
-from engram_trainer.configuration import MemoryConfig, RunConfig, differences
+from engram_trainer.configuration import RunConfig, differences
 from engram_trainer.evaluation import accuracy
-from engram_trainer.local_memory import LocalConfig
-from engram_trainer.memory import Learned, Memory, NoMemory, ServiceMemory
+from engram_trainer.memory import Learned, Memory
 from engram_trainer.methods import Learner
-from engram_trainer.plain_memory import local_memory
+from engram_trainer.opening import open_memory
 from engram_trainer.preparation import Preparation
 from engram_trainer.processes import Place, beside
 from engram_trainer.report import Report, describe_tasks, environment, plot
@@ -266,13 +263,10 @@ class _Partial:
         return found["state"] if is_this else None
 
     def save(self, state: Callable[[], dict[str, Any]], *, visit: int, purpose: int) -> None:
-        """Keep it, unless the last one is a few seconds old."""
-        if self._runtime.is_first and time.monotonic() - self._saved_at >= PARTIAL_EVERY_S:
+        """Keep it, unless the last one was saved a moment ago."""
+        if self._runtime.is_first and time.monotonic() - self._saved_at >= self._runtime.config.checkpoint_s:
             _write(self._path, {"run": self._identity, "visit": visit, "purpose": purpose, "state": state()})
             self._saved_at = time.monotonic()
-
-
-PARTIAL_EVERY_S = 30.0
 
 
 def _write(path: Path, state: dict[str, Any]) -> None:

@@ -32,7 +32,7 @@ from engram.fields import KEY, Column, Schema
 from engram.schemas import IngestOptions, Subsampling
 from engram.selection import ranking
 from engram.strip import runs_of
-from engram_trainer.examples import ClassIds, Examples, Images, Rows
+from engram_trainer.examples import ClassIds, Images, Rows
 from engram_trainer.local_memory import (
     Kind,
     LocalConfig,

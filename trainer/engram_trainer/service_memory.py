@@ -32,7 +32,7 @@ from engram.draw import Layout
 from engram.errors import Conflict, NotFound, Unavailable
 from engram.fields import KEY, Schema
 from engram.mirror import Mirror
-from engram.schemas import Buffer, Ingest, IngestOptions, Manifest, PackEntry, Strategy
+from engram.schemas import Buffer, Ingest, IngestOptions, PackEntry, Strategy
 from engram.sources import Source
 from engram_trainer.examples import ClassIds, Examples, Images, Rows, Shape
 from engram_trainer.local_memory import exchange_seed, slots, strip_sizes
