@@ -1,9 +1,9 @@
 """Measure what the trainer's step loop costs beside a plain PyTorch loop, how long steps wait for exemplars, and how
 much memory a run over images takes that do not fit in it.
 
-**Throughput.** One epoch over a folder of JPEG images of 224x224 pixels, of which a small network sees random windows of
-32x32: nearly all of the time is reading. The plain loop is what one writes with `torch.utils.data`: a data set that opens
-a file with Pillow, a `DataLoader` with as many workers, the same windows cut on the device, the same network and
+**Throughput.** One epoch over a folder of JPEG images of 224x224 pixels, of which a small network sees random windows
+of 32x32: nearly all of the time is reading. The plain loop is what one writes with `torch.utils.data`: a data set that
+opens a file with Pillow, a `DataLoader` with as many workers, the same windows, the same network and
 optimiser. Both in turns (plain, ours, ours, plain); the ratio is of the sums.
 
 **Replay.** ER with 32 new images and 32 exemplars a step, from strips in this process: the part of all steps' time in
