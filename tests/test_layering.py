@@ -109,7 +109,8 @@ ORDER = {
     ],
     "engram_trainer": [
         "augment examples extractor networks local_service",
-        "batches datasets",
+        "batches sources",
+        "datasets",
         "stream memory",
         "methods configuration evaluation",
         "local_memory plain_memory report",
