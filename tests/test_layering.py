@@ -28,7 +28,7 @@ PACKAGES = {
 EXTRAS: dict[str, tuple[str, ...]] = {
     "engram": ("cli",),
     "engram_service": ("cli", "service", "postgres"),
-    "engram_trainer": ("cli", "trainer", "hub"),
+    "engram_trainer": ("cli", "trainer", "hub", "log"),
 }
 """The extras of pyproject.toml that a package may count on, beside the plain dependencies."""
 
@@ -38,6 +38,7 @@ COMMANDS = {
     "engram_service.cli",
     "engram_trainer.cli",
     "engram_trainer.demo",
+    "engram_trainer.display",
     "engram_trainer.progress",
 }
 """The modules that may import what only commands need: typer and rich."""
@@ -95,7 +96,7 @@ ORDER = {
         "__main__",
     ],
     "engram_service": [
-        "settings tables problems extractor_child answers receiving",
+        "settings tables problems children extractor_child answers receiving",
         "database storage embedder spooled pages bodies edge head liveness",
         "buffers ingest extractors auth",
         "commit replay heartbeat",
@@ -108,13 +109,16 @@ ORDER = {
         "__main__",
     ],
     "engram_trainer": [
-        "augment examples extractor networks local_service",
-        "batches sources",
+        "examples extractor networks local_service processes",
+        "batches memory preparation sources",
         "datasets",
-        "stream memory",
-        "methods configuration evaluation",
-        "local_memory plain_memory report",
-        "loop progress",
+        "local_memory online stream",
+        "configuration plain_memory steps",
+        "recipes runtime service_memory",
+        "evaluation methods",
+        "opening report",
+        "loop progress compare scalars",
+        "display",
         "demo cli",
         "__main__",
     ],

@@ -2,6 +2,7 @@
 
     RUN/run.json         the run's id and configuration, written first, and the error that it failed with
     RUN/checkpoint.pt    tensors and plain values only (loads with `weights_only=True`), replaced by rename
+    RUN/partial.pt       the same between two epochs of a phase, some time after the last one
     RUN/report.json      results so far, and two pictures (see `report`)
     RUN/mirror/          the local copy of the service's packs
 
@@ -25,23 +26,24 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 
 from engram import files
-from engram.client import Client
-from engram.errors import Conflict, EngramError, NotFound
-from engram.schemas import Ingest, IngestOptions
+from engram.errors import Conflict, NotFound
 from engram_trainer import datasets, extractor, methods, stream
-from engram_trainer.configuration import MemoryConfig, RunConfig, differences
+from engram_trainer.configuration import RunConfig, differences
 from engram_trainer.evaluation import accuracy
-from engram_trainer.local_memory import LocalConfig
-from engram_trainer.memory import Learned, Memory, NoMemory, ServiceMemory
+from engram_trainer.memory import Learned, Memory
 from engram_trainer.methods import Learner
-from engram_trainer.plain_memory import local_memory
+from engram_trainer.opening import open_memory
+from engram_trainer.preparation import Preparation
+from engram_trainer.processes import Place, beside
 from engram_trainer.report import Report, describe_tasks, environment, plot
+from engram_trainer.runtime import Runtime
+from engram_trainer.steps import OnStep
 from engram_trainer.stream import Stream, Task
 
 
@@ -95,34 +97,46 @@ def run(
         EngramError: the data, the service or the memory's budget.
         ValueError: the configuration contradicts itself or the data.
     """
-    folder, watch = Path(folder), watch or Silent()
-    _check_device(config.device)
+    folder, count = Path(folder), config.runtime.processes
+    if count == 1:
+        report = _run(Place(), config, folder, None, resume=resume, watch=watch or Silent())
+    else:
+        identity = _identify(config, folder, resume=resume)
+        with beside(partial(_run, config=config, folder=folder, identity=identity, resume=resume), count) as place:
+            report = _run(place, config, folder, identity, resume=resume, watch=watch or Silent())
+    if pictures:
+        plot(report, folder)
+    return report
+
+
+def _run(
+    place: Place, config: RunConfig, folder: Path, identity: str | None, *, resume: bool, watch: Watch | None = None
+) -> Report:
+    """What each process does; the first one alone writes."""
+    watch = watch or Silent()
     tasks = stream.build(datasets.load(config.data, resize=config.resize), config.stream)
-    learner = methods.build(
-        config.method,
-        stream=tasks,
-        network=config.network,
-        seed=config.seed,
-        device=config.device,
-        options=config.options,
-    )
-    identity = _identify(config, folder, resume=resume)
+    prepare = config.prepare
+    preparation = Preparation(tasks.shape, crop=prepare.crop, mean=prepare.mean, std=prepare.std)
+    runtime = Runtime(config.runtime, tasks, seed=config.seed, preparation=preparation, place=place)
+    learner = methods.build(config.method, runtime, network=config.network, options=config.options)
+    identity = identity or _identify(config, folder, resume=resume)
     try:
-        with _open_memory(config.memory, run=identity, folder=folder, is_new=not resume, watch=watch) as memory:
-            running = _Run(config, folder, identity, tasks, learner, memory)
+        with open_memory(
+            config.memory, learner, run=identity, folder=folder, is_new=not resume, tell=watch.phase
+        ) as memory:
+            running = _Run(config, folder, identity, runtime, learner, memory)
             running.restore()
-            for task in tasks.tasks[len(running.report.matrix) :]:
+            for task in tasks.visits[len(running.report.matrix) :]:
                 watch.task(task, tasks)
                 running.learn(task, watch)
                 running.remember(task, watch)
                 running.evaluate(task, watch)
                 watch.finished(running.report)
     except Exception as error:
-        with suppress(OSError):  # what failed may be the disk
-            _note(config, folder, identity, failed=str(error))
+        if runtime.is_first:
+            with suppress(OSError):  # what failed may be the disk
+                _note(config, folder, identity, failed=str(error))
         raise
-    if pictures:
-        plot(running.report, folder)
     return running.report
 
 
@@ -130,24 +144,26 @@ class _Run:
     """A run between two checkpoints."""
 
     def __init__(
-        self, config: RunConfig, folder: Path, identity: str, tasks: Stream, learner: Learner, memory: Memory
+        self, config: RunConfig, folder: Path, identity: str, runtime: Runtime, learner: Learner, memory: Memory
     ) -> None:
-        self.config, self.folder, self.stream, self.learner, self.memory = config, folder, tasks, learner, memory
-        self.report = Report(identity, config.to_json(), environment(), describe_tasks(tasks), [])
+        self.config, self.folder, self.runtime, self.learner, self.memory = config, folder, runtime, learner, memory
+        self.stream = runtime.stream
+        self.report = Report(identity, config.to_json(), environment(), describe_tasks(self.stream), [])
         self.is_learned = False
         """Whether the task after the finished ones is learned, but perhaps not yet remembered."""
         self.onnx: bytes | None = None
         self.seconds: dict[str, float] = {}
+        runtime.keeper = _Partial(folder / "partial.pt", identity, runtime)
 
     def restore(self) -> None:
         """Go back to the last checkpoint, or measure the accuracies at random when there is none."""
         path = self.folder / "checkpoint.pt"
         if not path.is_file():
             self.report.at_random = [
-                accuracy(self.learner.scores, self.stream, task, learned=-1) for task in self.stream.tasks
+                accuracy(self.learner.scores, self.runtime, task, learned=-1) for task in self.stream.tasks
             ]
             return
-        state = torch.load(path, map_location=self.config.device, weights_only=True)
+        state = torch.load(path, map_location=self.runtime.device, weights_only=True)
         self.learner.load_state_dict(state["learner"])
         self.memory.load_state_dict(state["memory"])
         self.is_learned, self.onnx = state["is_learned"], state["onnx"]
@@ -158,6 +174,8 @@ class _Run:
 
     def checkpoint(self) -> None:
         """Everything so far is on the disk afterwards."""
+        if not self.runtime.is_first:
+            return
         results = {name: asdict(self.report)[name] for name in ("at_random", "matrix", "memory", "seconds")}
         state = {
             "learner": self.learner.state_dict(),
@@ -166,17 +184,16 @@ class _Run:
             "onnx": self.onnx,
             "results": json.dumps({**results, "partial_seconds": self.seconds}),
         }
-        buffer = io.BytesIO()
-        torch.save(state, buffer)
-        files.write_durably(self.folder / "checkpoint.pt", buffer.getvalue())
+        _write(self.folder / "checkpoint.pt", state)
+        (self.folder / "partial.pt").unlink(missing_ok=True)
 
     def learn(self, task: Task, watch: Watch) -> None:
         """The task is learned and its extractor exported."""
         if self.is_learned:
             return
-        with self._timed("learn"):
+        with self._timed("learn"), self._waiting():
             self.learner.learn(task, self.memory, _steps(watch, "learn"))
-        if self.config.memory.kind == "service":
+        if self.config.memory.kind == "service" and self.runtime.is_first:
             with self._timed("export"):
                 self.onnx = extractor.to_onnx(self.learner.extractor(), self.stream.shape)
         self.is_learned = True
@@ -185,28 +202,32 @@ class _Run:
     def remember(self, task: Task, watch: Watch) -> None:
         """The memory holds exemplars of the task, and the learner is balanced on all exemplars."""
         with self._timed("remember"):
-            seed = int(np.random.default_rng([self.config.seed, task.index]).integers(2**31))
-            self.memory.add(
-                Learned(
-                    task.index, task.train_images, task.train_class_ids, self.onnx, embed=self.learner.embed, seed=seed
-                )
-            )
-        with self._timed("balance"):
+            if not self.learner.fills_memory:
+                self._hand_over(task)
+        with self._timed("balance"), self._waiting():
             self.learner.balance(task, self.memory, _steps(watch, "balance"))
+
+    def _hand_over(self, task: Task) -> None:
+        learner = self.learner
+        seed = int(np.random.default_rng([self.config.seed, task.visit]).integers(2**31))
+        columns = learner.columns(task.train)
+        self.memory.add(Learned(task.index, task.train, self.onnx, learner.embed, seed, columns))
 
     def evaluate(self, task: Task, watch: Watch) -> None:
         """R has the task's row: all tasks so far and, for FWT, the next."""
         row: list[float | None] = []
+        met = 1 + max(each.index for each in self.stream.visits[: task.visit + 1])
         with self._timed("evaluate"):
-            for each in self.stream.tasks[: task.index + 2]:
-                row.append(accuracy(self.learner.scores, self.stream, each, learned=task.index))
-                watch.phase("evaluate", each.index + 1, min(task.index + 2, len(self.stream.tasks)))
+            for each in self.stream.tasks[: met + 1]:
+                row.append(accuracy(self.learner.scores, self.runtime, each, learned=task.visit))
+                watch.phase("evaluate", each.index + 1, min(met + 1, len(self.stream.tasks)))
         self.report.matrix.append(row)
-        self.report.memory.append(self.memory.describe())
+        self.report.memory.append(self.memory.describe() if self.runtime.is_first else {})
         self.report.seconds.append(self.seconds)
         self.is_learned, self.onnx, self.seconds = False, None, {}
         self.checkpoint()
-        self.report.save(self.folder)
+        if self.runtime.is_first:
+            self.report.save(self.folder)
 
     @contextmanager
     def _timed(self, name: str) -> Iterator[None]:
@@ -214,19 +235,60 @@ class _Run:
         yield
         self.seconds[name] = round(time.perf_counter() - start, 3)
 
+    @contextmanager
+    def _waiting(self) -> Iterator[None]:
+        """The part of `seconds` in which steps waited for exemplars."""
+        before = self.runtime.replay_wait_s
+        yield
+        waited = self.seconds.get("replay_wait", 0.0) + self.runtime.replay_wait_s - before
+        self.seconds["replay_wait"] = round(waited, 4)
 
-def _steps(watch: Watch, name: str) -> methods.OnStep:
-    def step(done: int, total: int, *, loss: float) -> None:
-        watch.phase(name, done, total, note=f"loss {loss:.3f}")
+
+class _Partial:
+    """The state between two epochs, in a file of its own, replaced by rename.
+
+    Without it a run goes on at the last task's end, so it is only written when that would lose some time.
+    """
+
+    def __init__(self, path: Path, identity: str, runtime: Runtime) -> None:
+        self._path, self._identity, self._runtime = path, identity, runtime
+        self._saved_at = time.monotonic()
+
+    def load(self, *, visit: int, purpose: int) -> dict[str, Any] | None:
+        """What was saved last, if it was this phase of this run."""
+        if not self._path.is_file():
+            return None
+        found: dict[str, Any] = torch.load(self._path, map_location=self._runtime.device, weights_only=True)
+        is_this = (found["run"], found["visit"], found["purpose"]) == (self._identity, visit, purpose)
+        return found["state"] if is_this else None
+
+    def save(self, state: Callable[[], dict[str, Any]], *, visit: int, purpose: int) -> None:
+        """Keep it, unless the last one was saved a moment ago."""
+        if self._runtime.is_first and time.monotonic() - self._saved_at >= self._runtime.config.checkpoint_s:
+            _write(self._path, {"run": self._identity, "visit": visit, "purpose": purpose, "state": state()})
+            self._saved_at = time.monotonic()
+
+
+def _write(path: Path, state: dict[str, Any]) -> None:
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    files.write_durably(path, buffer.getvalue())
+
+
+def _steps(watch: Watch, name: str) -> OnStep:
+    shown_at = 0.0
+
+    def step(done: int, total: int, *, loss: torch.Tensor) -> None:
+        nonlocal shown_at
+        now = time.monotonic()
+        if done == total or now - shown_at >= SHOW_EVERY_S:  # the loss is waited for, so not at every step
+            watch.phase(name, done, total, note=f"loss {float(loss):.3f}")
+            shown_at = now
 
     return step
 
 
-def _check_device(name: str) -> None:
-    try:
-        torch.zeros(1, device=name)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from error
+SHOW_EVERY_S = 0.2
 
 
 def _identify(config: RunConfig, folder: Path, *, resume: bool) -> str:
@@ -245,8 +307,6 @@ def _identify(config: RunConfig, folder: Path, *, resume: bool) -> str:
     if path.is_file():
         found = json.loads(path.read_text())
         changed = differences(found["config"], now)
-        # A service may come back under another address.
-        changed = [change for change in changed if not change.startswith("memory.url:")]
         if not changed and (resume or not _has_checkpoint(folder)):
             _note(config, folder, found["run"])
             return str(found["run"])
@@ -275,76 +335,3 @@ def _note(config: RunConfig, folder: Path, identity: str, **more: str) -> None:
 
 def _has_checkpoint(folder: Path) -> bool:
     return (folder / "checkpoint.pt").is_file()
-
-
-@contextmanager
-def _open_memory(config: MemoryConfig, *, run: str, folder: Path, is_new: bool, watch: Watch) -> Iterator[Memory]:
-    """The memory that a configuration names; a service's buffer is created if need be."""
-    if config.kind == "none":
-        yield NoMemory()
-        return
-    options = IngestOptions(
-        ranking=config.ranking,
-        definition=config.definition,
-        rule=config.rule,
-        epsilon=config.epsilon,
-        block=config.block,
-    )
-    if config.kind != "service":
-        yield local_memory(
-            LocalConfig(
-                kind=config.kind,
-                budget_bytes=config.budget_bytes,
-                per=config.per,
-                share_by=config.share_by,
-                ranking="random" if config.ranking == "random" else "herding",
-                quality=config.quality,
-                subsampling=config.subsampling,
-            ),
-            options,
-        )
-        return
-    name = config.buffer or f"run-{run}"
-    with Client(config.url) as client:
-        is_made = _create_buffer(client, name, config, is_new=is_new)
-        try:
-            yield ServiceMemory(
-                client, name, options=options, run=run, folder=folder / "mirror", watch=_ingest_watch(watch)
-            )
-        except Exception:
-            with suppress(EngramError):  # the service may be what failed
-                if is_made and not client.buffer(name).tasks:
-                    client.delete_buffer(name)
-            raise
-
-
-def _create_buffer(client: Client, name: str, config: MemoryConfig, *, is_new: bool) -> bool:
-    """The buffer exists; a new run finds nothing in it. True if it was made now.
-
-    Raises:
-        Conflict: a new run was given the buffer of another one.
-    """
-    create = partial(
-        client.create_buffer,
-        name,
-        budget_bytes=config.budget_bytes,
-        per=config.per,
-        share_by=config.share_by,
-        subsampling=config.subsampling,
-        quality=config.quality,
-    )
-    try:
-        create()
-        return True
-    except Conflict:
-        buffer = create(exist_ok=True)
-    if is_new and buffer.tasks:
-        raise Conflict(f"buffer {name!r} already holds {len(buffer.tasks)} tasks; name a new buffer for a new run")
-    return False
-
-
-def _ingest_watch(watch: Watch) -> Callable[[Ingest], None]:
-    def see(ingest: Ingest) -> None:
-        watch.phase("remember", ingest.images_done, ingest.images_total, note=ingest.state)
-
-    return see

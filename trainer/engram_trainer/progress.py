@@ -8,7 +8,7 @@ from typing import Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from engram_trainer.report import Report
+from engram_trainer.report import Report, seconds_of
 from engram_trainer.stream import Stream, Task
 
 PHASES = {"learn": "learning", "remember": "storing", "balance": "balancing", "evaluate": "evaluating"}
@@ -45,6 +45,8 @@ class Bars:
     def task(self, task: Task, stream: Stream) -> None:
         """A task begins."""
         self._name = f"{self._label}task {task.index + 1}/{len(stream.tasks)}"
+        if stream.visits is not stream.tasks:
+            self._name += f", visit {task.visit + 1}/{len(stream.visits)}"
         self._phase = ""
 
     def phase(self, name: str, done: int, total: int, *, note: str = "") -> None:
@@ -70,7 +72,7 @@ class Bars:
             kept = f"; memory: {memory['exemplars']:,} exemplars in {memory['used_bytes']:,} bytes"
             if memory.get("quality"):
                 kept += f", quality {memory['quality']}"
-        seconds = sum(report.seconds[-1].values())
+        seconds = seconds_of(report.seconds[-1])
         self._console.print(
             f"{self._name}: accuracy so far [bold]{metrics.last:.1%}[/bold] ({seconds:.1f} s){kept}",
             highlight=False,

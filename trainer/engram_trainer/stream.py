@@ -7,6 +7,9 @@ Scenarios:
     permuted            every task has all classes, its pixels shuffled by a permutation of its own
     rotated             every task has all classes, turned by an angle of its own
 
+Tasks may return: a *visit* is one time that a learner meets a task, and each visit of a task trains on a part of its
+images that no other visit has. Unless `visits` says otherwise, every task is visited once, in order.
+
 Images are uint8 `[N, H, W, C]`. A class id is the data set's number; its *label* is its place in `Stream.class_order`,
 the order in which classes arrive. Everything random is drawn from the configuration's seed, the angles too.
 
@@ -51,6 +54,8 @@ class StreamConfig:
     """At most so many training images of each task, chosen by the seed; None takes all."""
     test_per_class: int | None = None
     """At most so many test images of each class: the first ones, the same for every seed; None takes all."""
+    visits: tuple[int, ...] | None = None
+    """The task of each visit, e.g. (0, 1, 2, 0, 1). Tasks are numbered in the order in which they are first met."""
     validation_ratio: float = 0.0
     """For tuning: this part of each class's training images is held out and takes the place of the test images."""
 
@@ -59,15 +64,30 @@ class StreamConfig:
         """Whether each task brings classes of its own; otherwise it transforms the images of all classes."""
         return self.scenario in ("class-incremental", "task-incremental")
 
+    def require_new_classes(self, method: str) -> None:
+        """Returns if every task that a learner meets brings classes.
+
+        Raises:
+            ValueError: there are tasks that bring none, which this method cannot learn.
+        """
+        if not self.brings_classes:
+            raise ValueError(f"{method} needs tasks that bring classes; {self.scenario} tasks bring none")
+        if self.visits is not None:
+            raise ValueError(f"{method} needs tasks that bring classes; tasks that return bring none")
+
 
 @dataclass(frozen=True, eq=False)
 class Task:
-    """One step of a stream."""
+    """One step of a stream: a task, or a visit to it."""
 
     index: int
+    """Which task."""
     classes: tuple[int, ...]
     train: Examples
+    """Of a visit: its part."""
     test: Examples
+    visit: int
+    """How many visits came before, of any task; the same as `index` where no task returns."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,6 +97,9 @@ class Stream:
     config: StreamConfig
     dataset: str
     tasks: tuple[Task, ...]
+    """Each once, with all its images."""
+    visits: tuple[Task, ...]
+    """What a learner meets, one after the other; the tasks themselves where none returns."""
     class_order: tuple[int, ...]
     shape: tuple[int, int, int]
     class_names: tuple[str, ...] = ()
@@ -92,12 +115,20 @@ class Stream:
         Raises:
             KeyError: a class id is not in the stream.
         """
-        label = {class_id: place for place, class_id in enumerate(self.class_order)}
-        return np.array([label[int(class_id)] for class_id in class_ids], np.int64)
+        order = np.array(self.class_order, np.int64)
+        ascending = np.argsort(order)
+        places = np.searchsorted(order[ascending], class_ids).clip(max=len(order) - 1)
+        labels = ascending[places]
+        if not np.array_equal(order[labels], class_ids):
+            raise KeyError(
+                f"class ids {sorted({*np.unique(class_ids).tolist()} - {*self.class_order})} are not in the stream"
+            )
+        found: npt.NDArray[np.int64] = labels.astype(np.int64)
+        return found
 
-    def seen(self, task_index: int) -> int:
-        """How many labels have arrived once task `task_index` is there."""
-        return len({class_id for task in self.tasks[: task_index + 1] for class_id in task.classes})
+    def seen(self, visit: int) -> int:
+        """How many labels have arrived once visit `visit` is there."""
+        return len({class_id for task in self.visits[: visit + 1] for class_id in task.classes})
 
 
 def build(dataset: Dataset, config: StreamConfig) -> Stream:
@@ -121,7 +152,34 @@ def build(dataset: Dataset, config: StreamConfig) -> Stream:
     else:
         groups = _groups(order, config)
         tasks = tuple(_classes_only(dataset, config, index, classes) for index, classes in enumerate(groups))
-    return Stream(config, dataset.name, tasks, order, dataset.shape, dataset.class_names)
+    return Stream(config, dataset.name, tasks, _visits(tasks, config), order, dataset.shape, dataset.class_names)
+
+
+def _visits(tasks: tuple[Task, ...], config: StreamConfig) -> tuple[Task, ...]:
+    """The tasks in the order in which they are met, the images of each dealt out to its visits."""
+    if config.visits is None:
+        return tasks
+    first = list(dict.fromkeys(config.visits))
+    if first != list(range(len(tasks))):
+        raise ValueError(
+            f"visits {config.visits} first meet the tasks {first}; there are {len(tasks)} tasks, numbered from 0 in "
+            f"the order in which they are first met"
+        )
+    visits = []
+    for visit, index in enumerate(config.visits):
+        task, times = tasks[index], config.visits.count(index)
+        rows = np.concatenate(
+            [
+                _generator(config, VISIT, index, class_id).permutation(
+                    np.flatnonzero(task.train.class_ids == class_id)
+                )[config.visits[:visit].count(index) :: times]
+                for class_id in task.classes
+            ]
+        )
+        if len(rows) == 0:
+            raise ValueError(f"task {index} has too few training images to be visited {times} times")
+        visits.append(replace(task, train=task.train.select(np.sort(rows)), visit=visit))
+    return tuple(visits)
 
 
 def _generator(config: StreamConfig, *key: int) -> np.random.Generator:
@@ -129,7 +187,7 @@ def _generator(config: StreamConfig, *key: int) -> np.random.Generator:
     return np.random.default_rng([config.seed, *key])
 
 
-ORDER, TRAIN, VALIDATION, PIXELS, ANGLE, PER_TASK = range(6)
+ORDER, TRAIN, VALIDATION, PIXELS, ANGLE, PER_TASK, VISIT = range(7)
 
 
 def _class_order(dataset: Dataset, config: StreamConfig) -> tuple[int, ...]:
@@ -181,7 +239,8 @@ def _sample(class_ids: ClassIds, counts: dict[int, int], generator: np.random.Ge
 def _classes_only(dataset: Dataset, config: StreamConfig, index: int, classes: tuple[int, ...]) -> Task:
     train = np.flatnonzero(np.isin(dataset.train.class_ids, classes))
     test = np.flatnonzero(np.isin(dataset.test.class_ids, classes))
-    return Task(index, classes, dataset.train.select(_per_task(train, config, index)), dataset.test.select(test))
+    train = _per_task(train, config, index)
+    return Task(index, classes, dataset.train.select(train), dataset.test.select(test), visit=index)
 
 
 def _per_task(rows: npt.NDArray[np.int64], config: StreamConfig, index: int) -> npt.NDArray[np.int64]:
@@ -204,7 +263,7 @@ def _transformed(dataset: Dataset, config: StreamConfig, index: int) -> Task:
     else:
         width_degrees = 180 / config.tasks
         change = partial(rotate, degrees=width_degrees * (index + _generator(config, ANGLE, index).random()))
-    return Task(index, dataset.classes, train.mapped(change), dataset.test.mapped(change))
+    return Task(index, dataset.classes, train.mapped(change), dataset.test.mapped(change), visit=index)
 
 
 def permute(images_NHWC: Images, places: npt.NDArray[np.int64]) -> Images:

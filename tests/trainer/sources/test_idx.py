@@ -9,14 +9,14 @@ import pytest
 
 from engram.errors import BadUpload, NotFound
 from engram_trainer.datasets import load
-from engram_trainer.sources.idx import read_idx, write_idx_folder
+from engram_trainer.sources.idx import read_idx, write_idx
 from tests.trainer.tiny import assert_same, tiny
 
 
 @pytest.mark.parametrize("compressed", [True, False])
 def test_idx_files_are_read_back_as_written(tmp_path: Path, compressed: bool) -> None:
     expected = tiny()
-    write_idx_folder(expected, tmp_path)
+    write_idx(expected, tmp_path)
     if not compressed:
         for path in list(tmp_path.iterdir()):
             path.with_suffix("").write_bytes(gzip.decompress(path.read_bytes()))
@@ -42,7 +42,7 @@ def test_a_damaged_idx_file_says_what_is_wrong(tmp_path: Path, content: bytes, m
 
 
 def test_a_truncated_gzip_file_is_refused(tmp_path: Path) -> None:
-    write_idx_folder(tiny(), tmp_path)
+    write_idx(tiny(), tmp_path)
     path = tmp_path / "train-images-idx3-ubyte.gz"
     path.write_bytes(path.read_bytes()[:-9])
     with pytest.raises(BadUpload, match="cannot be decompressed"):
@@ -50,7 +50,7 @@ def test_a_truncated_gzip_file_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_missing_idx_file_is_named(tmp_path: Path) -> None:
-    write_idx_folder(tiny(), tmp_path)
+    write_idx(tiny(), tmp_path)
     (tmp_path / "t10k-labels-idx1-ubyte.gz").unlink()
     with pytest.raises(NotFound, match="t10k-labels-idx1-ubyte"):
         load(str(tmp_path))

@@ -14,7 +14,7 @@ import pytest
 
 from engram.errors import BadUpload, Unavailable
 from engram_trainer.datasets import load
-from engram_trainer.sources.idx import write_idx_folder
+from engram_trainer.sources.idx import write_idx
 from engram_trainer.sources.samples import SAMPLE, read_sample
 from tests.trainer.tiny import assert_same
 
@@ -36,7 +36,7 @@ def test_the_shipped_sample_is_small_balanced_and_licensed() -> None:
 def test_the_shipped_sample_is_the_first_images_of_each_class_of_the_whole(tmp_path: Path) -> None:
     whole = load(str(DEBIAN))
     assert len(whole.train) == 60_000
-    write_idx_folder(whole.first(train=700, test=150), tmp_path)
+    write_idx(whole.first(train=700, test=150), tmp_path)
     for path in tmp_path.iterdir():
         assert gzip.decompress(path.read_bytes()) == gzip.decompress((SAMPLE / path.name).read_bytes())
 
@@ -80,7 +80,7 @@ def test_where_the_sample_is_not_at_hand_it_is_fetched_once(
 def test_what_is_fetched_in_place_of_the_sample_is_refused_and_not_kept(
     tmp_path: Path, serve_folder: Callable[[Path], tuple[str, Callable[[], None]]]
 ) -> None:
-    write_idx_folder(load("sample").first(train=20), tmp_path / "other")
+    write_idx(load("sample").first(train=20), tmp_path / "other")
     url, _ = serve_folder(tmp_path / "other")
     with pytest.raises(BadUpload, match="other images than those of Fashion-MNIST"):
         read_sample(tmp_path / "not here", cache=tmp_path / "cache", url=url)

@@ -23,6 +23,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -31,11 +32,12 @@ import torch
 from scipy.optimize import nnls
 from torch import nn
 
-from engram.batch import Batch
-from engram_trainer.memory import Memory, by_task
-from engram_trainer.methods import OnStep, pixels
-from engram_trainer.methods.linear import LinearLearner, batches
-from engram_trainer.stream import Stream, Task
+from engram_trainer.memory import Memory
+from engram_trainer.methods.linear import LinearLearner
+from engram_trainer.methods.training import Training
+from engram_trainer.runtime import Runtime
+from engram_trainer.steps import LEARN, Minibatch, OnStep, Phase, Replay, Step
+from engram_trainer.stream import Task
 
 # Added to the diagonal of the Gram matrix of unit rows. Large enough that float32 rounding leaves it positive definite;
 # small enough that no constraint is missed by more than sqrt(RIDGE) of |g|: at the optimum RIDGE |v|^2 <= |g|^2.
@@ -45,7 +47,7 @@ TINY_RATIO = 1e-12
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Training):
     """How a task is trained. Defaults are the paper's for MNIST: one pass, minibatches of 10, SGD at 0.1."""
 
     epochs: int = 1
@@ -60,7 +62,8 @@ class Config:
     95 % with gamma 1/k, at 17 to 23 % with 0 or A-GEM; A-GEM in 20 passes at a learning rate of 0.01 at 53 to 62 %.
     """
     replay_batch: int | None = None
-    """Exemplars drawn for each gradient and step; None takes all of a task (GEM) or 256 of all tasks (A-GEM)."""
+    """Exemplars drawn for each gradient and step. None: of each task as many as the largest has (GEM), or 256 of all
+    tasks (A-GEM)."""
 
 
 AGEM_BATCH = 256
@@ -69,34 +72,38 @@ AGEM_BATCH = 256
 class Gem(LinearLearner):
     """SGD whose every step is projected onto the cone that hurts no earlier task."""
 
-    def __init__(self, stream: Stream, config: Config, *, network: str, seed: int, device: str = "cpu") -> None:
-        super().__init__(stream, network=network, seed=seed, device=device)
+    def __init__(self, runtime: Runtime, config: Config, *, network: str) -> None:
+        super().__init__(runtime, network=network)
         self.config = config
         self.corrected_steps = 0
         """Steps so far whose gradient broke a constraint."""
 
     def learn(self, task: Task, memory: Memory, progress: OnStep) -> None:
         """One pass (or more) over the task under the constraints of the exemplars of the others."""
-        config = self.config
-        order = np.random.default_rng([self.seed, task.index])
-        draws = int(order.integers(2**62))
-        kept = by_task(memory.everything(exclude_tasks=(task.index,)))
+        config, seen = self.config, self.stream.seen(task.visit)
         parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        optimizer = torch.optim.SGD(parameters, config.lr)
-        labels, seen = self.targets(task.train_class_ids), self.stream.seen(task.index)
-        self.model.train()
-        steps = -(-len(task.train_images) // config.batch_size) * config.epochs
-        done = 0
-        for _ in range(config.epochs):
-            for rows in batches(len(task.train_images), config.batch_size, order):
-                loss = self.loss(pixels(task.train_images[rows], self.device), labels[rows], seen)
-                gradient = flat(torch.autograd.grad(loss, parameters))
-                if kept:
-                    gradient = self._corrected(gradient, self._references(kept, memory, task, draws, done, parameters))
-                assign(parameters, gradient)
-                optimizer.step()
-                done += 1
-                progress(done, steps, loss=float(loss.detach()))
+        optimizer = config.optimizer(parameters)
+
+        def loss(step: Step) -> torch.Tensor:
+            assert step.new is not None, "GEM's phase has images"
+            return self.runtime.mean(self.losses(step.new.images_NCHW, step.new.labels_N, seen))
+
+        phase = Phase(
+            task=task,
+            purpose=LEARN,
+            modules=[self.model],
+            optimizer=optimizer,
+            loss=loss,
+            epochs=config.epochs,
+            batch_size=config.batch_size,
+            augment=config.augment,
+            examples=task.train,
+            replay=self._replay(task, memory),
+            schedule=config.schedule(optimizer),
+            correct=partial(self._corrected, parameters=parameters, seen=seen),
+            also=[_Counted(self)],
+        )
+        self.runtime.fit(phase, memory, progress)
 
     def state_dict(self) -> dict[str, Any]:
         """Weights, and how many steps were corrected."""
@@ -107,7 +114,22 @@ class Gem(LinearLearner):
         super().load_state_dict(state)
         self.corrected_steps = state["corrected_steps"]
 
-    def _corrected(self, gradient_P: torch.Tensor, references_KP: torch.Tensor) -> torch.Tensor:
+    def _replay(self, task: Task, memory: Memory) -> list[Replay]:
+        counts = {number: sum(of.values()) for number, of in memory.counts().items() if number != task.index}
+        if not any(counts.values()):
+            return []
+        if self.config.average:
+            return [Replay(self.config.replay_batch or AGEM_BATCH, exclude_tasks=(task.index,))]
+        world_size = self.runtime.world_size
+        size = self.config.replay_batch or -(-max(counts.values()) // world_size) * world_size
+        return [Replay(size, "per_task", exclude_tasks=(task.index,))]
+
+    def _corrected(
+        self, gradient_P: torch.Tensor, step: Step, *, parameters: list[nn.Parameter], seen: int
+    ) -> torch.Tensor:
+        if not step.replay:
+            return gradient_P
+        references_KP = self._references(step.replay[0], parameters, seen)
         if self.config.average:
             corrected = project_on_one(gradient_P, references_KP[0])
         else:
@@ -116,24 +138,31 @@ class Gem(LinearLearner):
         self.corrected_steps += corrected is not gradient_P
         return corrected
 
-    def _references(
-        self, kept: dict[int, Batch], memory: Memory, task: Task, seed: int, step: int, parameters: list[nn.Parameter]
-    ) -> torch.Tensor:
-        """One gradient per earlier task as rows; for A-GEM a single one."""
-        size = self.config.replay_batch
-        if self.config.average:
-            drawn = memory.draw(size or AGEM_BATCH, seed=seed, step=step, exclude_tasks=(task.index,))
-            return self._gradient(drawn, task, parameters)[None]
-        if size is not None:
-            kept = by_task(memory.draw(size, seed=seed, step=step, strategy="per_task", exclude_tasks=(task.index,)))
-        return torch.stack([self._gradient(batch, task, parameters) for batch in kept.values()])
-
-    def _gradient(self, replay: Batch, task: Task, parameters: list[nn.Parameter]) -> torch.Tensor:
-        """Gradient of the mean loss on exemplars once the classes of `task` compete too, as they will in the test."""
-        images, labels = pixels(replay.images, self.device), self.targets(replay.class_ids)
+    def _references(self, replay: Minibatch, parameters: list[nn.Parameter], seen: int) -> torch.Tensor:
+        """One gradient per earlier task as rows, for A-GEM a single one: of the mean loss on its exemplars once the
+        classes of the current task compete too, as they will in the test."""
+        tasks = torch.from_numpy(replay.tasks)
+        groups = [slice(None)] if self.config.average else [tasks == task for task in np.unique(replay.tasks)]
+        gradients = []
         with frozen_statistics(self.model):
-            loss = self.loss(images, labels, self.stream.seen(task.index))
-            return flat(torch.autograd.grad(loss, parameters))
+            for rows in groups:
+                with self.runtime.autocast():
+                    losses_N = self.losses(replay.images_NCHW[rows], replay.labels_N[rows], seen)
+                gradients.append(self.runtime.gradient(self.runtime.mean(losses_N), parameters))
+        return torch.stack(gradients)
+
+
+@dataclass
+class _Counted:
+    """The corrected steps of a learner, for checkpoints within a phase."""
+
+    learner: Gem
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"corrected_steps": self.learner.corrected_steps}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.learner.corrected_steps = state["corrected_steps"]
 
 
 def project(gradient_P: torch.Tensor, references_KP: torch.Tensor, *, gamma: float = 0.0) -> torch.Tensor:
@@ -206,18 +235,6 @@ def project_on_one(gradient_P: torch.Tensor, reference_P: torch.Tensor) -> torch
     if dot >= 0 or square == 0:
         return gradient_P
     return gradient_P - (dot / square) * reference_P
-
-
-def flat(gradients: tuple[torch.Tensor, ...]) -> torch.Tensor:
-    """Gradients of all parameters as one vector."""
-    return torch.cat([gradient.reshape(-1) for gradient in gradients])
-
-
-def assign(parameters: list[nn.Parameter], gradient_P: torch.Tensor) -> None:
-    """The inverse of `flat`, into each parameter's `grad`."""
-    parts = torch.split(gradient_P, [parameter.numel() for parameter in parameters])
-    for parameter, part in zip(parameters, parts, strict=True):
-        parameter.grad = part.view_as(parameter)
 
 
 @contextmanager

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import numpy as np
-
+from engram_trainer.examples import join
 from engram_trainer.memory import Memory
-from engram_trainer.methods import OnStep
 from engram_trainer.methods.finetune import Config, Finetune
+from engram_trainer.steps import OnStep
 from engram_trainer.stream import Task
 
 __all__ = ["Config", "Joint"]
@@ -18,7 +17,4 @@ class Joint(Finetune):
     def learn(self, task: Task, memory: Memory, progress: OnStep) -> None:
         """Start again on everything; the memory is not looked at."""
         self.reset()
-        seen = self.stream.tasks[: task.index + 1]
-        images = np.concatenate([each.train_images for each in seen])
-        class_ids = np.concatenate([each.train_class_ids for each in seen])
-        self.fit(images, class_ids, task.index, progress)
+        self.fit(task, join([each.train for each in self.stream.visits[: task.visit + 1]]), memory, progress)

@@ -23,7 +23,8 @@ hshustc/CVPR19_Incremental_Learning at e5a90ae, which wins where they differ:
 - lambda grows with the ratio of old to new classes, sqrt(|C_o| / |C_n|), as the code computes; the paper's text can be
   read as the inverse.
 - K is at most |C_n|; the code fails with fewer new classes than K.
-- `replay_ratio` is the code's `rs_ratio`, 0 in its scripts: the part of each epoch's draws that are exemplars.
+- exemplars are drawn, so many for every batch, in shuffled passes; the code shuffles them among the new images.
+  `replay_ratio` is its `rs_ratio`, 0 in its scripts: the least part of a batch that they are.
 - `codec_ratio` is this project's: new images are clean and exemplars are not, so without it the marks of compression
   come to mean "old class", and clean test images of old classes are taken for new ones.
 - L_dis has no gradient in the balanced fine-tune, whose network is frozen, so it is not computed there.
@@ -37,8 +38,9 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -50,19 +52,17 @@ from torch.nn import functional
 from engram import strip
 from engram.schemas import CANDIDATE_QUALITIES
 from engram_trainer import networks
-from engram_trainer.augment import augment
-from engram_trainer.datasets import ClassIds, Images
+from engram_trainer.examples import Examples, Images, ImageSet, Joined, Rows, Shape
 from engram_trainer.memory import Memory
-from engram_trainer.methods import OnStep, in_batches, pixels
+from engram_trainer.methods.training import Training, multistep, replayed
 from engram_trainer.networks import CosineClassifier, cosines
-from engram_trainer.stream import Stream, Task
-
-# What a random stream is for, so that one choice never shifts another.
-WEIGHTS, LEARN, BALANCE, CODEC = range(4)
+from engram_trainer.runtime import Runtime
+from engram_trainer.steps import BALANCE, CODEC, LEARN, WEIGHTS, OnStep, Phase, Replay, Step
+from engram_trainer.stream import Task
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Training):
     """LUCIR's settings; in brackets those of its CIFAR-100 script where they differ."""
 
     epochs: int = 8
@@ -74,6 +74,7 @@ class Config:
     momentum: float = 0.9
     weight_decay: float = 5e-4
     batch_size: int = 128
+    """Images of a step, new ones and exemplars together."""
     eta: float = 1.0
     """First value of the learned scale of the cosines."""
     less_forget_weight: float = 2.0
@@ -84,7 +85,8 @@ class Config:
     """K in the paper."""
     margin_weight: float = 1.0
     replay_ratio: float = 0.4
-    """Part of the draws of an epoch that are exemplars, drawn with replacement; 0 shuffles the union instead [0]."""
+    """Least part of every batch that is exemplars. They have at least the part that they are of all images, so 0 walks
+    through the union [0]."""
     codec_ratio: float = 0.5
     """Part of a task's own images that a batch shows as JPEG gives them back, where the memory's are JPEG [0]."""
     codec_qualities: tuple[int, ...] = CANDIDATE_QUALITIES
@@ -103,112 +105,122 @@ class Config:
 class Lucir:
     """A network and a cosine classifier that grows with the classes."""
 
-    def __init__(self, stream: Stream, config: Config, *, network: str, seed: int, device: str = "cpu") -> None:
-        if not stream.config.brings_classes:
-            raise ValueError(f"LUCIR needs tasks that bring classes; {stream.config.scenario} tasks bring none")
+    fields: Mapping[str, str] = {}
+    fills_memory = False
+
+    def __init__(self, runtime: Runtime, config: Config, *, network: str) -> None:
+        self.runtime, self.stream, self.config, self.seed = runtime, runtime.stream, config, runtime.seed
+        self.device = runtime.device
+        self.stream.config.require_new_classes("LUCIR")
         if not 0 <= config.replay_ratio < 1:
             raise ValueError(f"replay_ratio must be in 0..1 (exclusive), not {config.replay_ratio}")
-        self.stream, self.config, self.seed = stream, config, seed
-        self.device = torch.device(device)
-        self.network = networks.build(network, stream.shape, seed=seed, signed=True).to(self.device)
-        self.classifier = CosineClassifier(torch.empty(0, self.network.dimensions), eta=config.eta).to(self.device)
+        if config.batch_size < 2:
+            raise ValueError("batch_size must be at least 2: one new image and one exemplar")
+        built = networks.build(network, runtime.preparation.shape, seed=self.seed, signed=True)
+        self.dimensions = built.dimensions
+        self.network = runtime.place_module(built)
+        self.classifier = CosineClassifier(torch.empty(0, self.dimensions), eta=config.eta).to(self.device)
 
     def learn(self, task: Task, memory: Memory, progress: OnStep) -> None:
-        """Train on a task's images and all exemplars of earlier tasks."""
-        config = self.config
+        """Train on a task's images and exemplars of earlier tasks."""
+        config, runtime = self.config, self.runtime
         old_count, new_count = len(self.classifier.embeddings_CD), len(task.classes)
-        generator = self._generator(task, LEARN)
-        replay = memory.everything(exclude_tasks=(task.index,))
-        images = np.concatenate([task.train_images, replay.images]) if len(replay.images) else task.train_images
-        class_ids = (
-            np.concatenate([task.train_class_ids, replay.class_ids]) if len(replay.images) else task.train_class_ids
-        )
-        images_NCHW, labels_N = self._tensors(images, class_ids)
-        coded_NCHW = self._coded(task, images_NCHW) if memory.is_lossy else images_NCHW
-
-        old_network = copy.deepcopy(self.network).eval()
+        old_network = copy.deepcopy(self.network).eval().requires_grad_(False)
         old_CD = self.classifier.embeddings_CD.detach()
         new_CD = nn.Parameter(self._imprinted(task, old_CD) if old_count else self._random(new_count))
+        head = nn.ParameterDict({"new_CD": new_CD, "eta": self.classifier.eta})
         less_forget_weight = adaptive_weight(config.less_forget_weight, old_count, new_count)
-        optimizer = torch.optim.SGD(
-            [*self.network.parameters(), self.classifier.eta, new_CD],
-            lr=config.lr,
-            momentum=config.momentum,
-            weight_decay=config.weight_decay,
-        )
-        schedule = _schedule(optimizer, config.epochs, config.milestones)
+        optimizer = config.optimizer([*self.network.parameters(), self.classifier.eta, new_CD])
 
-        self.network.train()
-        for epoch in range(config.epochs):
-            for rows in self._epoch(len(task.train_images), len(replay.images), generator):
-                is_coded = (torch.rand(len(rows), generator=generator) < config.codec_ratio).to(self.device)
-                batch_NCHW = torch.where(is_coded[:, None, None, None], coded_NCHW[rows], images_NCHW[rows])
-                batch_NCHW = augment(batch_NCHW, padding=config.padding, flip=config.flip, generator=generator)
-                labels = labels_N[rows]
-                features_ND = self.network(batch_NCHW)
-                cosines_NC = cosines(features_ND, torch.cat([old_CD, new_CD]))  # old embeddings are constants
-                loss = functional.cross_entropy(self.classifier.eta * cosines_NC, labels)
-                if old_count:
-                    with torch.no_grad():
-                        old_features_ND = old_network(batch_NCHW)
-                    loss = loss + less_forget_weight * less_forget_loss(features_ND, old_features_ND)
-                    loss = loss + config.margin_weight * margin_ranking_loss(
-                        cosines_NC, labels, old_count=old_count, margin=config.margin, nearest=config.margin_classes
-                    )
-                optimizer.zero_grad()
-                loss.backward()  # type: ignore[no-untyped-call]
-                optimizer.step()
-            schedule.step()
-            progress(epoch + 1, config.epochs, loss=loss.item())
+        def loss(step: Step) -> torch.Tensor:
+            images_NCHW, labels_N = step.images, step.labels
+            features_ND = self.network(images_NCHW)
+            cosines_NC = cosines(features_ND, torch.cat([old_CD, new_CD]))  # old embeddings are constants
+            total = runtime.mean(functional.cross_entropy(self.classifier.eta * cosines_NC, labels_N, reduction="none"))
+            if old_count:
+                with torch.no_grad():
+                    old_features_ND = old_network(images_NCHW)
+                total = total + less_forget_weight * runtime.mean(less_forget_losses(features_ND, old_features_ND))
+                total = total + config.margin_weight * self._margin_loss(cosines_NC, labels_N, old_count)
+            return total
+
+        drawn = replayed(
+            config.batch_size,
+            config.replay_ratio,
+            len(task.train),
+            memory,
+            exclude_task=task.index,
+            world_size=runtime.world_size,
+        )
+        phase = Phase(
+            task=task,
+            purpose=LEARN,
+            modules=[self.network, head],
+            optimizer=optimizer,
+            loss=loss,
+            epochs=config.epochs,
+            batch_size=config.batch_size - drawn,
+            augment=config.augment,
+            examples=self._clean_and_coded(task) if memory.is_lossy else task.train,
+            replay=[Replay(drawn, "epoch", exclude_tasks=(task.index,))] if drawn else [],
+            schedule=config.schedule(optimizer),
+            order=partial(self._order, len(task.train)) if memory.is_lossy else None,
+        )
+        runtime.fit(phase, memory, progress)
         self.classifier.embeddings_CD = nn.Parameter(torch.cat([old_CD, new_CD.detach()]))
+
+    def columns(self, examples: Examples) -> Mapping[str, npt.NDArray[Any]]:
+        """None: exemplars are an image and its class."""
+        return {}
 
     def balance(self, task: Task, memory: Memory, progress: OnStep) -> None:
         """Tune the class embeddings on the exemplars of all classes, new ones included; network and eta are frozen.
 
         Source: the code's `cbf_class_incremental_cosine_imagenet.py` with ft_flag 2; the first task is left as it is.
         """
-        config = self.config
+        config, runtime = self.config, self.runtime
         old_count = len(self.classifier.embeddings_CD) - len(task.classes)
-        exemplars = memory.everything()
-        if old_count == 0 or len(exemplars.images) == 0 or config.balance_epochs == 0:
+        if old_count == 0 or not any(map(len, memory.counts().values())) or config.balance_epochs == 0:
             return
-        generator = self._generator(task, BALANCE)
-        images_NCHW, labels_N = self._tensors(exemplars.images, exemplars.class_ids)
-        embeddings_CD = self.classifier.embeddings_CD
-        eta = self.classifier.eta.detach()
+        embeddings_CD, eta = self.classifier.embeddings_CD, self.classifier.eta.detach()
         optimizer = torch.optim.SGD(
             [embeddings_CD], lr=config.balance_lr, momentum=config.momentum, weight_decay=config.weight_decay
         )
-        schedule = _schedule(optimizer, config.balance_epochs, config.balance_milestones)
+
+        def loss(step: Step) -> torch.Tensor:
+            with torch.no_grad():
+                features_ND = self.network(step.images)
+            cosines_NC = cosines(features_ND, embeddings_CD)
+            losses_N = functional.cross_entropy(eta * cosines_NC, step.labels, reduction="none")
+            margin_loss = self._margin_loss(cosines_NC, step.labels, old_count)
+            return runtime.mean(losses_N) + config.margin_weight * margin_loss
 
         self.network.eval()
-        for epoch in range(config.balance_epochs):
-            for rows in torch.split(torch.randperm(len(labels_N), generator=generator), config.batch_size):
-                batch_NCHW = augment(images_NCHW[rows], padding=config.padding, flip=config.flip, generator=generator)
-                with torch.no_grad():
-                    features_ND = self.network(batch_NCHW)
-                cosines_NC = cosines(features_ND, embeddings_CD)
-                loss = functional.cross_entropy(eta * cosines_NC, labels_N[rows])
-                loss = loss + config.margin_weight * margin_ranking_loss(
-                    cosines_NC, labels_N[rows], old_count=old_count, margin=config.margin, nearest=config.margin_classes
-                )
-                optimizer.zero_grad()
-                loss.backward()  # type: ignore[no-untyped-call]
-                optimizer.step()
-            schedule.step()
-            progress(epoch + 1, config.balance_epochs, loss=loss.item())
+        phase = Phase(
+            task=task,
+            purpose=BALANCE,
+            modules=[self.classifier],
+            optimizer=optimizer,
+            loss=loss,
+            epochs=config.balance_epochs,
+            batch_size=config.batch_size,
+            augment=config.augment,
+            replay=[Replay(config.batch_size, "epoch")],
+            schedule=multistep(optimizer, config.balance_epochs, config.balance_milestones),
+        )
+        runtime.fit(phase, memory, progress)
 
     def scores(self, images_NHWC: Images) -> npt.NDArray[np.float32]:
         """eta times the cosine with every class embedding so far, `[N, C]`."""
-        return in_batches(nn.Sequential(self.network, self.classifier), images_NHWC, self.device)
+        return self.runtime.predict(nn.Sequential(self.network, self.classifier), images_NHWC)
 
     def embed(self, images_NHWC: Images) -> npt.NDArray[np.float32]:
         """Features `[N, D]`, signed and not normalised."""
-        return in_batches(self.network, images_NHWC, self.device)
+        return self.runtime.predict(self.network, images_NHWC)
 
     def extractor(self) -> nn.Module:
-        """The network in evaluation mode."""
-        return self.network.eval()
+        """Preparation and network in evaluation mode."""
+        return nn.Sequential(self.runtime.preparation, self.network).eval()
 
     def state_dict(self) -> dict[str, Any]:
         """Weights only: every random stream starts anew with each task."""
@@ -221,57 +233,67 @@ class Lucir:
         self.classifier = CosineClassifier(torch.empty_like(embeddings_CD)).to(self.device)
         self.classifier.load_state_dict(state["classifier"])
 
-    def _coded(self, task: Task, images_NCHW: torch.Tensor) -> torch.Tensor:
-        """The images of `learn` with the task's own ones after a round trip through JPEG; exemplars as they are."""
-        if self.config.codec_ratio == 0:
-            return images_NCHW
-        generator = np.random.default_rng([self.seed, CODEC, task.index])
-        coded = round_trip(task.train_images, self.config.codec_qualities, generator)
-        return torch.cat([pixels(coded, self.device), images_NCHW[len(coded) :]])
+    def _margin_loss(self, cosines_NC: torch.Tensor, labels_N: torch.Tensor, old_count: int) -> torch.Tensor:
+        losses_N = margin_ranking_losses(
+            cosines_NC, labels_N, old_count=old_count, margin=self.config.margin, nearest=self.config.margin_classes
+        )
+        return self.runtime.mean_where(losses_N, labels_N < old_count)
+
+    def _clean_and_coded(self, task: Task) -> Examples:
+        """The task's images as they are, and behind them all of them once more after a round trip through JPEG."""
+        clean = task.train.images
+        drawn = np.random.default_rng([self.seed, CODEC, task.index])
+        qualities = np.resize(np.array(self.config.codec_qualities), len(clean))
+        coded = Coded(clean, drawn.permutation(qualities))
+        return Examples(Joined([clean, coded]), np.tile(task.train.class_ids, 2))
+
+    def _order(self, count: int, generator: np.random.Generator) -> Rows:
+        """All images shuffled, some of them in their coded form."""
+        is_coded = generator.random(count) < self.config.codec_ratio
+        order: Rows = generator.permutation(count) + np.where(is_coded, count, 0)
+        return order
 
     def _imprinted(self, task: Task, old_CD: torch.Tensor) -> torch.Tensor:
         """Embeddings of the new classes, from the network as it is before it has seen them."""
-        means = [self.embed(task.train_images[task.train_class_ids == class_id]) for class_id in task.classes]
-        return imprint([torch.from_numpy(features_ND).to(self.device) for features_ND in means], old_CD)
+        features_ND = self.runtime.features(self.network, task.train)
+        of_class = [features_ND[torch.from_numpy(task.train.class_ids == class_id)] for class_id in task.classes]
+        return imprint(of_class, old_CD)
 
     def _random(self, count: int) -> torch.Tensor:
         """Embeddings of the first classes: uniform within 1/sqrt(D), as the code's `CosineLinear`."""
-        bound = 1 / math.sqrt(self.network.dimensions)
-        generator = torch.Generator().manual_seed(_seed(self.seed, WEIGHTS))
-        drawn_CD = torch.rand(count, self.network.dimensions, generator=generator)
+        bound = 1 / math.sqrt(self.dimensions)
+        generator = torch.Generator().manual_seed(self.runtime.key(WEIGHTS))
+        drawn_CD = torch.rand(count, self.dimensions, generator=generator)
         return ((2 * drawn_CD - 1) * bound).to(self.device)
 
-    def _epoch(self, new_count: int, replay_count: int, generator: torch.Generator) -> Iterator[torch.Tensor]:
-        """Rows of each batch of one epoch: new images are rows 0..new_count-1, exemplars come after them."""
-        ratio = self.config.replay_ratio
-        weight = new_count * ratio / (max(replay_count, 1) * (1 - ratio))  # of an exemplar, a new image having 1
-        if replay_count and weight > 1:
-            weights = torch.cat([torch.ones(new_count), torch.full((replay_count,), weight)])
-            order = torch.multinomial(weights, int(new_count / (1 - ratio)), replacement=True, generator=generator)
-        else:
-            order = torch.randperm(new_count + replay_count, generator=generator)
-        batches = list(torch.split(order, self.config.batch_size))
-        if len(batches) > 1 and len(batches[-1]) == 1:
-            batches.pop()  # one image has no batch statistics
-        yield from batches
 
-    def _tensors(self, images_NHWC: Images, class_ids: ClassIds) -> tuple[torch.Tensor, torch.Tensor]:
-        labels = torch.from_numpy(self.stream.labels(class_ids)).to(self.device)
-        return pixels(images_NHWC, self.device), labels
+@dataclass(frozen=True, eq=False)
+class Coded:
+    """Images after JPEG encoding and decoding as in an Engram pack, each at a quality of its own."""
 
-    def _generator(self, task: Task, purpose: int) -> torch.Generator:
-        """Depends on seed, purpose and task only, so that a resumed run equals an uninterrupted one."""
-        return torch.Generator().manual_seed(_seed(self.seed, purpose, task.index))
+    base: ImageSet
+    quality_N: npt.NDArray[np.int64]
 
+    is_at_hand = False
 
-def round_trip(images_NHWC: Images, qualities: tuple[int, ...], generator: np.random.Generator) -> Images:
-    """Images after JPEG encoding and decoding as in an Engram pack, each at one of the qualities, equally often."""
-    coded = np.empty_like(images_NHWC)
-    order = generator.permutation(len(images_NHWC))
-    for quality, rows in zip(qualities, np.array_split(order, len(qualities)), strict=True):
-        if len(rows):
-            coded[rows] = strip.encode(images_NHWC[rows], np.zeros(len(rows), np.int64), quality=quality).decode()
-    return coded
+    @property
+    def shape(self) -> Shape:
+        """As of the images."""
+        return self.base.shape
+
+    def __len__(self) -> int:
+        return len(self.base)
+
+    def read(self, rows: Rows) -> Images:
+        """These images in this order, coded."""
+        images_NHWC = self.base.read(rows)
+        coded = np.empty_like(images_NHWC)
+        qualities = self.quality_N[rows]
+        for quality in np.unique(qualities):
+            here = np.flatnonzero(qualities == quality)
+            encoded = strip.encode(images_NHWC[here], np.zeros(len(here), np.int64), quality=int(quality))
+            coded[here] = encoded.decode()
+        return coded
 
 
 def adaptive_weight(base: float, old_count: int, new_count: int) -> float:
@@ -279,35 +301,32 @@ def adaptive_weight(base: float, old_count: int, new_count: int) -> float:
     return base * math.sqrt(old_count / new_count)
 
 
-def less_forget_loss(features_ND: torch.Tensor, old_features_ND: torch.Tensor) -> torch.Tensor:
-    """L_dis = mean of 1 - <f* bar, f bar>: 0 for features that are equal up to scale. Source: LUCIR, equation 6."""
-    return (1 - functional.cosine_similarity(features_ND, old_features_ND, dim=1)).mean()
+def less_forget_losses(features_ND: torch.Tensor, old_features_ND: torch.Tensor) -> torch.Tensor:
+    """L_dis of each image, `[N]`: 1 - <f* bar, f bar>, 0 for features that are equal up to scale.
+
+    Source: LUCIR, equation 6.
+    """
+    return 1 - functional.cosine_similarity(features_ND, old_features_ND, dim=1)
 
 
-def margin_ranking_loss(
+def margin_ranking_losses(
     cosines_NC: torch.Tensor, labels_N: torch.Tensor, *, old_count: int, margin: float, nearest: int
 ) -> torch.Tensor:
-    """L_mr: an old-class image is nearer to its own class than to the nearest new ones, by a margin.
+    """L_mr of each image, `[N]`: an old-class image is nearer to its own class than to new ones, by a margin.
 
     Args:
         cosines_NC: cosines with all classes, old ones first, without eta.
-        labels_N: the true labels.
+        labels_N: the true labels; what comes out for those of new classes means nothing.
         old_count: how many classes are old.
         margin: m in the paper.
-        nearest: K in the paper, reduced to the number of new classes.
-
-    Returns:
-        The mean over old-class images and their K nearest new classes; 0 where the batch has no old-class image.
+        nearest: K in the paper, reduced to the number of new classes: the loss is the mean over them.
 
     Source: LUCIR, equation 8.
     """
-    is_old = labels_N < old_count
     new_count = cosines_NC.shape[1] - old_count
-    if not is_old.any():
-        return cosines_NC.new_zeros(())
-    true_N1 = cosines_NC[is_old].gather(1, labels_N[is_old, None])
-    hard_NK = cosines_NC[is_old, old_count:].topk(min(nearest, new_count), dim=1).values
-    return functional.relu(margin - true_N1 + hard_NK).mean()
+    true_N1 = cosines_NC.gather(1, labels_N[:, None])
+    hard_NK = cosines_NC[:, old_count:].topk(min(nearest, new_count), dim=1).values
+    return functional.relu(margin - true_N1 + hard_NK).mean(dim=1)
 
 
 def imprint(features_by_class: list[torch.Tensor], old_CD: torch.Tensor) -> torch.Tensor:
@@ -318,13 +337,3 @@ def imprint(features_by_class: list[torch.Tensor], old_CD: torch.Tensor) -> torc
     means_CD = torch.stack([functional.normalize(features_ND, dim=1).mean(dim=0) for features_ND in features_by_class])
     new_CD: torch.Tensor = functional.normalize(means_CD, dim=1) * old_CD.norm(dim=1).mean()
     return new_CD
-
-
-def _schedule(
-    optimizer: torch.optim.Optimizer, epochs: int, milestones: tuple[float, ...]
-) -> torch.optim.lr_scheduler.MultiStepLR:
-    return torch.optim.lr_scheduler.MultiStepLR(optimizer, [round(part * epochs) for part in milestones], gamma=0.1)
-
-
-def _seed(*key: int) -> int:
-    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)

@@ -80,7 +80,7 @@ def read_idx(path: Path) -> Images:
     return np.frombuffer(data, np.uint8, offset=4 + 4 * dimensions).reshape(shape)
 
 
-def write_idx_folder(dataset: Dataset, folder: str | Path) -> None:
+def write_idx(dataset: Dataset, folder: str | Path) -> None:
     """Write a grey data set as the four gzipped files, the same bytes every time."""
     Path(folder).mkdir(parents=True, exist_ok=True)
     for stem, array in (

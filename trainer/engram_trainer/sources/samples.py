@@ -4,7 +4,7 @@ The sample is in the repository and not in its wheel, of which it would be most:
 the user's cache. It is cut from Fashion-MNIST (MIT, see data/fashion-mnist/LICENSE; here from the Debian package
 dataset-fashion-mnist): the first images of each class, in file order. This line reproduces it byte for byte:
 
-    python -c "from engram_trainer.sources import idx; from pathlib import Path; idx.write_idx_folder(
+    python -c "from engram_trainer.sources import idx; from pathlib import Path; idx.write_idx(
         idx.read_idx_folder(Path('/usr/share/datasets/fashion-mnist')).first(train=700, test=150),
         'trainer/engram_trainer/data/fashion-mnist')"
 """
@@ -22,7 +22,7 @@ import numpy as np
 from engram.errors import BadUpload, NotFound, Unavailable
 from engram_trainer.examples import Examples
 from engram_trainer.sources.dataset import Dataset
-from engram_trainer.sources.idx import IDX_STEMS, read_idx_folder, write_idx_folder
+from engram_trainer.sources.idx import IDX_STEMS, read_idx_folder, write_idx
 
 SAMPLE = Path(__file__).parent.parent / "data" / "fashion-mnist"
 _SAMPLE_SHA256 = "9fb99ddd581d12fbba27005cda473423a2fa3f9426dca24b5a71b53be43c09ba"
@@ -70,7 +70,7 @@ def _fetch_sample(folder: Path, url: str) -> None:
         raise BadUpload(f"{url} gave other images than those of Fashion-MNIST (SHA-256 {digest.hexdigest()})")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=folder.parent) as part:
-        write_idx_folder(sample, Path(part) / "sample")
+        write_idx(sample, Path(part) / "sample")
         try:
             (Path(part) / "sample").rename(folder)
         except OSError:
