@@ -110,7 +110,8 @@ ORDER = {
     ],
     "engram_trainer": [
         "examples extractor networks local_service processes",
-        "batches datasets memory preparation",
+        "batches memory preparation sources",
+        "datasets",
         "local_memory online stream",
         "configuration plain_memory steps",
         "recipes runtime service_memory",
