@@ -20,6 +20,8 @@ BENCHES := strip draw ingest selection ratios stream budget gem
 
 # The tests and the benchmarks count on one thread per process: more only fight over the cores.
 export OMP_NUM_THREADS ?= 1
+# Containers often forbid it, and then each of the hundreds of processes of the tests compiles what it imports.
+export PYTHONDONTWRITEBYTECODE =
 
 .NOTPARALLEL:
 .PHONY: help install test slow kills fuzz fuzz-quick lint format types check docs demo bench bench-quick clean

@@ -22,7 +22,6 @@ import json
 import multiprocessing
 import os
 import socket
-import tarfile
 import tempfile
 import threading
 import time
@@ -37,7 +36,7 @@ import psutil
 from PIL import Image
 from report import finish, parse_args, print_table
 
-from engram import Client, IngestOptions
+from engram import Client, IngestOptions, tar
 from engram.errors import EngramError
 from engram_trainer.local_service import local_service
 
@@ -279,7 +278,7 @@ def dripping_heads(url: str) -> None:
 def blanks(url: str) -> None:
     """Uploads a portable pixmap that is nearly all header, again when the last one is done with."""
     os.nice(19)
-    body = tar_of([("0.ppm", b"P6" + b" " * BLANK_BYTES + b"2 2 255\n" + bytes(12)), ("0.cls", b"0")])
+    body = b"".join(tar.write_encoded([("ppm", b"P6" + b" " * BLANK_BYTES + b"2 2 255\n" + bytes(12), 0)]))
     upload_for_ever(url, "blanks", body, cancel=False)
 
 
@@ -288,8 +287,7 @@ def slow_uploads(url: str) -> None:
     os.nice(19)
     out = io.BytesIO()
     Image.new("RGB", (BIG, BIG), (10, 200, 30)).save(out, "PNG")
-    members = [(f"{i}.{kind}", data) for i in range(100) for kind, data in (("png", out.getvalue()), ("cls", b"0"))]
-    upload_for_ever(url, "slow", tar_of(members), cancel=True)
+    upload_for_ever(url, "slow", b"".join(tar.write_encoded([("png", out.getvalue(), 0)] * 100)), cancel=True)
 
 
 def upload_for_ever(url: str, buffer: str, body: bytes, *, cancel: bool) -> None:
@@ -345,16 +343,6 @@ def draw_for_ever(url: str, reads: bool) -> None:
         if step % 10 == 0:
             size = 8192
         time.sleep(0.05)
-
-
-def tar_of(members: list[tuple[str, bytes]]) -> bytes:
-    out = io.BytesIO()
-    with tarfile.open(fileobj=out, mode="w") as archive:
-        for name, data in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            archive.addfile(info, io.BytesIO(data))
-    return out.getvalue()
 
 
 if __name__ == "__main__":

@@ -55,12 +55,15 @@ from engram.selection.images import ArrayImages
 from engram.selection.quality import choose
 from engram_service.embedder import OnnxEmbedder
 from engram_trainer import datasets, evaluation, stream
+from engram_trainer.configuration import RuntimeConfig
 from engram_trainer.extractor import to_onnx
 from engram_trainer.local_memory import LocalConfig, StripMemory
 from engram_trainer.local_service import local_service
-from engram_trainer.memory import Learned, Memory, NoMemory, ServiceMemory
+from engram_trainer.memory import Learned, Memory, NoMemory
 from engram_trainer.methods import Learner, joint, lucir
 from engram_trainer.plain_memory import PlainMemory
+from engram_trainer.runtime import Runtime
+from engram_trainer.service_memory import ServiceMemory
 
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 """Where Debian's package dataset-fashion-mnist puts it."""
@@ -159,7 +162,7 @@ class SelectedStrips(StripMemory):
             file.write(model)
             file.flush()
             with OnnxEmbedder(Path(file.name), hashlib.sha256(model).hexdigest()) as embedder:
-                images = ArrayImages(learned.images_NHWC, learned.class_ids)
+                images = ArrayImages(learned.examples.read(), learned.examples.class_ids)
                 self.put(learned.task, images, embedder, seed=learned.seed)
 
 
@@ -196,12 +199,13 @@ def stream_of(plan: Plan, seed: int) -> stream.Stream:
 
 def learner_of(run: Run, plan: Plan, tasks: stream.Stream) -> Learner:
     """A fresh learner; its initial weights depend on the seed alone."""
+    runtime = Runtime(RuntimeConfig(), tasks, seed=run.seed)
     if run.arm.kind == "joint":
-        return joint.Joint(tasks, plan.joint, network=NETWORK, seed=run.seed)
-    return lucir.Lucir(tasks, plan.lucir, network=NETWORK, seed=run.seed)
+        return joint.Joint(runtime, plan.joint, network=NETWORK)
+    return lucir.Lucir(runtime, plan.lucir, network=NETWORK)
 
 
-def ignore(done: int, total: int, *, loss: float) -> None:
+def ignore(done: int, total: int, *, loss: torch.Tensor) -> None:
     """Show no progress."""
 
 
@@ -230,14 +234,14 @@ def execute(run: Run, plan: Plan, base: Path, path: Path) -> dict[str, Any]:
             learner.learn(task, memory, ignore)
         if run.arm.has_memory:
             model = to_onnx(learner.extractor(), tasks.shape)
-            memory.add(
-                Learned(task.index, task.train_images, task.train_class_ids, model, learner.embed, seed=run.seed)
-            )
+            memory.add(Learned(task.index, task.train, model, learner.embed, seed=run.seed))
             learner.balance(task, memory, ignore)
         earlier = tasks.tasks[: task.index + 1]
-        accuracies = [evaluation.accuracy(learner.scores, tasks, each, learned=task.index) for each in earlier]
+        accuracies = [
+            evaluation.accuracy(learner.scores, learner.runtime, each, learned=task.index) for each in earlier
+        ]
         matrix.append([accuracy for accuracy in accuracies if accuracy is not None])
-    metrics = evaluation.metrics(matrix, test_counts=[len(task.test_images) for task in tasks.tasks])
+    metrics = evaluation.metrics(matrix, test_counts=[len(task.test) for task in tasks.tasks])
     selected = getattr(memory, "strips", memory) if run.arm.selects else None
     decisions: Mapping[int, Decision] = getattr(selected, "decisions", {})
     result = {
@@ -249,7 +253,7 @@ def execute(run: Run, plan: Plan, base: Path, path: Path) -> dict[str, Any]:
         "incremental": [100 * accuracy for accuracy in metrics.incremental],
         "matrix": matrix,
         "used_bytes": memory.used_bytes,
-        "exemplars": len(memory.everything().class_ids),
+        "exemplars": sum(sum(classes.values()) for classes in memory.counts().values()),
         "quality": getattr(memory, "quality", None),
         "qualities_alone": [choose([decision])[0] for _, decision in sorted(decisions.items())],
         "selection_seconds": sum(decision.seconds for decision in decisions.values()),
@@ -407,8 +411,8 @@ def service_path_is_identical(plan: Plan, folder: Path) -> bool:
         client.create_buffer("bench", budget_bytes=budget, per="class")
         there = ServiceMemory(client, "bench", options=plan.options, run="bench", folder=Path(scratch) / "mirror")
         for memory in (here, there):
-            memory.add(Learned(0, task.train_images, task.train_class_ids, extractor, learner.embed, seed=seed))
-        ours, theirs = here.everything(), there.everything()
+            memory.add(Learned(0, task.train, extractor, learner.embed, seed=seed))
+        [ours], [theirs] = here.walk(10**6), there.walk(10**6)
         return here.used_bytes == there.used_bytes and all(
             np.array_equal(getattr(ours, name), getattr(theirs, name)) for name in ("images", "class_ids", "rows")
         )

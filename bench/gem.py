@@ -26,11 +26,14 @@ from report import Cell, finish, parse_args, print_table
 from engram.client import Client
 from engram.schemas import IngestOptions
 from engram_trainer import datasets, methods, stream
+from engram_trainer.configuration import RuntimeConfig
 from engram_trainer.evaluation import Metrics, accuracy, metrics
 from engram_trainer.local_memory import LocalConfig
 from engram_trainer.local_service import local_service
-from engram_trainer.memory import Learned, Memory, NoMemory, ServiceMemory
+from engram_trainer.memory import Learned, Memory, NoMemory
 from engram_trainer.plain_memory import local_memory
+from engram_trainer.runtime import Runtime
+from engram_trainer.service_memory import ServiceMemory
 from engram_trainer.stream import Scenario, Stream, StreamConfig
 
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")
@@ -43,7 +46,7 @@ GRID = (0.01, 0.03, 0.1)
 TUNING_SEED = 1000
 
 METHODS: dict[str, tuple[str, dict[str, object]]] = {
-    "plain": ("finetune", {"epochs": 1, "batch_size": 10, "momentum": 0.0, "weight_decay": 0.0}),
+    "plain": ("finetune", {"epochs": 1, "batch_size": 10, "momentum": 0.0, "weight_decay": 0.0, "milestones": ()}),
     "agem": ("gem", {"average": True}),
     "gem_gamma_0": ("gem", {"gamma": 0.0}),
     "gem": ("gem", {}),
@@ -74,27 +77,28 @@ class Outcome:
 def learn(tasks: Stream, method: str, memory: Memory, *, learning_rate: float, seed: int) -> Outcome:
     """One pass over all tasks."""
     name, options = METHODS[method]
-    learner = methods.build(name, stream=tasks, network="mlp", seed=seed, options={**options, "lr": learning_rate})
+    runtime = Runtime(RuntimeConfig(), tasks, seed=seed)
+    learner = methods.build(name, runtime, network="mlp", options={**options, "lr": learning_rate})
     started = time.perf_counter()
-    at_random = [accuracy(learner.scores, tasks, task, learned=-1) for task in tasks.tasks]
+    at_random = [accuracy(learner.scores, runtime, task, learned=-1) for task in tasks.tasks]
     matrix = []
     for task in tasks.tasks:
         learner.learn(task, memory, _silent)
-        rows = np.sort(np.random.default_rng([seed, task.index]).permutation(len(task.train_images))[:EXEMPLARS])
-        memory.add(Learned(task.index, task.train_images[rows], task.train_class_ids[rows], seed=seed))
+        rows = np.sort(np.random.default_rng([seed, task.index]).permutation(len(task.train))[:EXEMPLARS])
+        memory.add(Learned(task.index, task.train.select(rows), seed=seed))
         matrix.append(
-            [accuracy(learner.scores, tasks, each, learned=task.index) for each in tasks.tasks[: task.index + 2]]
+            [accuracy(learner.scores, runtime, each, learned=task.index) for each in tasks.tasks[: task.index + 2]]
         )
-    steps = sum(-(-len(task.train_images) // 10) for task in tasks.tasks)
+    steps = sum(-(-len(task.train) // 10) for task in tasks.tasks)
     return Outcome(
-        metrics(matrix, test_counts=[len(task.test_images) for task in tasks.tasks], at_random=at_random),
+        metrics(matrix, test_counts=[len(task.test) for task in tasks.tasks], at_random=at_random),
         memory.used_bytes / len(tasks.tasks),
         getattr(learner, "corrected_steps", 0) / steps,
         time.perf_counter() - started,
     )
 
 
-def _silent(done: int, total: int, *, loss: float) -> None:
+def _silent(done: int, total: int, *, loss: torch.Tensor) -> None:
     """No bar."""
 
 

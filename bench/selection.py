@@ -22,6 +22,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean, median, stdev
 from typing import get_args
@@ -42,8 +43,9 @@ from engram.strip import Exemplars
 from engram_service.embedder import OnnxEmbedder
 from engram_trainer import datasets, networks
 from engram_trainer.datasets import Dataset
+from engram_trainer.examples import ArraySet
 from engram_trainer.extractor import to_onnx
-from engram_trainer.methods.lucir import round_trip
+from engram_trainer.methods.lucir import Coded
 
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 SHARE_BYTES = 16_000
@@ -127,7 +129,7 @@ def two_classes(data: Dataset, size: int) -> ArrayImages:
     """`size` images of the even classes as class 0, of the odd ones as class 1; shifted copies if there are fewer."""
     parts = []
     for parity in (0, 1):
-        pool = data.train_images[data.train_class_ids % 2 == parity]
+        pool = data.train.images.read(np.flatnonzero(data.train.class_ids % 2 == parity))
         copies = -(-size // len(pool))
         parts.append(np.concatenate([np.roll(pool, shift, axis=2) for shift in range(copies)])[:size])
     return ArrayImages(np.concatenate(parts), np.repeat(np.arange(2), size))
@@ -167,8 +169,7 @@ def agreement(
     for pair in range(pairs):
         classes = np.random.default_rng(pair).permutation(np.array(data.classes))[:4]
         tasks = [of_classes(small, classes[:2]), of_classes(small, classes[2:])]
-        seen = data.test_class_ids[np.isin(data.test_class_ids, classes)]
-        tests = ArrayImages(data.test_images[np.isin(data.test_class_ids, classes)], seen)
+        tests = of_classes(replace(data, train=data.test), classes)
         for share in shares:
             scores: dict[int, list[float]] = {quality: [] for quality in CANDIDATE_QUALITIES}
             picks: list[int] = []
@@ -204,8 +205,8 @@ def behind(scores: dict[int, list[float]], picks: Sequence[int]) -> tuple[float,
 
 def of_classes(data: Dataset, classes: IntArray) -> ArrayImages:
     """The training images of these classes."""
-    rows = np.isin(data.train_class_ids, classes)
-    return ArrayImages(data.train_images[rows], data.train_class_ids[rows])
+    chosen = data.train.select(np.flatnonzero(np.isin(data.train.class_ids, classes)))
+    return ArrayImages(chosen.read(), chosen.class_ids)
 
 
 class Learner:
@@ -221,7 +222,8 @@ class Learner:
     def learn(self, task: ArrayImages, memory: ArrayImages | None, epochs: int) -> None:
         """Half of every batch is replayed once there is something to replay."""
         images, labels = self.tensors(task)
-        coded = round_trip(task.images_NHWC, CANDIDATE_QUALITIES, np.random.default_rng(self.seed))
+        drawn = np.random.default_rng(self.seed).permutation(np.resize(CANDIDATE_QUALITIES, len(task.images_NHWC)))
+        coded = Coded(ArraySet(task.images_NHWC), drawn).read(np.arange(len(drawn)))
         both = torch.stack([images, self.tensors(ArrayImages(coded, task.class_ids))[0]])
         part = BATCH_SIZE if memory is None else BATCH_SIZE // 2
         steps = epochs * len(images) // part

@@ -38,10 +38,12 @@ from engram.schemas import IngestOptions
 from engram.selection.embedding import BuiltinEmbedder
 from engram.selection.images import ArrayImages
 from engram_trainer import datasets, evaluation, stream
+from engram_trainer.configuration import RuntimeConfig
 from engram_trainer.datasets import Dataset
 from engram_trainer.local_memory import NetworkEmbedder, StripMemory
 from engram_trainer.memory import Learned
 from engram_trainer.methods import lucir
+from engram_trainer.runtime import Runtime
 
 UPLOAD_IMAGES = 20
 TOTAL_BYTES = 64_000
@@ -90,7 +92,8 @@ class Bits(StripMemory):
     def add(self, learned: Learned) -> None:
         """Add one upload after another, in an order that the seed draws."""
         assert learned.embed is not None
-        task, seed, images_NHWC, class_ids = learned.task, learned.seed, learned.images_NHWC, learned.class_ids
+        task, seed = learned.task, learned.seed
+        images_NHWC, class_ids = learned.examples.read(), learned.examples.class_ids
         rows = np.random.default_rng([seed, task]).permutation(len(images_NHWC))
         size = self.upload_images or len(rows)
         embedder = NetworkEmbedder(learned.embed, f"{seed} {task}".encode())
@@ -132,8 +135,8 @@ def load(folder: Path | None) -> Dataset:
 
 def herding(data: Dataset, uploads: int) -> dict[str, report.Cell]:
     """Distances of means after many small uploads, against one upload of everything."""
-    rows = np.random.default_rng(0).permutation(len(data.train_images))[: uploads * UPLOAD_IMAGES]
-    images, class_ids = data.train_images[rows], data.train_class_ids[rows]
+    rows = np.random.default_rng(0).permutation(len(data.train))[: uploads * UPLOAD_IMAGES]
+    images, class_ids = data.train.images.read(rows), data.train.class_ids[rows]
     embedder = BuiltinEmbedder((images.shape[1], images.shape[2], images.shape[3]))
     features_ND = embedder.embed(images)
 
@@ -211,18 +214,20 @@ def execute(
         found: dict[str, Any] = json.loads(path.read_text())
         return found
     tasks = stream.build(data, config)
-    learner = lucir.Lucir(tasks, method, network=budget.NETWORK, seed=config.seed)
+    learner = lucir.Lucir(Runtime(RuntimeConfig(), tasks, seed=config.seed), method, network=budget.NETWORK)
     memory = Bits(arm)
     matrix: list[list[float]] = []
     qualities: list[int | None] = []
     for task in tasks.tasks:
         learner.learn(task, memory, budget.ignore)
-        memory.add(Learned(task.index, task.train_images, task.train_class_ids, embed=learner.embed, seed=config.seed))
+        memory.add(Learned(task.index, task.train, embed=learner.embed, seed=config.seed))
         learner.balance(task, memory, budget.ignore)
-        earlier = [evaluation.accuracy(learner.scores, tasks, each, learned=task.index) for each in tasks.tasks]
+        earlier = [
+            evaluation.accuracy(learner.scores, learner.runtime, each, learned=task.index) for each in tasks.tasks
+        ]
         matrix.append([accuracy for accuracy in earlier[: task.index + 1] if accuracy is not None])
         qualities.append(memory.quality)
-    metrics = evaluation.metrics(matrix, test_counts=[len(task.test_images) for task in tasks.tasks])
+    metrics = evaluation.metrics(matrix, test_counts=[len(task.test) for task in tasks.tasks])
     result = {
         "policy": arm.name,
         "stream": arm.stream,
@@ -230,7 +235,7 @@ def execute(
         "last": 100 * metrics.last,
         "average_incremental": 100 * metrics.average_incremental,
         "qualities": qualities,
-        "exemplars": len(memory.everything()),
+        "exemplars": sum(sum(classes.values()) for classes in memory.counts().values()),
         "used_bytes": memory.used_bytes,
     }
     budget.write(path, lambda temporary: temporary.write_text(json.dumps(result)))

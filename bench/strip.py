@@ -92,7 +92,7 @@ def main() -> None:
         },
     }
     if args.cifar10 is not None:
-        images = cifar10.load(args.cifar10).test_images[:1000]
+        images = cifar10.load(args.cifar10).test.images.read(np.arange(1000))
         files = one_by_one(partial(pillow_file, quality=50, optimize=False), images)
         flat["strip_to_file_bytes_cifar10_q50"] = pack_bytes(images, 50) / sum(map(len, files))
     finish(args, flat)

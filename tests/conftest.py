@@ -12,13 +12,14 @@ from secrets import token_hex
 import httpx
 import hypothesis
 import pytest
+from httpx._config import DEFAULT_TIMEOUT_CONFIG
 from hypothesis import HealthCheck
 from sqlalchemy import create_engine, text
 
 from engram_service.database import Database
 from engram_service.settings import Settings
 from engram_service.storage import PackStore
-from tests.servers import ServiceProcess, ServiceThread, http
+from tests.servers import PATIENCE_S, ServiceProcess, ServiceThread, http
 
 for name in [name for name in os.environ if name.startswith("ENGRAM_")]:
     # What the developer's shell sets must not decide what the tests see.
@@ -26,6 +27,10 @@ for name in [name for name in os.environ if name.startswith("ENGRAM_")]:
 
 # httpx reads all certificate authorities for every client, 40 ms of CPU each, and no test speaks TLS: one will do.
 os.environ["SSL_CERT_FILE"] = str(Path(__file__).parent / "authority.pem")
+
+# Requests of tests that name no timeout would give up after 5 s, less than a busy machine may need.
+for phase in ("connect", "read", "write", "pool"):
+    setattr(DEFAULT_TIMEOUT_CONFIG, phase, PATIENCE_S)
 
 # How long an example takes says nothing about it while other tests run beside it.
 hypothesis.settings.register_profile("beside others", deadline=None, suppress_health_check=[HealthCheck.too_slow])

@@ -6,8 +6,6 @@ import re
 import shutil
 import subprocess
 import sys
-import tomllib
-from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -28,7 +26,6 @@ PAGES = [
     *(ROOT / name for name in ("CHANGELOG.md", "CONTRIBUTING.md", "bench/README.md", "bench/RESULTS.md")),
     *sorted((ROOT / "docs").rglob("*.md")),
 ]
-SCRIPTS: dict[str, str] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
 DECISIONS = sorted((ROOT / "docs" / "adr").glob("*.md"))
 
 
@@ -200,15 +197,3 @@ def write_pictures(folder: Path) -> None:
     for number, pixels in enumerate(pictures(3, 20, (32, 32, 3))):
         Image.fromarray(pixels).save(folder / f"{number:03d}.png")
         (folder / f"{number:03d}.cls").write_text(str(number % 2))
-
-
-@pytest.mark.parametrize("command", sorted(SCRIPTS))
-def test_every_command_explains_itself(
-    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    module, _, function = SCRIPTS[command].partition(":")
-    monkeypatch.setattr(sys, "argv", [command, "--help"])
-    with pytest.raises(SystemExit) as ended:
-        getattr(import_module(module), function)()
-    assert ended.value.code == 0
-    assert len(capsys.readouterr().out.splitlines()) > 8

@@ -95,7 +95,7 @@ ORDER = {
         "__main__",
     ],
     "engram_service": [
-        "settings tables problems extractor_child answers receiving",
+        "settings tables problems children extractor_child answers receiving",
         "database storage embedder spooled pages bodies edge head liveness",
         "buffers ingest extractors auth",
         "commit replay heartbeat",

@@ -84,13 +84,13 @@ class Both:
     def remove(self, named: dict[str, Any]) -> None:
         self.alike(
             lambda: self.local.remove(**named),
-            lambda: remove(self.service.database, self.service.store, self.name, Where(**named)),
+            lambda: remove(self.service.database, self.service.store, self.name, where(named)),
         )
 
     def relabel(self, named: dict[str, Any], class_id: int) -> None:
         self.alike(
             lambda: self.local.relabel(class_id, **named),
-            lambda: relabel(self.service.database, self.service.store, self.name, Where(**named), class_id),
+            lambda: relabel(self.service.database, self.service.store, self.name, where(named), class_id),
         )
 
     def remove_one(self, place: int) -> None:
@@ -176,6 +176,12 @@ def options() -> st.SearchStrategy[IngestOptions]:
         seed=st.integers(0, 3),
         block=st.sampled_from([None, 4]),
     )
+
+
+def where(named: dict[str, Any]) -> Where:
+    """What the service makes of the same names."""
+    others = {name: value for name, value in named.items() if name != "key"}
+    return Where(**others, keys=(named["key"],) if "key" in named else None)
 
 
 def named() -> st.SearchStrategy[dict[str, Any]]:

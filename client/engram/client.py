@@ -16,18 +16,19 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Final, Self
+from urllib.parse import quote
 
 import httpx
 import pydantic
 
 from engram import paths
 from engram.draws import Draws
-from engram.errors import Conflict, InvalidRequest
-from engram.fields import Schema
+from engram.errors import Conflict, InvalidRequest, NotFound
+from engram.fields import Schema, all_keys
 from engram.http import DEFAULT_URL, Body, Http, json_body
 from engram.reading import Reading
 from engram.schemas import (
@@ -47,6 +48,9 @@ from engram.schemas import (
     first_fault,
 )
 from engram.uploads import Uploads
+
+_MOST_QUERY_BYTES: Final = 7000
+"""Of the keys in a request's line: the service takes 64 KiB, proxies as they are installed 8 KB."""
 
 
 class Client(Uploads, Draws, Reading):
@@ -272,6 +276,7 @@ class Client(Uploads, Draws, Reading):
         task: int | None = None,
         class_id: int | None = None,
         key: str | None = None,
+        keys: Sequence[str] | None = None,
         exemplar: tuple[str, int] | None = None,
         generation: int | None = None,
     ) -> Buffer:
@@ -282,6 +287,8 @@ class Client(Uploads, Draws, Reading):
             task: only of this task; `delete_task` deletes a whole one.
             class_id: of this class.
             key: with this value of the field `key`.
+            keys: with one of these values; those that no exemplar has are passed over, unless none has any. Very many
+                (some 400 short ones) go in several requests, a generation each.
             exemplar: one exemplar, as (pack, row) of the current generation, and nothing else.
             generation: the generation this change was decided on; None changes any.
 
@@ -290,8 +297,20 @@ class Client(Uploads, Draws, Reading):
             InvalidRequest: neither a class, a key nor an exemplar is named.
             Conflict: the buffer is at another generation.
         """
-        path = paths.of_exemplars(buffer, task, class_id, key, exemplar)
-        return self._http.fetch(Buffer, "DELETE", path, headers=paths.if_match(generation))
+        found: Buffer | None = None
+        missing: NotFound | None = None
+        for part in _requests(all_keys(key, keys)):
+            path = paths.of_exemplars(buffer, task, class_id, part, exemplar)
+            try:
+                found = self._http.fetch(Buffer, "DELETE", path, headers=paths.if_match(generation))
+            except NotFound as error:
+                missing = error
+            else:
+                generation = None if generation is None else found.generation
+        if found is None:
+            assert missing is not None, "something was asked for"
+            raise missing
+        return found
 
     def relabel(
         self,
@@ -309,7 +328,7 @@ class Client(Uploads, Draws, Reading):
         Raises:
             NotFound, InvalidRequest, Conflict: as `remove`.
         """
-        path = paths.of_exemplars(buffer, task, class_id, key, exemplar)
+        path = paths.of_exemplars(buffer, task, class_id, all_keys(key, None), exemplar)
         try:
             change = Relabel(class_id=to_class_id)
         except pydantic.ValidationError as error:
@@ -361,6 +380,20 @@ class Client(Uploads, Draws, Reading):
             Unavailable: no service answers.
         """
         return self._http.fetch(Health, "GET", "/healthz")
+
+
+def _requests(keys: Sequence[str] | None) -> Iterator[Sequence[str] | None]:
+    """The keys in parts that fit the line of a request."""
+    part: list[str] = []
+    size = 0
+    for key in keys or ():
+        length = len(quote(key, safe="")) + len("&key=")
+        if part and size + length > _MOST_QUERY_BYTES:
+            yield part
+            part, size = [], 0
+        part.append(key)
+        size += length
+    yield part or None
 
 
 def _differences(existing: Buffer, wanted: BufferCreate) -> str:

@@ -375,6 +375,21 @@ def array_key(number: int) -> str:
     return f"{number:010d}"
 
 
+def all_keys(key: str | None, keys: Sequence[str] | None) -> tuple[str, ...] | None:
+    """Those of both ways to name them; None where neither is given.
+
+    Raises:
+        ValueError: several keys are given as one text.
+        InvalidRequest: there is not one key.
+    """
+    if isinstance(keys, str):
+        raise ValueError(f"keys are several texts, as in keys=[{keys!r}]; one is given as key={keys!r}")
+    if keys is not None and not len(keys):
+        raise InvalidRequest("there are no keys: name at least one")
+    given = (*(() if key is None else (key,)), *(keys or ()))
+    return given or None
+
+
 def length_of(column: Any) -> int | None:
     """How many values a column has, None if it is one value: a text has letters, but they are no values."""
     if isinstance(column, (str, bytes, Mapping)):

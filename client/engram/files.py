@@ -137,11 +137,10 @@ def _limits(root: Path, group: str, name: str) -> list[int]:
 def _write(path: Path, data: bytes, *, durably: bool) -> None:
     temporary = path.parent / f".{path.name}.{token_hex(4)}.tmp"
     try:
-        with temporary.open("xb", buffering=0) as file:
-            rest = memoryview(data)
-            while rest:
-                rest = rest[os.write(file.fileno(), rest) :]
+        with temporary.open("xb") as file:
+            file.write(data)
             if durably:
+                file.flush()
                 os.fsync(file.fileno())
         temporary.replace(path)
     except BaseException:

@@ -19,14 +19,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from typing import Final, TypedDict, TypeVar, Unpack
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote, urlencode, urlsplit
 
 import httpx
 import pydantic
 
 from engram import forks
 from engram.errors import EngramError, InvalidRequest, RateLimited, Unavailable, from_problem, of_status
-from engram.schemas import API_HEADER, API_NUMBER
+from engram.schemas import API_HEADER, API_NUMBER, ExemplarPage, IngestPage
 from engram.transport import KEEPALIVE_S, Connections, Started, Unsupported
 
 DEFAULT_URL: Final = "http://127.0.0.1:8077"
@@ -56,6 +56,7 @@ _left_to_the_parent: list[httpx.BaseTransport] = []
 of the parent may have held; and one that is forgotten warns of open sockets. Their descriptors end with the process."""
 
 M = TypeVar("M", bound=pydantic.BaseModel)
+P = TypeVar("P", ExemplarPage, IngestPage)
 
 
 @dataclass(frozen=True)
@@ -212,6 +213,20 @@ class Http:
                 f"{self.url}{path} answered what this client cannot read as {kind.__name__} ({where}: {first['msg']}); "
                 "if the service is newer, install its version here"
             ) from error
+
+    def pages(self, kind: type[P], path: str, **query: object) -> Iterator[P]:
+        """The pages of a list, from the first to the last; of the query, what is None is left out.
+
+        Raises:
+            EngramError: as `fetch`.
+        """
+        asked = {name: value for name, value in query.items() if value is not None}
+        while True:
+            page = self.fetch(kind, "GET", f"{path}?{urlencode(asked)}")
+            yield page
+            if page.next is None:
+                return
+            asked["cursor"] = page.next
 
     @contextmanager
     def download(self, path: str) -> Iterator[Iterator[bytes]]:

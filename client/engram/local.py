@@ -30,7 +30,7 @@ from engram.batch import Batch
 from engram.content import Content, shares_of
 from engram.draw import Layout, Request
 from engram.errors import Conflict, InvalidRequest, NotFound, StripCorrupt, Unavailable
-from engram.fields import Schema
+from engram.fields import Schema, all_keys
 from engram.labelled import Images, labelled, task_number
 from engram.memory import Where
 from engram.mirror import Snapshot, at_once
@@ -283,6 +283,7 @@ class LocalBuffer:
         task: int | None = None,
         class_id: int | None = None,
         key: str | None = None,
+        keys: Sequence[str] | None = None,
         exemplar: tuple[str, int] | None = None,
         generation: int | None = None,
     ) -> None:
@@ -292,6 +293,7 @@ class LocalBuffer:
             task: only of this task; `delete_task` deletes a whole one.
             class_id: of this class.
             key: with this value of the field `key`.
+            keys: with one of these values; those that no exemplar has are passed over, unless none has any.
             exemplar: one exemplar, as (pack, row) of this generation, and nothing else.
             generation: the generation this change was decided on; None changes any.
 
@@ -300,7 +302,7 @@ class LocalBuffer:
             InvalidRequest: neither a class, a key nor an exemplar is named.
             Conflict: the buffer is frozen, at another generation, or is just being changed by another process.
         """
-        where, generation = self._named(task, class_id, key, exemplar, generation)
+        where, generation = self._named(task, class_id, all_keys(key, keys), exemplar, generation)
         self._change(partial(memory.remove, where=where), generation)
 
     def relabel(
@@ -318,7 +320,7 @@ class LocalBuffer:
         Raises:
             NotFound, InvalidRequest, Conflict: as `remove`.
         """
-        where, generation = self._named(task, class_id, key, exemplar, generation)
+        where, generation = self._named(task, class_id, all_keys(key, None), exemplar, generation)
         self._change(partial(memory.relabel, where=where, class_id=to_class_id), generation)
 
     def delete_task(self, task: int, *, generation: int | None = None) -> None:
@@ -575,14 +577,14 @@ class LocalBuffer:
         self,
         task: int | None,
         class_id: int | None,
-        key: str | None,
+        keys: tuple[str, ...] | None,
         exemplar: tuple[str, int] | None,
         generation: int | None,
     ) -> tuple[Where, int | None]:
         """Which exemplars are meant, and the generation in which that is so."""
         if exemplar is None:
-            return Where(task=task, class_id=class_id, key=key), generation
-        if (task, class_id, key) != (None, None, None):
+            return Where(task=task, class_id=class_id, keys=keys), generation
+        if (task, class_id, keys) != (None, None, None):
             raise InvalidRequest("one exemplar is named by its pack and row, not by task, class or key as well")
         digest, row = exemplar
         manifest = self.manifest

@@ -65,36 +65,41 @@ class Upload:
 class Where:
     """Which exemplars a change means: all that have everything given here, at least a class, a key or a rank.
 
-    `key` is the value of the field `key`. `rank` counts from 0 within a class of a task, and needs both.
+    `keys` are values of the field `key`, any of which an exemplar may have. `rank` counts from 0 within a class of a
+    task, and needs both.
     """
 
     task: int | None = None
     class_id: int | None = None
-    key: str | None = None
+    keys: tuple[str, ...] | None = None
     rank: int | None = None
 
     def __post_init__(self) -> None:
-        if self.class_id is None and self.key is None:
+        if (self.class_id is None and self.keys is None) or self.keys == ():
             raise InvalidRequest("name the exemplars by class id or key; a whole task is deleted as a task")
-        if self.rank is not None and (self.task is None or self.class_id is None or self.key is not None):
+        if self.rank is not None and (self.task is None or self.class_id is None or self.keys is not None):
             raise InvalidRequest("a rank is one within a class of a task: name task and class id with it, and no key")
 
     @property
     def is_whole(self) -> bool:
         """Whether a class is meant as a whole, what was seen of it as well as what is stored."""
-        return self.key is None and self.rank is None
+        return self.keys is None and self.rank is None
 
     @property
     def asked(self) -> dict[str, int | str]:
-        """What is given, by name."""
-        return {name: value for name, value in vars(self).items() if value is not None}
+        """What is given, by name; of several keys how many there are."""
+        given: dict[str, int | str | None] = {"task": self.task, "class_id": self.class_id, "rank": self.rank}
+        if self.keys is not None:
+            given |= {"key": self.keys[0]} if len(self.keys) == 1 else {"keys": len(self.keys)}
+        return {name: value for name, value in given.items() if value is not None}
 
     def names(self, class_id: int) -> bool:
         """Whether exemplars of this class can be meant."""
         return self.class_id in (None, class_id)
 
     def __str__(self) -> str:
-        return ", ".join(f"{name.replace('_', ' ')} {value!r}" for name, value in self.asked.items())
+        said = [f"{name.replace('_', ' ')} {value!r}" for name, value in self.asked.items() if name != "keys"]
+        return ", ".join([*said, *([f"any of {len(self.keys)} keys"] if self.keys and len(self.keys) > 1 else [])])
 
 
 def add(
@@ -248,7 +253,7 @@ def _matching(content: Content, where: Where) -> dict[int, _Held]:
         InvalidRequest: a key is named and the memory keeps none.
         Conflict: a rank is named where exemplars are damaged.
     """
-    if where.key is not None and not content.schema.has_key:
+    if where.keys is not None and not content.schema.has_key:
         raise InvalidRequest(
             f"exemplars are found by key where a field `key` of type utf8 is: {content.schema.summary}"
         )
@@ -259,9 +264,9 @@ def _matching(content: Content, where: Where) -> dict[int, _Held]:
         exemplars = task.load()
         class_ids = np.empty(0, np.int64) if exemplars is None else exemplars.class_ids
         is_named = np.ones(len(class_ids), np.bool_) if where.class_id is None else class_ids == where.class_id
-        if where.key is not None and exemplars is not None:
-            keys = exemplars.fields(frozenset({KEY}))[KEY]
-            is_named = is_named & np.fromiter((key == where.key for key in keys), np.bool_, len(class_ids))
+        if where.keys is not None and exemplars is not None:
+            keys, wanted = exemplars.fields(frozenset({KEY}))[KEY], {*where.keys}
+            is_named = is_named & np.fromiter((key in wanted for key in keys), np.bool_, len(class_ids))
         if where.rank is not None:
             if len(class_ids) != sum(task.kept.values()):
                 raise Conflict(

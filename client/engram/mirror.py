@@ -29,7 +29,7 @@ import pydantic
 
 from engram import batch, files, forks, pack, packs, state
 from engram.client import Client
-from engram.draw import Layout, Request, plan
+from engram.draw import Layout, Plan, Request, plan
 from engram.errors import Conflict, NotFound, StripCorrupt
 from engram.packs import Damaged, LoadedPack, PackCache, PackFolder
 from engram.schemas import BUFFER_NAME, Answer, Manifest, PackEntry, Strategy
@@ -73,7 +73,28 @@ class Snapshot:
             Conflict: nothing to draw from.
             Unavailable: a pack is damaged or gone, and the service does not give it again.
         """
-        chosen = plan(self.layout, request)
+        return self._parts(plan(self.layout, request))
+
+    def draw(self, request: Request) -> batch.Batch:
+        """The replay minibatch of this request.
+
+        Raises:
+            NotFound: a task named in `tasks` holds no exemplar.
+            Conflict: nothing to draw from.
+            Unavailable: as `parts`.
+        """
+        return self.read(plan(self.layout, request))
+
+    def read(self, chosen: Plan) -> batch.Batch:
+        """The exemplars that a plan names.
+
+        Raises:
+            Unavailable: as `parts`.
+        """
+        parts = self._parts(chosen)
+        return batch.from_parts(parts) if parts else batch.empty()
+
+    def _parts(self, chosen: Plan) -> list[batch.Part]:
         if self.is_in_memory:
             return batch.collect(self.packs, chosen)
         for _ in range(_ATTEMPTS):
@@ -85,17 +106,6 @@ class Snapshot:
                     if entry.digest == error.digest:
                         self.packs[at] = self.repair(entry)
         raise damaged
-
-    def draw(self, request: Request) -> batch.Batch:
-        """The replay minibatch of this request.
-
-        Raises:
-            NotFound: a task named in `tasks` holds no exemplar.
-            Conflict: nothing to draw from.
-            Unavailable: as `parts`.
-        """
-        parts = self.parts(request)
-        return batch.from_parts(parts) if parts else batch.empty()
 
 
 class Mirror:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from reprlib import repr as shortened
 from urllib.parse import quote, urlencode
 
@@ -37,17 +38,21 @@ def of_exemplar(buffer: str, pack: str, row: int) -> str:
 
 
 def of_exemplars(
-    buffer: str, task: int | None, class_id: int | None, key: str | None, exemplar: tuple[str, int] | None
+    buffer: str,
+    task: int | None,
+    class_id: int | None,
+    keys: Sequence[str] | None,
+    exemplar: tuple[str, int] | None,
 ) -> str:
     """What a change of exemplars is sent to.
 
     Raises:
         InvalidRequest: one exemplar is named in two ways.
     """
-    given = {"task": task, "class_id": class_id, "key": key}
+    given = {"task": task, "class_id": class_id, "key": keys}
     query = {name: value for name, value in given.items() if value is not None}
     if exemplar is None:
-        return f"{of_buffer(buffer)}/exemplars?{urlencode(query)}"
+        return f"{of_buffer(buffer)}/exemplars?{urlencode(query, doseq=True)}"
     if query:
         raise InvalidRequest(f"one exemplar is named by its pack and row, not by {', '.join(query)} as well")
     return of_exemplar(buffer, *exemplar)

@@ -8,7 +8,6 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
-from urllib.parse import urlencode
 
 from engram import etags, paths
 from engram.errors import StripCorrupt
@@ -54,14 +53,9 @@ class Reading:
         self, buffer: str, *, task: int | None = None, class_id: int | None = None, page_size: int = 500
     ) -> Iterator[Exemplar]:
         """All exemplars of a buffer, task or class, page after page."""
-        query: dict[str, Any] = {"task": task, "class_id": class_id, "limit": page_size}
-        query = {key: value for key, value in query.items() if value is not None}
-        while True:
-            page = self._http.fetch(ExemplarPage, "GET", f"{paths.of_buffer(buffer)}/exemplars?{urlencode(query)}")
+        path = f"{paths.of_buffer(buffer)}/exemplars"
+        for page in self._http.pages(ExemplarPage, path, task=task, class_id=class_id, limit=page_size):
             yield from page.exemplars
-            if page.next is None:
-                return
-            query["cursor"] = page.next
 
     def exemplar_jpeg(self, buffer: str, pack: str, row: int) -> bytes:
         """One exemplar as a JPEG file.

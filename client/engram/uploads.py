@@ -121,23 +121,33 @@ class Uploads:
         self,
         buffer: str,
         task: int,
-        source: str | Path | BinaryIO,
+        source: str | Path | BinaryIO | Callable[[], Iterator[bytes]],
         *,
         options: IngestOptions | None = None,
         idempotency_key: str | None = None,
         progress: Callable[[int], None] | None = None,
     ) -> Ingest:
-        """Hand over a WebDataset tar (`KEY.png` + `KEY.cls`): a file's path, or a stream, which is sent once.
+        """Hand over a WebDataset tar (`KEY.png` + `KEY.cls`) that is never held as a whole.
 
-        `progress` is told the bytes sent so far.
+        Args:
+            buffer: a buffer's name.
+            task: the task's number.
+            source: a file's path; a stream, which is sent once; or what gives the tar in pieces from its beginning,
+                the same bytes each time that it is called (`engram.tar.write_parts` makes them of arrays).
+            options: as in `upload`.
+            idempotency_key: as in `upload`.
+            progress: told the bytes sent so far.
         """
         path = _ingests(buffer, task)
         if isinstance(source, (str, Path)):
             named = Path(source)
-            stream = _TarStream(lambda: _file_chunks(named, progress))
+            stream = _TarStream(lambda: _told(_file_chunks(named), progress))
+        elif callable(source):
+            made = source
+            stream = _TarStream(lambda: _told(made(), progress))
         else:
             file = source
-            stream = _TarStream(lambda: _chunks(file, progress), replayable=False)
+            stream = _TarStream(lambda: _told(_chunks(file), progress), replayable=False)
         return self._upload(path, stream, options, idempotency_key, None)
 
     def _upload(
@@ -193,13 +203,8 @@ class Uploads:
         Raises:
             NotFound: no such buffer.
         """
-        query = {"limit": str(page_size)} | ({} if buffer is None else {"buffer": buffer})
-        while True:
-            page = self._http.fetch(IngestPage, "GET", f"/v1/ingests?{urlencode(query)}")
+        for page in self._http.pages(IngestPage, "/v1/ingests", limit=page_size, buffer=buffer):
             yield from page.ingests
-            if page.next is None:
-                return
-            query["cursor"] = page.next
 
     def wait(
         self,
@@ -254,15 +259,21 @@ def _path(ingest: str | Ingest) -> str:
     return paths.of_ingest(ingest if isinstance(ingest, str) else ingest.id)
 
 
-def _chunks(stream: BinaryIO, progress: Callable[[int], None] | None) -> Iterator[bytes]:
-    sent = 0
+def _chunks(stream: BinaryIO) -> Iterator[bytes]:
     while chunk := stream.read(1 << 20):
+        yield chunk
+
+
+def _file_chunks(path: Path) -> Iterator[bytes]:
+    with path.open("rb") as stream:
+        yield from _chunks(stream)
+
+
+def _told(chunks: Iterator[bytes], progress: Callable[[int], None] | None) -> Iterator[bytes]:
+    """The chunks; after each the bytes so far are told."""
+    sent = 0
+    for chunk in chunks:
         yield chunk
         sent += len(chunk)
         if progress is not None:
             progress(sent)
-
-
-def _file_chunks(path: Path, progress: Callable[[int], None] | None) -> Iterator[bytes]:
-    with path.open("rb") as stream:
-        yield from _chunks(stream, progress)

@@ -15,7 +15,6 @@ import os
 import signal
 import struct
 import subprocess
-import sys
 import tempfile
 import threading
 from collections.abc import Callable
@@ -28,6 +27,7 @@ import numpy as np
 from engram.errors import BadExtractor
 from engram.selection.embedding import EXTRACTOR_BLOCK, FloatArray, UInt8Array, slices, unit_rows
 
+from . import children
 from .extractor_child import BATCH, LENGTH, Orders, read_exactly
 
 Answer = TypeVar("Answer")
@@ -152,17 +152,13 @@ class _Child:
         )
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 - closed by stop()
         self._process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "engram_service.extractor_child", orders.to_json()],
+            children.command("engram_service.extractor_child", orders.to_json()),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._stderr,
             cwd="/",
             # Nothing else of the environment: tokens and database passwords are none of a model's business.
-            env={
-                "PYTHONPATH": os.pathsep.join(str(Path(part).absolute()) for part in sys.path if part),
-                "OMP_NUM_THREADS": "1",
-                "OPENBLAS_NUM_THREADS": "1",
-            },
+            env=children.search_path() | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
         )
         try:
             answer = self._within("loading and a dummy batch", self._answer)

@@ -18,15 +18,13 @@ import logging
 import os
 import socket
 import subprocess
-import sys
 import threading
 import time
 from contextlib import suppress
-from pathlib import Path
 
 from engram.errors import EngramError
 
-from . import ingest, liveness
+from . import children, ingest, liveness
 from .database import Database
 from .heartbeat import too_long
 from .ingest import Lease, LeaseLost
@@ -186,17 +184,15 @@ class _Child:
     """A worker process and what is known of it. One thread listens, another looks."""
 
     def __init__(self, settings: Settings, post: Post) -> None:
-        # It finds the modules that its parent found, and none of its parent's secrets: the token is the HTTP side's.
+        # None of its parent's secrets: the token is the HTTP side's.
         environment = {name: value for name, value in os.environ.items() if name != "ENGRAM_ADMIN_TOKEN"}
         # The matrices of selection are small: more threads only fight over the cores (16 s against 121 s when busy).
         environment.setdefault("OMP_NUM_THREADS", "1")
-        environment["PYTHONPATH"] = os.pathsep.join(str(Path(part).absolute()) for part in sys.path if part)
         self.process = subprocess.Popen(
-            # Safe path: what lies in the folder in which the service was started is none of the service's modules.
-            [sys.executable, "-P", "-m", "engram_service.worker", post.name, str(post.number), str(post.of)],
+            children.command("engram_service.worker", post.name, str(post.number), str(post.of)),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            env=environment,
+            env=environment | children.search_path(),
         )
         self.identity = Identity(post.name, socket.gethostname(), self.process.pid)
         self.heard_at = float("-inf")

@@ -421,16 +421,12 @@ def test_an_extractor_that_is_no_model_is_refused(engram_client: Client) -> None
 # The network
 
 
-def unused_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 def test_no_service_is_unavailable_and_says_what_to_do(connect: Make) -> None:
-    url = f"http://127.0.0.1:{unused_port()}"
-    with pytest.raises(engram.Unavailable, match=rf"{url}.*engram-service serve"):
-        connect(url, retries=0).health()
+    with socket.socket() as bound:  # and not listening, so that the port is nobody else's meanwhile
+        bound.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{bound.getsockname()[1]}"
+        with pytest.raises(engram.Unavailable, match=rf"{url}.*engram-service serve"):
+            connect(url, retries=0).health()
 
 
 @pytest.mark.parametrize("url", ["localhost:8077", "ftp://x", "http://"])
@@ -509,11 +505,11 @@ def test_retries_come_to_an_end(filled: Filled, connect: Make) -> None:
 
 
 def test_a_retry_after_is_waited_for_unless_it_is_too_long(filled: Filled, connect: Make) -> None:
-    with faulty(filled.client.url, "limited", "limited", retry_after="1") as proxy:
+    with faulty(filled.client.url, "limited", retry_after="1") as proxy:
         client = connect(proxy.url)
         before = time.monotonic()
         client.buffers()
-        assert time.monotonic() - before >= 2
+        assert time.monotonic() - before >= 1
     with faulty(filled.client.url, "busy", retry_after="Fri, 31 Dec 2099 23:59:59 GMT") as proxy:
         with pytest.raises(engram.Unavailable) as caught:
             connect(proxy.url).buffers()

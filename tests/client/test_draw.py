@@ -48,7 +48,7 @@ streams = st.dictionaries(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80)
 @given(
     stream=streams,
     size=st.integers(1, 60),
@@ -81,7 +81,7 @@ def test_ranks_share_one_global_batch_and_rows_repeat_only_when_the_group_is_use
         assert max(counts) - min(counts) <= 1
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40)
 @given(stream=streams, size=st.integers(1, 40), seed=st.integers(0, 1000), world_size=st.integers(1, 3))
 def test_an_epoch_walks_every_exemplar_exactly_once(
     stream: dict[int, dict[int, int]], size: int, seed: int, world_size: int

@@ -289,7 +289,7 @@ def picked(columns: dict[str, Any], rows: npt.ArrayLike) -> dict[str, Any]:
     return {name: [column[row] for row in np.asarray(rows).tolist()] for name, column in columns.items()}
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60)
 @given(schema=SCHEMAS, count=st.integers(1, 9), data=st.data())
 def test_fields_survive_packs_selection_merging_prefixes_and_draws(
     schema: Schema, count: int, data: st.DataObject

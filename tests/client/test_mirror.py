@@ -28,7 +28,7 @@ def mirror(filled: Filled, tmp_path_factory: pytest.TempPathFactory) -> Mirror:
     return Mirror(filled.client, filled.name, tmp_path_factory.mktemp("mirror"))
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(st.data())
 def test_mirrored_draws_equal_the_services(filled: Filled, mirror: Mirror, data: st.DataObject) -> None:
     world_size = data.draw(st.integers(1, 4))

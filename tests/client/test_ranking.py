@@ -288,8 +288,8 @@ def test_a_memory_keeps_the_newest_by_ring_over_all_uploads() -> None:
 def clothes() -> tuple[UInt8Array, IntArray]:
     """1,200 images of two classes, shuffled."""
     sample = datasets.load("sample")
-    rows = generator().permutation(np.flatnonzero(np.isin(sample.train_class_ids, (0, 8))))[:1200]
-    return sample.train_images[rows], sample.train_class_ids[rows]
+    rows = generator().permutation(np.flatnonzero(np.isin(sample.train.class_ids, (0, 8))))[:1200]
+    return sample.train.images.read(rows), sample.train.class_ids[rows]
 
 
 def fed(images: UInt8Array, class_ids: IntArray, budget: int, **options: Any) -> Content:

@@ -247,7 +247,7 @@ class AnySequenceOfChanges(RuleBasedStateMachine):
             assert after.get(number, {}).keys() <= classes.keys()
 
 
-@pytest.mark.parametrize("count", [12, pytest.param(100, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [6, pytest.param(100, marks=pytest.mark.slow)])
 def test_any_sequence_of_changes_keeps_the_budget_and_a_prefix_of_every_ranking(
     migrated: Path, tmp_path: Path, count: int
 ) -> None:

@@ -21,7 +21,6 @@ from engram import batch, pack, tar
 from engram.draw import STRATEGIES, Layout, Request, plan
 from engram.schemas import Manifest
 from engram_service.collect import collect
-from engram_service.database import Database
 from engram_service.settings import Settings
 from tests.contents import UInt8Array, create, fill
 from tests.servers import ServiceProcess, ServiceThread, http
@@ -94,24 +93,19 @@ def test_filters_keep_and_drop_tasks(client: httpx.Client, pixels: dict[int, UIn
 
 
 def test_the_same_url_gives_the_same_bytes_from_another_process(
-    make_service: Callable[..., ServiceProcess],
+    client: httpx.Client, served: ServiceThread, make_service: Callable[..., ServiceProcess]
 ) -> None:
-    service = make_service("--workers", "0")
-    database = Database(service.settings)
+    database, settings = served.state.database, served.settings
     create(database)
-    fill(database, service.settings, 0, {0: 30, 1: 30})
-    fill(database, service.settings, 1, {2: 30})
+    fill(database, settings, 0, {0: 30, 1: 30})
+    fill(database, settings, 1, {2: 30})
     urls = [f"{DRAW}?size=20&seed=9&step={step}&generation=1" for step in range(5)]
-    with http(service) as client:
-        first = [client.get(url).content for url in urls]
-    service.kill()
-    service.start()
-    with http(service) as client:
-        assert [client.get(url).content for url in urls] == first
-        # While a later generation exists, and with packs read anew for each draw.
-        fill(database, service.settings, 2, {3: 5})
-        assert [client.get(url).content for url in urls] == first
-    database.close()
+    first = [client.get(url).content for url in urls]
+    with http(make_service("--workers", "0", data_dir=settings.data_dir)) as other:
+        assert [other.get(url).content for url in urls] == first
+        # While a later generation exists.
+        fill(database, settings, 2, {3: 5})
+        assert [other.get(url).content for url in urls] == first
 
 
 def test_draws_from_packs_that_do_not_fit_the_cache_are_the_same(
@@ -277,7 +271,7 @@ NAMES = ["size", "seed", "step", "strategy", "tasks", "exclude_tasks", "rank", "
 QUERIES = st.lists(st.tuples(st.one_of(st.sampled_from(NAMES), st.text(max_size=4)), TEXT), max_size=12)
 
 
-@hypothesis_settings(max_examples=100, deadline=None)
+@hypothesis_settings(max_examples=50)
 @given(pairs=QUERIES, path=st.sampled_from(["draw", "manifest", "exemplars", "exemplars/x/0", "export", "tasks/0"]))
 def test_no_query_is_answered_with_a_defect(asked: httpx.Client, pairs: list[tuple[str, str]], path: str) -> None:
     query = "&".join(f"{quote(name, errors='replace')}={quote(text, errors='replace')}" for name, text in pairs)
@@ -288,7 +282,7 @@ def test_no_query_is_answered_with_a_defect(asked: httpx.Client, pairs: list[tup
         assert answer.json()["detail"]
 
 
-@hypothesis_settings(max_examples=40, deadline=None)
+@hypothesis_settings(max_examples=20)
 @given(query=st.binary(max_size=40), part=st.text(max_size=20), number=TEXT)
 def test_no_address_is_answered_with_a_defect(asked: httpx.Client, query: bytes, part: str, number: str) -> None:
     name, index = quote(part, safe="", errors="replace"), quote(number, safe="", errors="replace")

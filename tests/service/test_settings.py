@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from engram_service import cli
 from engram_service.settings import Settings
-from tests.servers import ServiceProcess, ServiceThread
+from tests.servers import PATIENCE_S, ServiceProcess, ServiceThread
 
 
 def test_every_setting_is_documented() -> None:
@@ -82,9 +82,9 @@ def test_the_service_says_where_it_listens_and_ends_on_sigterm(make_service: Cal
 
 
 def test_ctrl_c_ends_the_service_without_a_stack(make_service: Callable[..., ServiceProcess]) -> None:
-    service = make_service()
+    service = make_service(workers=0)
     service.process.send_signal(signal.SIGINT)
-    service.process.wait(30)
+    service.process.wait(PATIENCE_S)
     assert "Traceback" not in service.log.read_text()
 
 

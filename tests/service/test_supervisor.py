@@ -12,7 +12,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +29,7 @@ from engram_service.settings import Settings
 from engram_service.supervisor import Supervisor
 from engram_service.tables import WorkerRow
 from tests.contents import create, pictures
-from tests.servers import ServiceProcess, ServiceThread, environment, eventually, http
+from tests.servers import PATIENCE_S, ServiceProcess, ServiceThread, environment, eventually, http
 from tests.uploads import final, queue, tar_of_arrays
 
 BODY = tar_of_arrays(pictures(1, 12), np.arange(12) % 3)
@@ -108,7 +107,7 @@ def test_an_upload_whose_work_never_ends_holds_up_no_other_and_is_cancelled_with
         asked = time.monotonic()
         assert web.delete(f"/v1/ingests/{slow.id}").json()["state"] == "cancelled"
         assert eventually(lambda: not all(map(is_alive, busy)))
-        assert time.monotonic() - asked < 10  # 2 s, on a busy machine
+        assert time.monotonic() - asked < 30  # 2 s, where nothing else is done
         assert eventually(lambda: is_committed(database, waiting))
         # A worker that dies leaves its ingest to the next one at once, whatever the lease.
         for worker in workers(service.process.pid):
@@ -118,7 +117,10 @@ def test_an_upload_whose_work_never_ends_holds_up_no_other_and_is_cancelled_with
     database.close()
 
 
-def test_work_that_takes_longer_than_it_may_fails_and_says_so(database: Database, settings: Settings) -> None:
+def test_work_that_takes_longer_than_it_may_fails_and_says_so(
+    database: Database, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(supervisor, "NOTICE_S", 0.3)
     create(database)
     with supervised(settings, max_ingest_s=0.5):
         slow = queue_endless(database, settings, "b")
@@ -177,7 +179,7 @@ def test_workers_beside_another_service_are_supervised_too(settings: Settings, d
         assert eventually(lambda: is_committed(database, queued))
     finally:
         process.terminate()
-        assert process.wait(30) == 0
+        assert process.wait(PATIENCE_S) == 0
     assert beats(database) == {}
 
 
@@ -202,9 +204,10 @@ def test_a_database_that_takes_no_reports_does_not_fill_the_log(
     monkeypatch.setattr(supervisor, "LOOK_S", 0.01)
     monkeypatch.setattr(supervisor, "REPORT_S", 0.05)
     monkeypatch.setattr(liveness, "report", is_full)
+    began = time.monotonic()
     with supervised(settings):
-        assert eventually(lambda: len(asked) > 5)
-    assert min(after - before for before, after in pairwise(asked)) >= 0.05
+        assert eventually(lambda: len(asked) > 2)
+    assert all(at >= began + number * 0.05 for number, at in enumerate(asked))
     assert [line.message for line in caplog.records if "looked after" in line.message] == [
         "the workers cannot be looked after: there is no room"
     ]
@@ -243,14 +246,15 @@ def tell(database: Database, *alive: Identity) -> None:
 
 
 def test_without_a_worker_that_is_alive_there_is_a_problem(database: Database, settings: Settings) -> None:
-    found = Liveness(settings.model_copy(update={"worker_silent_s": 0.2}))
-    assert problem(database, found) is None
-    assert eventually(lambda: problem(database, found) is not None)
+    patient, found = Liveness(settings), Liveness(settings.model_copy(update={"worker_silent_s": 1e-9}))
+    assert problem(database, patient) is None
+    assert "no worker has been alive for" in (problem(database, found) or "")
     tell(database, WORKER)
     assert problem(database, found) is None
-    assert eventually(lambda: "no worker has been alive for" in (problem(database, found) or ""))
+    assert "no worker has been alive for" in (problem(database, found) or "")
     tell(database, WORKER, Identity("host:2", "host", 2))
     assert problem(database, found) is None
+    assert problem(database, patient) is None
     assert beats(database) == {"host:1": 2, "host:2": 1}
     with database.session() as session:
         forget(session, WORKER)
@@ -279,7 +283,7 @@ def test_a_service_whose_workers_are_gone_is_not_ready_and_says_so(
 ) -> None:
     served = serve_thread(workers=1)
     database = served.state.database
-    served.app.state.liveness = Liveness(served.settings.model_copy(update={"worker_silent_s": 0.2}))
+    served.app.state.liveness = Liveness(served.settings.model_copy(update={"worker_silent_s": 1e-9}))
     with http(served) as web:
         assert eventually(lambda: web.get("/readyz").status_code == 503)
         assert "no worker has been alive for" in web.get("/readyz").json()["detail"]

@@ -29,7 +29,7 @@ from engram_service.work import attempt
 from tests.contents import create, pictures
 from tests.models import model
 from tests.photos import photos
-from tests.servers import eventually
+from tests.servers import PATIENCE_S, eventually
 from tests.uploads import encoded, final, pairs, queue, tar_of, tar_of_arrays, work_through
 
 PICTURES = pictures(1, 12)
@@ -258,14 +258,14 @@ def test_the_work_on_a_cancelled_ingest_ends(database: Database, settings: Setti
 
 
 def test_the_heartbeat_outruns_the_lease(database: Database, settings: Settings) -> None:
-    quick = settings.model_copy(update={"lease_s": 1.0})
+    quick = settings.model_copy(update={"lease_s": 3.0})
     _, beat = held_heartbeat(database, quick, threading.Event())
     watch, began = ingest.Watch(), time.monotonic()
     with beat:
-        while time.monotonic() < began + 2 * quick.lease_s:
+        while time.monotonic() < began + 1.2 * quick.lease_s:
             assert ingest.claim(database, quick, owner="other", watch=watch) is None
             beat.check()
-            time.sleep(0.02)
+            time.sleep(0.1)
 
 
 def test_a_worker_that_is_to_stop_gives_its_ingest_back(
@@ -350,7 +350,7 @@ def test_a_running_worker_takes_what_comes_and_stops_when_asked(
     queued = queue(database, settings, tar_of_arrays(PICTURES, CLASS_IDS))
     assert eventually(lambda: final(database, queued).state == "committed")
     stop.set()
-    running.join(30)
+    running.join(PATIENCE_S)
     assert not running.is_alive()
 
 
@@ -379,7 +379,7 @@ def test_workers_share_a_queue_in_postgresql(postgres_url: str, tmp_path: Path) 
     assert eventually(lambda: all(final(database, one).state == "committed" for one in queued))
     stop.set()
     for one in workers:
-        one.join(30)
+        one.join(PATIENCE_S)
     store = PackStore(settings.packs_dir)
     collect(database, store, settings.model_copy(update={"grace_s": 0}))
     with database.reading() as session:

@@ -13,14 +13,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from engram_trainer import datasets, methods, stream
+from engram_trainer import datasets, stream
 from engram_trainer.evaluation import accuracy
 from engram_trainer.local_memory import LocalConfig
-from engram_trainer.memory import Learned, by_task
+from engram_trainer.memory import Learned
 from engram_trainer.methods import Learner
-from engram_trainer.methods.gem import RIDGE, Config, Gem, assign, frozen_statistics, project, project_on_one
+from engram_trainer.methods.gem import RIDGE, Gem, frozen_statistics, project, project_on_one
 from engram_trainer.plain_memory import local_memory
+from engram_trainer.preparation import pixels
+from engram_trainer.runtime import assign
 from engram_trainer.stream import Stream, StreamConfig, Task
+from tests.trainer.runs import learner_of, quiet, run, same
 
 Problem = tuple[torch.Tensor, torch.Tensor]
 
@@ -203,41 +206,31 @@ def tasks() -> Stream:
 
 
 def learned(tasks: Stream, **options: Any) -> Gem:
-    learner = Gem(tasks, Config(**options), network="mlp", seed=5)
-    memory = local_memory(LocalConfig(kind="strips", budget_bytes=10**6, ranking="random", quality=90))
-    for task in tasks.tasks:
-        learner.learn(task, memory, lambda done, total, *, loss: None)
-        memory.add(Learned(task.index, task.train_images, task.train_class_ids, seed=task.index))
+    learner: Gem = learner_of("gem", tasks, seed=5, **options)
+    run(learner, local_memory(LocalConfig(kind="strips", budget_bytes=10**6, ranking="random", quality=90)), tasks)
     return learner
-
-
-def weights(learner: Gem) -> torch.Tensor:
-    return torch.cat([parameter.detach().reshape(-1) for parameter in learner.model.parameters()])
 
 
 @pytest.mark.parametrize("options", [{}, {"average": True}, {"replay_batch": 16}], ids=["gem", "a-gem", "drawn"])
 def test_two_runs_with_one_seed_are_bit_identical(tasks: Stream, options: dict[str, Any]) -> None:
     first, second = learned(tasks, **options), learned(tasks, **options)
-    assert torch.equal(weights(first), weights(second))
+    assert same(first.state_dict(), second.state_dict())
     assert first.corrected_steps == second.corrected_steps > 0
 
 
 def test_the_first_task_has_no_constraints(tasks: Stream) -> None:
-    learner = Gem(tasks, Config(), network="mlp", seed=5)
-    memory = local_memory(LocalConfig(kind="raw", budget_bytes=10**6))
-    learner.learn(tasks.tasks[0], memory, lambda done, total, *, loss: None)
+    learner: Gem = learner_of("gem", tasks, seed=5)
+    learner.learn(tasks.tasks[0], local_memory(LocalConfig(kind="raw", budget_bytes=10**6)), quiet)
     assert learner.corrected_steps == 0
 
 
 def test_exemplars_of_the_current_task_are_not_a_constraint(tasks: Stream) -> None:
     """A task that is learned again after a crash, or visited twice, must not constrain itself."""
     memory = local_memory(LocalConfig(kind="raw", budget_bytes=10**6))
-    task = tasks.tasks[0]
-    memory.add(Learned(0, task.train_images, task.train_class_ids))
-    alone = Gem(tasks, Config(), network="mlp", seed=5)
-    alone.learn(task, memory, lambda done, total, *, loss: None)
+    memory.add(Learned(0, tasks.tasks[0].train))
+    alone: Gem = learner_of("gem", tasks, seed=5)
+    alone.learn(tasks.tasks[0], memory, quiet)
     assert alone.corrected_steps == 0
-    assert by_task(memory.everything(exclude_tasks=(0,))) == {}
 
 
 def test_one_step_along_the_corrected_gradient_raises_no_earlier_loss(tasks: Stream) -> None:
@@ -246,7 +239,8 @@ def test_one_step_along_the_corrected_gradient_raises_no_earlier_loss(tasks: Str
     earlier = {0: tasks.tasks[0], 1: tasks.tasks[1]}
 
     def loss(each: Task) -> torch.Tensor:
-        return learner.loss(methods.pixels(each.train_images), learner.targets(each.train_class_ids), tasks.seen(2))
+        labels = learner.runtime.labels(each.train.class_ids)
+        return learner.losses(pixels(each.train.read()), labels, tasks.seen(2)).mean()
 
     def gradient_of(each: Task) -> torch.Tensor:
         return torch.cat([part.reshape(-1) for part in torch.autograd.grad(loss(each), parameters)])
@@ -280,23 +274,17 @@ def test_earlier_classes_hold_their_own_against_newer_ones(options: dict[str, An
     """Constraints that do not see the logits of newer classes let these win every image: 0 % on all earlier tasks."""
     tasks = stream.build(datasets.load("digits"), StreamConfig(tasks=5, seed=1))
     learner = learned(tasks, **options)
-    assert fmean([accuracy(learner.scores, tasks, task, learned=4) or 0.0 for task in tasks.tasks[:-1]]) > least
+    assert (
+        fmean([accuracy(learner.scores, learner.runtime, task, learned=4) or 0.0 for task in tasks.tasks[:-1]]) > least
+    )
 
 
 def test_gem_forgets_less_than_plain_training(tasks: Stream) -> None:
-    plain = methods.build(
-        "finetune",
-        stream=tasks,
-        network="mlp",
-        seed=5,
-        options={"epochs": 1, "batch_size": 10, "lr": 0.1, "momentum": 0.0},
-    )
-    memory = local_memory(LocalConfig(kind="raw", budget_bytes=10**6))
-    for task in tasks.tasks:
-        plain.learn(task, memory, lambda done, total, *, loss: None)
+    plain = learner_of("finetune", tasks, seed=5, epochs=1, batch_size=10, lr=0.1, momentum=0.0, milestones=())
+    run(plain, local_memory(LocalConfig(kind="raw", budget_bytes=10**6)), tasks)
     gem = learned(tasks)
 
     def mean(learner: Learner) -> float:
-        return fmean([accuracy(learner.scores, tasks, task, learned=2) or 0.0 for task in tasks.tasks])
+        return fmean([accuracy(learner.scores, gem.runtime, task, learned=2) or 0.0 for task in tasks.tasks])
 
     assert mean(gem) > mean(plain)

@@ -20,7 +20,7 @@ from PIL import Image
 
 from engram.client import Client
 from engram.errors import BudgetExceeded, Conflict, NotFound, Unavailable
-from engram_trainer import loop
+from engram_trainer import loop, methods
 from engram_trainer.configuration import MemoryConfig, RunConfig, RuntimeConfig
 from engram_trainer.report import Report
 from engram_trainer.stream import StreamConfig
@@ -188,6 +188,85 @@ def test_a_run_that_is_stopped_anywhere_ends_as_if_it_had_not_been(
     assert identical(states[0]["memory"], states[1]["memory"])
 
 
+class StopAfter(loop.Silent):
+    """Raises once so many steps of a task's phase are done; notes which step it was told of first."""
+
+    def __init__(self, task: int, phase: str, steps: int | None) -> None:
+        self.target, self.steps, self.current = (task, phase), steps, -1
+        self.first: int | None = None
+
+    def task(self, task: Any, stream: Any) -> None:
+        self.current = task.visit
+
+    def phase(self, name: str, done: int, total: int, *, note: str = "") -> None:
+        if (self.current, name) == self.target:
+            self.first = self.first or done
+            if done == self.steps:
+                raise Stopped
+
+
+IN_EPOCHS: dict[str, dict[str, Any]] = {
+    "finetune": {"epochs": 4, "padding": 1},
+    "gem": {"epochs": 4, "replay_batch": 8},
+    "lucir": SMALL.options,  # type: ignore[dict-item]
+    "er": {"epochs": 4, "fill": "online", "slots": 40, "flush": 8},
+    "derpp": {"epochs": 4, "fill": "online", "slots": 40, "flush": 8},
+    "icarl": {"epochs": 4},
+    "lwf": {"epochs": 4},
+    "wa": {"epochs": 4},
+}
+
+
+@pytest.mark.parametrize(
+    "method",
+    [pytest.param(name, marks=() if name in ("lucir", "derpp") else pytest.mark.slow) for name in IN_EPOCHS],
+)
+def test_a_run_that_is_stopped_between_two_epochs_goes_on_with_the_next(
+    tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "SHOW_EVERY_S", 0.0)
+    config = replace(
+        SMALL,
+        method=method,
+        options=IN_EPOCHS[method],
+        stream=replace(SMALL.stream, tasks=2),
+        memory=MemoryConfig(kind="strips", budget_bytes=12_000, quality=60),
+        runtime=RuntimeConfig(checkpoint_s=0),
+    )
+    whole = run(config, tmp_path / "whole")
+    stop = StopAfter(1, "learn", None)
+    run(config, tmp_path / "counted", watch=stop)
+    steps = -(-100 // config.options.get("batch_size", methods.config_class(method)().batch_size)) * 2 + 1
+    with pytest.raises(Stopped):
+        run(config, tmp_path / "stopped", watch=StopAfter(1, "learn", steps))
+    resumed = StopAfter(1, "learn", None)
+    assert results(run(config, tmp_path / "stopped", resume=True, watch=resumed)) == results(whole)
+    assert stop.first == 1
+    assert resumed.first is not None
+    assert 1 < resumed.first <= steps
+    states = [torch.load(tmp_path / name / "checkpoint.pt", weights_only=True) for name in ("whole", "stopped")]
+    assert identical(states[0]["learner"], states[1]["learner"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["lucir", "er"])
+def test_two_processes_go_on_as_if_nothing_had_been(tmp_path: Path, method: str) -> None:
+    config = replace(
+        SMALL,
+        method=method,
+        options={**IN_EPOCHS[method], "batch_size": 16},
+        stream=replace(SMALL.stream, tasks=3),
+        runtime=RuntimeConfig(processes=2, checkpoint_s=0),
+        memory=MemoryConfig(kind="strips", budget_bytes=12_000, quality=60),
+    )
+    whole = run(config, tmp_path / "whole")
+    with pytest.raises(Stopped):
+        run(config, tmp_path / "stopped", watch=StopAt(2, "learn"))
+    assert results(run(config, tmp_path / "stopped", resume=True)) == results(whole)
+    states = [torch.load(tmp_path / name / "checkpoint.pt", weights_only=True) for name in ("whole", "stopped")]
+    assert identical(states[0]["learner"], states[1]["learner"])
+
+
 def start(url: str, folder: Path) -> subprocess.Popen[bytes]:
     """The command line that makes the configuration `remote`."""
     options = "--data digits --tasks 5 --train-per-class 30 --network mlp --epochs 6 --budget 5000 --quality 60"
@@ -303,7 +382,7 @@ def test_there_must_be_a_run_to_resume(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("buffer", [None, "of-a-run-that-failed"])
+@pytest.mark.parametrize("buffer", [None, pytest.param("of-a-run-that-failed", marks=pytest.mark.slow)])
 def test_a_run_that_failed_leaves_no_buffer_and_its_folder_takes_the_corrected_command(
     service: ServiceProcess, tmp_path: Path, buffer: str | None
 ) -> None:

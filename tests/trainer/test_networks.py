@@ -58,8 +58,25 @@ def test_resnets_have_the_layers_that_their_names_count() -> None:
     assert (weighted("resnet18"), weighted("resnet18-cifar"), weighted("resnet32")) == (18, 18, 32)
 
 
+@pytest.mark.parametrize(
+    ("name", "shape", "classes", "parameters"),
+    [
+        ("mlp", (28, 28, 1), 10, 89_610),
+        ("mlp-256", (28, 28, 1), 10, 269_322),
+        ("resnet18-reduced", (32, 32, 3), 100, 1_109_240),
+        ("resnet18-cifar", (32, 32, 3), 10, 11_173_962),
+    ],
+)
+def test_a_network_has_as_many_parameters_as_the_papers(
+    name: str, shape: networks.Shape, classes: int, parameters: int
+) -> None:
+    network = networks.build(name, shape, seed=0)
+    head = networks.linear_head(network.dimensions, classes, seed=0)
+    assert sum(parameter.numel() for part in (network, head) for parameter in part.parameters()) == parameters
+
+
 def test_an_unknown_network_is_refused_by_name() -> None:
-    with pytest.raises(ValueError, match="'vgg' is not one of mlp, conv"):
+    with pytest.raises(ValueError, match="'vgg' is not one of mlp, mlp-256, conv"):
         networks.build("vgg", (28, 28, 1), seed=0)
 
 

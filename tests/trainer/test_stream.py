@@ -10,23 +10,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engram_trainer.datasets import Dataset, load
+from engram_trainer.examples import Examples
 from engram_trainer.stream import SCENARIOS, Stream, StreamConfig, build, permute, rotate
 
 
 def numbered(classes: int = 10, train: int = 6, test: int = 3) -> Dataset:
     """Images whose pixels hold their row number, so that each can be recognised."""
 
-    def split(count: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    def split(count: int) -> Examples:
         class_ids = np.tile(np.arange(classes) * 11, count)
         images = np.zeros((len(class_ids), 4, 4, 1), np.uint8)
         images[:, 0, 0, 0] = np.arange(len(class_ids))
-        return images, class_ids.astype(np.int64)
+        return Examples.of_arrays(images, class_ids.astype(np.int64))
 
-    return Dataset("numbered", *split(train), *split(test))
+    return Dataset("numbered", split(train), split(test))
 
 
 def everything(stream: Stream) -> list[list[int]]:
-    return [[*task.train_images.reshape(-1).tolist(), *task.train_class_ids.tolist()] for task in stream.tasks]
+    return [[*task.train.read().reshape(-1).tolist(), *task.train.class_ids.tolist()] for task in stream.tasks]
 
 
 @given(
@@ -40,10 +41,10 @@ def test_every_image_is_in_the_task_of_its_class_exactly_once(shape: tuple[int, 
     assert len(stream.tasks) == tasks
     assert [class_id for task in stream.tasks for class_id in task.classes] == list(stream.class_order)
     assert sorted(stream.class_order) == list(dataset.classes)
-    rows = np.concatenate([task.train_images[:, 0, 0, 0] for task in stream.tasks])
+    rows = np.concatenate([task.train.read()[:, 0, 0, 0] for task in stream.tasks])
     assert sorted(rows.tolist()) == list(range(60))
     for task in stream.tasks:
-        assert set(task.train_class_ids.tolist()) == set(task.test_class_ids.tolist()) == set(task.classes)
+        assert set(task.train.class_ids.tolist()) == set(task.test.class_ids.tolist()) == set(task.classes)
     if base:
         assert len(stream.tasks[0].classes) == base
     assert len({len(task.classes) for task in stream.tasks[1:]}) <= 1
@@ -73,10 +74,10 @@ def test_limits_hold_for_each_class_and_each_task(scenario: Any) -> None:
     dataset = load("digits")
     config = StreamConfig(scenario=scenario, tasks=5, train_per_class=9, test_per_class=4)
     for task in build(dataset, config).tasks:
-        assert set(np.unique(task.train_class_ids, return_counts=True)[1]) == {9}
-        assert set(np.unique(task.test_class_ids, return_counts=True)[1]) == {4}
+        assert set(np.unique(task.train.class_ids, return_counts=True)[1]) == {9}
+        assert set(np.unique(task.test.class_ids, return_counts=True)[1]) == {4}
     config = StreamConfig(scenario=scenario, tasks=5, train_per_task=13)
-    assert [len(task.train_images) for task in build(dataset, config).tasks] == [13] * 5
+    assert [len(task.train.read()) for task in build(dataset, config).tasks] == [13] * 5
 
 
 def test_the_validation_split_takes_training_images_and_leaves_the_test_images_alone() -> None:
@@ -84,9 +85,9 @@ def test_the_validation_split_takes_training_images_and_leaves_the_test_images_a
     whole = build(dataset, StreamConfig(tasks=1, seed=5))
     tuned = build(dataset, StreamConfig(tasks=1, seed=5, validation_ratio=0.2))
     task = tuned.tasks[0]
-    assert np.unique(task.test_class_ids, return_counts=True)[1].tolist() == [2] * 4
-    rows = [*task.train_images[:, 0, 0, 0].tolist(), *task.test_images[:, 0, 0, 0].tolist()]
-    assert sorted(rows) == sorted(whole.tasks[0].train_images[:, 0, 0, 0].tolist())
+    assert np.unique(task.test.class_ids, return_counts=True)[1].tolist() == [2] * 4
+    rows = [*task.train.read()[:, 0, 0, 0].tolist(), *task.test.read()[:, 0, 0, 0].tolist()]
+    assert sorted(rows) == sorted(whole.tasks[0].train.read()[:, 0, 0, 0].tolist())
 
 
 def test_a_permutation_moves_whole_pixels_and_is_the_same_for_every_image_of_a_task() -> None:
@@ -100,10 +101,10 @@ def test_a_permutation_moves_whole_pixels_and_is_the_same_for_every_image_of_a_t
 
 def test_permuted_tasks_have_permutations_of_their_own_for_train_and_test_alike() -> None:
     stream = build(numbered(2), StreamConfig(scenario="permuted", tasks=4))
-    places = [set(map(tuple, np.argwhere(task.train_images[-1, ..., 0]))) for task in stream.tasks]
+    places = [set(map(tuple, np.argwhere(task.train.read()[-1, ..., 0]))) for task in stream.tasks]
     assert len({tuple(place) for place in places}) > 1
     for task, place in zip(stream.tasks, places, strict=True):
-        assert set(map(tuple, np.argwhere(task.test_images[-1, ..., 0]))) == place
+        assert set(map(tuple, np.argwhere(task.test.read()[-1, ..., 0]))) == place
         assert task.classes == (0, 11)
 
 
@@ -119,11 +120,12 @@ def test_the_angles_lie_in_equal_bins_of_half_a_turn() -> None:
     # A bright bar to the right of the centre shows the angle.
     images = np.zeros((1, 41, 41, 1), np.uint8)
     images[0, 20, 30:40] = 255
-    dataset = Dataset("bar", images, np.zeros(1, np.int64), images, np.zeros(1, np.int64))
+    bar = Examples.of_arrays(images, np.zeros(1, np.int64))
+    dataset = Dataset("bar", bar, bar)
     for seed in range(3):
         stream = build(dataset, StreamConfig(scenario="rotated", tasks=6, seed=seed))
         for task in stream.tasks:
-            rows, columns = np.nonzero(task.test_images[0, ..., 0] > 60)
+            rows, columns = np.nonzero(task.test.read()[0, ..., 0] > 60)
             angle = np.degrees(np.arctan2(20 - rows.mean(), columns.mean() - 20)) % 360
             assert 30 * task.index - 2 <= angle <= 30 * (task.index + 1) + 2
 

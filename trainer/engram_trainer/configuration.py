@@ -17,6 +17,7 @@ from engram_trainer.stream import StreamConfig
 
 MemoryKind = Literal["service", "raw", "files", "strips", "none"]
 MEMORY_KINDS: tuple[MemoryKind, ...] = get_args(MemoryKind)
+ReplayVia = Literal["mirror", "draw"]
 Normalise = Literal["none", "mnist", "cifar10", "cifar100", "imagenet"]
 Precision = Literal["32", "bf16"]
 
@@ -33,8 +34,8 @@ Source: mnist as in PyTorch's examples; cifar10 as in Mammoth's `seq_cifar10.py`
 code. cifar100's deviations are smaller than those of the pixels (0.2673, 0.2564, 0.2762): they are the code's.
 """
 
-MAY_CHANGE = ("memory.url", "runtime.workers")
-"""What may differ when a run is resumed: a service may come back under another address, and workers change nothing."""
+MAY_CHANGE = ("memory.url", "memory.replay", "memory.patience_s", "runtime.workers", "runtime.checkpoint_s")
+"""What may differ when a run is resumed: a service may come back under another address, and the others change no result."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,10 @@ class MemoryConfig:
     """The service; None reads ENGRAM_URL, else http://127.0.0.1:8077. The token is read from ENGRAM_TOKEN."""
     buffer: str | None = None
     """The buffer's name; None makes one of the run's own."""
+    replay: ReplayVia = "mirror"
+    """From a local mirror of the buffer's packs, or drawn by the service batch by batch."""
+    patience_s: float = 600.0
+    """How long a run waits for a service that does not answer any more."""
 
     def __post_init__(self) -> None:
         if self.kind not in MEMORY_KINDS:
@@ -114,6 +119,8 @@ class RuntimeConfig:
     """Each computes its part of every batch; gradients are averaged."""
     workers: int = 0
     """Processes that read and decode images, of each training process; 0 reads in the training process itself."""
+    checkpoint_s: float = 60.0
+    """A phase that takes longer is checkpointed between two of its epochs, when so many seconds have gone by."""
 
     def __post_init__(self) -> None:
         if self.precision not in get_args(Precision):
@@ -128,6 +135,8 @@ class RuntimeConfig:
 class RunConfig:
     """A run: data, stream, method, memory, seed, runtime."""
 
+    recipe: str | None = None
+    """The published experiment that this configuration is of: see `recipes`."""
     data: str = "sample"
     """See `datasets.load`."""
     resize: int | None = None

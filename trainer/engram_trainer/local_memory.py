@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -21,17 +22,19 @@ from engram import memory, pack
 from engram.batch import Batch, collect, empty, from_parts
 from engram.content import Content, Means, Policy, Task
 from engram.draw import Layout, Plan, Request, plan
-from engram.errors import Conflict
-from engram.memory import Upload
-from engram.schemas import Decision, IngestOptions, PackEntry, Per, ShareBy, Strategy, Subsampling
+from engram.errors import Conflict, NotFound
+from engram.fields import KEY, Columns, Schema
+from engram.memory import Upload, Where
+from engram.schemas import Decision, IngestOptions, Manifest, PackEntry, Per, ShareBy, Strategy, Subsampling
 from engram.selection.embedding import EXTRACTOR_BLOCK, BuiltinEmbedder, Embedder, unit_rows
 from engram.selection.images import ArrayImages
-from engram_trainer.examples import Images
-from engram_trainer.memory import Embed, Learned, all_rows
+from engram.selection.images import Images as Upcoming
+from engram.strip import encode
+from engram_trainer.examples import ClassIds, Images, Rows
+from engram_trainer.memory import Drawn, Embed, ExampleImages, KeptBy, Learned, plans
 
 Kind = Literal["raw", "files", "strips"]
 LocalRanking = Literal["herding", "random"]
-Rows = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -48,16 +51,39 @@ class LocalConfig:
     quality: int | None = 50
     """JPEG quality of files and strips; None lets selection choose that of strips."""
     subsampling: Subsampling = "4:2:0"
+    fields: Mapping[str, str] = field(default_factory=dict)
+    """What exemplars have beside their images, as buffers declare it; `{"key": "utf8"}` for exchanges."""
 
 
-class LocalMemory(ABC):
+@dataclass(frozen=True, eq=False)
+class LocalSnapshot:
+    """One generation of a memory in this process, which stays as it is when the memory goes on."""
+
+    manifest: Manifest
+    layout: Layout
+    read: Callable[[Plan], Batch]
+    """The exemplars that a plan names, at least one."""
+
+    def draw(self, request: Request) -> Batch:
+        """The minibatch of this request; empty for a rank without a part of an epoch's last step.
+
+        Raises:
+            Conflict: there is nothing to draw from.
+        """
+        chosen = plan(self.layout, request)
+        return self.read(chosen) if len(chosen.rows) else empty()
+
+
+class LocalMemory(Drawn):
     """Exemplars in this process, by task; within a task classes ascend, and ranks within a class."""
 
     kind: Kind
-    entries: Sequence[PackEntry] = ()
-    """What each task with exemplars holds, ascending, as a manifest lists it."""
+    schema: Schema
+    policy: Policy
 
-    _layout: Layout
+    _entries: Sequence[PackEntry] = ()
+    _generation: int = -1
+    _snapshot: LocalSnapshot
 
     @abstractmethod
     def add(self, learned: Learned) -> None:
@@ -65,11 +91,39 @@ class LocalMemory(ABC):
 
         Raises:
             BudgetExceeded: not even one exemplar of the task fits.
+            BadUpload: the examples bring other fields than the memory keeps.
         """
 
     @abstractmethod
-    def batch(self, chosen: Plan) -> Batch:
-        """The exemplars that a plan names."""
+    def exchange(
+        self,
+        task: int,
+        images_NHWC: Images,
+        class_ids: ClassIds,
+        *,
+        fields: Mapping[str, npt.NDArray[Any]],
+        keys: Sequence[str],
+        drop: Sequence[str],
+        kept_by: KeptBy = "ring",
+    ) -> None:
+        """The exemplars with the keys `drop` are gone, and as many of these have come as their shares hold.
+
+        Raises:
+            BudgetExceeded: not even one exemplar of the task fits.
+            BadUpload: the exemplars bring other fields than the memory keeps.
+        """
+
+    @abstractmethod
+    def reader(self) -> Callable[[Plan], Batch]:
+        """What gives the exemplars of now that a plan names."""
+
+    @abstractmethod
+    def keys(self) -> set[str]:
+        """The keys of all exemplars; none where they have no keys."""
+
+    @abstractmethod
+    def sizes(self, images_NHWC: Images, class_ids: ClassIds, fields: Mapping[str, npt.NDArray[Any]]) -> Rows:
+        """The bytes of these images as exemplars."""
 
     @abstractmethod
     def state_dict(self) -> dict[str, Any]:
@@ -88,27 +142,55 @@ class LocalMemory(ABC):
     def quality(self) -> int | None:
         """JPEG quality of all exemplars; None before the first and for raw pixels."""
 
+    @property
+    def generation(self) -> int:
+        """How many changes there have been in this process."""
+        return self._generation
+
+    @property
+    def entries(self) -> Sequence[PackEntry]:
+        """What each task with exemplars holds, ascending, as a manifest lists it."""
+        return self._entries
+
+    @property
+    def source(self) -> LocalMemory:
+        """Itself: `snapshot` is all that a loader asks for."""
+        return self
+
+    def snapshot(self) -> LocalSnapshot:
+        """This generation, to draw from."""
+        return self._snapshot
+
     def draw(
-        self, size: int, *, seed: int, step: int, strategy: Strategy = "uniform", exclude_tasks: tuple[int, ...] = ()
+        self,
+        size: int,
+        *,
+        seed: int,
+        step: int,
+        strategy: Strategy = "uniform",
+        exclude_tasks: tuple[int, ...] = (),
+        rank: int = 0,
+        world_size: int = 1,
     ) -> Batch:
         """A replay minibatch, drawn as the service draws."""
-        request = Request(size=size, seed=seed, step=step, strategy=strategy, exclude_tasks=exclude_tasks)
-        return self.batch(plan(self._layout, request))
+        return self._snapshot.draw(Request(size, seed, step, strategy, None, exclude_tasks, rank, world_size))
 
-    def everything(self, *, exclude_tasks: tuple[int, ...] = ()) -> Batch:
-        """All exemplars, by task, class and rank."""
-        chosen = all_rows(self._layout, exclude_tasks)
-        return empty() if chosen is None else self.batch(chosen)
+    def walk(self, size: int = 256, *, exclude_tasks: tuple[int, ...] = ()) -> Iterator[Batch]:
+        """Every exemplar of now once, by task, class and rank."""
+        snapshot = self._snapshot
+        return map(snapshot.read, plans(snapshot.layout, size, exclude_tasks))
+
+    def slots(self, images_NHWC: Images, class_ids: ClassIds, fields: Mapping[str, npt.NDArray[Any]]) -> int:
+        """How many exemplars like these the budget holds, by their mean size."""
+        return slots(self.policy, self.sizes(images_NHWC, class_ids, fields), is_chosen=self.kind == "strips")
+
+    def refresh(self) -> None:
+        """Nothing: another process has a memory of its own."""
 
     @property
     def is_lossy(self) -> bool:
         """Whether the kind is a JPEG one."""
         return self.kind != "raw"
-
-    @property
-    def used_bytes(self) -> int:
-        """Bytes of all exemplars with all that belongs to them."""
-        return sum(entry.bytes for entry in self.entries)
 
     def describe(self) -> dict[str, Any]:
         """What is kept, as JSON for the report."""
@@ -121,8 +203,8 @@ class LocalMemory(ABC):
         }
 
     def _hold(self, tasks: Iterable[tuple[int, int, Sequence[tuple[int, int]]]]) -> None:
-        """The entries are those of these (task, bytes, runs) that hold anything."""
-        self.entries = [
+        """The memory is in a new generation, in which these (task, bytes, runs) are what holds anything."""
+        self._entries = [
             PackEntry(
                 digest=f"{task:064x}",
                 task=task,
@@ -134,11 +216,49 @@ class LocalMemory(ABC):
             for task, size, runs in sorted(tasks)
             if runs
         ]
-        self._layout = Layout(self.entries)
+        self._generation += 1
+        manifest = Manifest(
+            buffer=self.kind,
+            generation=self._generation,
+            used_bytes=self.used_bytes,
+            limit_bytes=self.policy.budget_bytes,
+            image_shape=None,
+            packs=list(self._entries),
+        )
+        self._snapshot = LocalSnapshot(manifest, Layout(self._entries), self.reader())
 
     def _check_kind(self, state: Mapping[str, Any]) -> None:
         if state["kind"] != self.kind:
             raise Conflict(f"the checkpoint holds a memory of kind {state['kind']!r}, this one is {self.kind!r}")
+
+
+def slots(policy: Policy, sizes: Rows, *, is_chosen: bool) -> int:
+    """How many exemplars of such sizes a budget holds, at least one.
+
+    Raises:
+        ValueError: the budget is one of each class, or the quality is still to be chosen.
+    """
+    if policy.per == "class":
+        raise ValueError("a budget of each class holds no fixed number of exemplars; give slots, or a budget in all")
+    if is_chosen and policy.quality is None:
+        raise ValueError("how many exemplars fit depends on the quality; give a quality, or slots")
+    return max(1, int(policy.budget_bytes // sizes.mean()))
+
+
+def strip_sizes(
+    images_NHWC: Images, class_ids: ClassIds, columns: Columns, *, quality: int, subsampling: Subsampling
+) -> Rows:
+    """The bytes of these images as exemplars; the head that a strip of some hundred has once is not counted."""
+    records = columns.records(np.arange(len(images_NHWC))) if columns.schema else None
+    encoded = encode(
+        images_NHWC, class_ids, quality=quality, subsampling=subsampling, schema=columns.schema, records=records
+    )
+    return encoded.sizes
+
+
+def exchange_seed(keys: Sequence[str]) -> int:
+    """What an exchange leaves to chance is drawn from: told by what comes, so that a repetition is the same."""
+    return int.from_bytes(hashlib.sha256("\n".join(keys).encode()).digest()[:4], "big")
 
 
 class NetworkEmbedder:
@@ -160,21 +280,22 @@ class StripMemory(LocalMemory):
 
     kind = "strips"
 
-    def __init__(self, policy: Policy, options: IngestOptions) -> None:
-        self.options = options
-        self._become(Content(policy))
+    def __init__(self, policy: Policy, options: IngestOptions, fields: Mapping[str, str] | None = None) -> None:
+        self.policy, self.options, self.schema = policy, options, Schema.declare(fields or {})
+        self._become(Content(policy, schema=self.schema))
 
     def add(self, learned: Learned) -> None:
         """As `LocalMemory.add`; a task that is there already stays as it is."""
         if learned.task in self.content.tasks:
             return
-        images = ArrayImages(learned.images_NHWC, np.asarray(learned.class_ids, np.int64))
+        examples = learned.examples
+        images = ExampleImages(examples, self.schema.columns(learned.fields, len(examples)))
         embedder: Embedder = BuiltinEmbedder(images.shape)
         if learned.embed is not None:
             embedder = NetworkEmbedder(learned.embed, learned.extractor)
         self.put(learned.task, images, embedder, seed=learned.seed)
 
-    def put(self, task: int, images: ArrayImages, embedder: Embedder, *, seed: int) -> None:
+    def put(self, task: int, images: Upcoming, embedder: Embedder, *, seed: int) -> None:
         """One more upload to a task.
 
         Raises:
@@ -182,6 +303,41 @@ class StripMemory(LocalMemory):
         """
         options = self.options.model_copy(update={"seed": seed})
         self._become(memory.add(self.content, Upload(task, images, options), embedder))
+
+    def exchange(
+        self,
+        task: int,
+        images_NHWC: Images,
+        class_ids: ClassIds,
+        *,
+        fields: Mapping[str, npt.NDArray[Any]],
+        keys: Sequence[str],
+        drop: Sequence[str],
+        kept_by: KeptBy = "ring",
+    ) -> None:
+        """As `LocalMemory.exchange`."""
+        content = self.content
+        if drop:
+            with suppress(NotFound):
+                content = memory.remove(content, Where(keys=tuple(drop)))
+        if len(keys):
+            columns = self.schema.columns({**fields, KEY: list(keys)}, len(keys))
+            images = ArrayImages(images_NHWC, np.asarray(class_ids, np.int64), columns)
+            options = self.options.model_copy(update={"ranking": kept_by, "seed": exchange_seed(keys)})
+            content = memory.add(content, Upload(task, images, options), BuiltinEmbedder(images.shape))
+        self._become(content)
+
+    def keys(self) -> set[str]:
+        """The keys of all exemplars."""
+        if not self.schema.has_key:
+            return set()
+        return {str(key) for exemplars in self._packs for key in exemplars.fields(frozenset({KEY}))[KEY]}
+
+    def sizes(self, images_NHWC: Images, class_ids: ClassIds, fields: Mapping[str, npt.NDArray[Any]]) -> Rows:
+        """The bytes of these images as exemplars."""
+        columns = self.schema.columns(fields, len(images_NHWC))
+        quality = self.policy.quality or self.quality or 0
+        return strip_sizes(images_NHWC, class_ids, columns, quality=quality, subsampling=self.policy.subsampling)
 
     def _become(self, content: Content) -> None:
         self.content = content
@@ -199,9 +355,10 @@ class StripMemory(LocalMemory):
         """Of all exemplars."""
         return self.content.quality
 
-    def batch(self, chosen: Plan) -> Batch:
-        """The exemplars that a plan names."""
-        return from_parts(collect(self._packs, chosen))
+    def reader(self) -> Callable[[Plan], Batch]:
+        """What gives the exemplars of now that a plan names."""
+        packs = self._packs
+        return lambda chosen: from_parts(collect(packs, chosen))
 
     def state_dict(self) -> dict[str, Any]:
         """All packs as tensors, and what is known about them."""
@@ -221,6 +378,7 @@ class StripMemory(LocalMemory):
                 about["quality"],
                 about["is_provisional"],
                 None if about["shape"] is None else tuple(about["shape"]),
+                self.schema,
             )
         )
 

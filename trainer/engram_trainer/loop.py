@@ -21,7 +21,7 @@ import io
 import json
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from functools import partial
@@ -32,16 +32,13 @@ import numpy as np
 import torch
 
 from engram import files
-from engram.client import Client
-from engram.errors import Conflict, EngramError, NotFound
-from engram.schemas import Ingest, IngestOptions
+from engram.errors import Conflict, NotFound
 from engram_trainer import datasets, extractor, methods, stream
-from engram_trainer.configuration import MemoryConfig, RunConfig, differences
+from engram_trainer.configuration import RunConfig, differences
 from engram_trainer.evaluation import accuracy
-from engram_trainer.local_memory import LocalConfig
-from engram_trainer.memory import Learned, Memory, NoMemory, ServiceMemory
+from engram_trainer.memory import Learned, Memory
 from engram_trainer.methods import Learner
-from engram_trainer.plain_memory import local_memory
+from engram_trainer.opening import open_memory
 from engram_trainer.preparation import Preparation
 from engram_trainer.processes import Place, beside
 from engram_trainer.report import Report, describe_tasks, environment, plot
@@ -124,8 +121,8 @@ def _run(
     learner = methods.build(config.method, runtime, network=config.network, options=config.options)
     identity = identity or _identify(config, folder, resume=resume)
     try:
-        with _open_memory(
-            config.memory, learner.fields, runtime, run=identity, folder=folder, is_new=not resume, watch=watch
+        with open_memory(
+            config.memory, learner, run=identity, folder=folder, is_new=not resume, tell=watch.phase
         ) as memory:
             running = _Run(config, folder, identity, runtime, learner, memory)
             running.restore()
@@ -205,10 +202,16 @@ class _Run:
     def remember(self, task: Task, watch: Watch) -> None:
         """The memory holds exemplars of the task, and the learner is balanced on all exemplars."""
         with self._timed("remember"):
-            seed = int(np.random.default_rng([self.config.seed, task.visit]).integers(2**31))
-            self.memory.add(Learned(task.index, task.train, self.onnx, embed=self.learner.embed, seed=seed))
+            if not self.learner.fills_memory:
+                self._hand_over(task)
         with self._timed("balance"), self._waiting():
             self.learner.balance(task, self.memory, _steps(watch, "balance"))
+
+    def _hand_over(self, task: Task) -> None:
+        learner = self.learner
+        seed = int(np.random.default_rng([self.config.seed, task.visit]).integers(2**31))
+        columns = learner.columns(task.train)
+        self.memory.add(Learned(task.index, task.train, self.onnx, learner.embed, seed, columns))
 
     def evaluate(self, task: Task, watch: Watch) -> None:
         """R has the task's row: all tasks so far and, for FWT, the next."""
@@ -219,7 +222,7 @@ class _Run:
                 row.append(accuracy(self.learner.scores, self.runtime, each, learned=task.visit))
                 watch.phase("evaluate", each.index + 1, min(met + 1, len(self.stream.tasks)))
         self.report.matrix.append(row)
-        self.report.memory.append(self.memory.describe())
+        self.report.memory.append(self.memory.describe() if self.runtime.is_first else {})
         self.report.seconds.append(self.seconds)
         self.is_learned, self.onnx, self.seconds = False, None, {}
         self.checkpoint()
@@ -260,13 +263,10 @@ class _Partial:
         return found["state"] if is_this else None
 
     def save(self, state: Callable[[], dict[str, Any]], *, visit: int, purpose: int) -> None:
-        """Keep it, unless the last one is a few seconds old."""
-        if self._runtime.is_first and time.monotonic() - self._saved_at >= PARTIAL_EVERY_S:
+        """Keep it, unless the last one was saved a moment ago."""
+        if self._runtime.is_first and time.monotonic() - self._saved_at >= self._runtime.config.checkpoint_s:
             _write(self._path, {"run": self._identity, "visit": visit, "purpose": purpose, "state": state()})
             self._saved_at = time.monotonic()
-
-
-PARTIAL_EVERY_S = 30.0
 
 
 def _write(path: Path, state: dict[str, Any]) -> None:
@@ -335,85 +335,3 @@ def _note(config: RunConfig, folder: Path, identity: str, **more: str) -> None:
 
 def _has_checkpoint(folder: Path) -> bool:
     return (folder / "checkpoint.pt").is_file()
-
-
-@contextmanager
-def _open_memory(
-    config: MemoryConfig,
-    fields: Mapping[str, str],
-    runtime: Runtime,
-    *,
-    run: str,
-    folder: Path,
-    is_new: bool,
-    watch: Watch,
-) -> Iterator[Memory]:
-    """The memory that a configuration names; a service's buffer is created if need be."""
-    if config.kind == "none":
-        yield NoMemory()
-        return
-    options = IngestOptions(
-        ranking=config.ranking,
-        definition=config.definition,
-        rule=config.rule,
-        epsilon=config.epsilon,
-        block=config.block,
-    )
-    if config.kind != "service":
-        yield local_memory(
-            LocalConfig(
-                kind=config.kind,
-                budget_bytes=config.budget_bytes,
-                per=config.per,
-                share_by=config.share_by,
-                ranking="random" if config.ranking == "random" else "herding",
-                quality=config.quality,
-                subsampling=config.subsampling,
-            ),
-            options,
-        )
-        return
-    name = config.buffer or f"run-{run}"
-    with Client(config.url) as client:
-        is_made = _create_buffer(client, name, config, is_new=is_new)
-        try:
-            yield ServiceMemory(
-                client, name, options=options, run=run, folder=folder / "mirror", watch=_ingest_watch(watch)
-            )
-        except Exception:
-            with suppress(EngramError):  # the service may be what failed
-                if is_made and not client.buffer(name).tasks:
-                    client.delete_buffer(name)
-            raise
-
-
-def _create_buffer(client: Client, name: str, config: MemoryConfig, *, is_new: bool) -> bool:
-    """The buffer exists; a new run finds nothing in it. True if it was made now.
-
-    Raises:
-        Conflict: a new run was given the buffer of another one.
-    """
-    create = partial(
-        client.create_buffer,
-        name,
-        budget_bytes=config.budget_bytes,
-        per=config.per,
-        share_by=config.share_by,
-        subsampling=config.subsampling,
-        quality=config.quality,
-    )
-    try:
-        create()
-        return True
-    except Conflict:
-        buffer = create(exist_ok=True)
-    if is_new and buffer.tasks:
-        raise Conflict(f"buffer {name!r} already holds {len(buffer.tasks)} tasks; name a new buffer for a new run")
-    return False
-
-
-def _ingest_watch(watch: Watch) -> Callable[[Ingest], None]:
-    def see(ingest: Ingest) -> None:
-        watch.phase("remember", ingest.images_done, ingest.images_total, note=ingest.state)
-
-    return see

@@ -1,28 +1,34 @@
-"""The replay memory as a method sees it, and its implementations by an Engram service and by nothing at all.
+"""The replay memory as a method sees it: what it keeps of a task, and the minibatches that are drawn from it.
 
-`ServiceMemory` is a buffer of a service through `engram.Client`; `NoMemory` keeps nothing; those of `local_memory` live
-in this process. Images are uint8 `[N, H, W, C]`, features float32 `[N, D]`.
+`NoMemory` keeps nothing, `service_memory` is a buffer of an Engram service, those of `local_memory` live in this
+process. Images are uint8 `[N, H, W, C]`, features float32 `[N, D]`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from types import TracebackType
+from typing import Any, Literal, Protocol, Self, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-from engram.batch import Batch, collect, empty, from_parts
-from engram.client import Client
+from engram.batch import Batch, empty
 from engram.draw import Layout, Plan, Request, plan
 from engram.errors import Conflict
-from engram.mirror import Mirror
-from engram.schemas import Ingest, IngestOptions, Strategy
-from engram_trainer.datasets import ClassIds, Images
+from engram.fields import Columns, Schema
+from engram.loader import ReplayLoader
+from engram.schemas import PackEntry, Strategy
+from engram.sources import Source
+from engram_trainer.examples import ClassIds, Examples, Images, Rows, Shape
 
 Embed = Callable[[Images], npt.NDArray[np.float32]]
+KeptBy = Literal["ring", "reservoir"]
+"""What goes first where a share cannot hold all that was exchanged: the oldest, or any."""
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,15 +37,16 @@ class Learned:
 
     task: int
     """Its number."""
-    images_NHWC: Images
-    """All its training images."""
-    class_ids: ClassIds
+    examples: Examples
+    """All its training examples."""
     extractor: bytes | None = None
     """The learner's feature extractor as ONNX, for a memory in another process."""
     embed: Embed | None = None
     """The same extractor as a function, for a memory in this one."""
     seed: int = 0
     """Draws what the ranking leaves to chance."""
+    fields: Mapping[str, npt.NDArray[Any]] = field(default_factory=dict)
+    """What the examples have beside their images, by name, one row for each."""
 
 
 class Memory(Protocol):
@@ -48,13 +55,68 @@ class Memory(Protocol):
     def add(self, learned: Learned) -> None:
         """Keep exemplars of a task that was just learned."""
 
-    def draw(
-        self, size: int, *, seed: int, step: int, strategy: Strategy = "uniform", exclude_tasks: tuple[int, ...] = ()
-    ) -> Batch:
-        """A replay minibatch: a pure function of the memory's content and the arguments."""
+    def exchange(
+        self,
+        task: int,
+        images_NHWC: Images,
+        class_ids: ClassIds,
+        *,
+        fields: Mapping[str, npt.NDArray[Any]],
+        keys: Sequence[str],
+        drop: Sequence[str],
+        kept_by: KeptBy = "ring",
+    ) -> None:
+        """The exemplars with the keys `drop` are gone and these have come; draws from here on see it.
 
-    def everything(self, *, exclude_tasks: tuple[int, ...] = ()) -> Batch:
-        """All exemplars, by task, class and rank; empty when there are none."""
+        Where its share cannot hold all of a class, `kept_by` says what goes; `keys` says what is there.
+        """
+
+    def loader(
+        self,
+        size: int,
+        *,
+        seed: int,
+        strategy: Strategy = "uniform",
+        exclude_tasks: tuple[int, ...] = (),
+        start_step: int = 0,
+        steps: int | None = None,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> FollowingLoader:
+        """Replay minibatches in step order, drawn ahead; empty ones as long as there is nothing to draw from."""
+
+    def draw(
+        self,
+        size: int,
+        *,
+        seed: int,
+        step: int,
+        strategy: Strategy = "uniform",
+        exclude_tasks: tuple[int, ...] = (),
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> Batch:
+        """A replay minibatch: a pure function of the memory's content and the arguments.
+
+        Raises:
+            Conflict: there is nothing to draw from.
+        """
+
+    def walk(self, size: int = 256, *, exclude_tasks: tuple[int, ...] = ()) -> Iterator[Batch]:
+        """Every exemplar once, by task, class and rank, at most `size` at a time."""
+
+    def counts(self) -> dict[int, dict[int, int]]:
+        """How many exemplars there are by task and class."""
+
+    def keys(self) -> set[str]:
+        """The keys of all exemplars; none where they have no keys."""
+
+    def slots(self, images_NHWC: Images, class_ids: ClassIds, fields: Mapping[str, npt.NDArray[Any]]) -> int:
+        """How many exemplars like these the budget holds, by their mean size once encoded.
+
+        Raises:
+            ValueError: the budget is one of each class, or the quality is still to be chosen.
+        """
 
     @property
     def is_lossy(self) -> bool:
@@ -63,6 +125,9 @@ class Memory(Protocol):
     @property
     def used_bytes(self) -> int:
         """Bytes of all exemplars with all that belongs to them."""
+
+    def refresh(self) -> None:
+        """What another process of the run has changed is seen from here on."""
 
     def describe(self) -> dict[str, Any]:
         """What is kept, as JSON for the report."""
@@ -74,6 +139,140 @@ class Memory(Protocol):
         """Become the memory whose `state_dict` this is."""
 
 
+class Drawn(ABC):
+    """What the memories that hold exemplars have in common: replay is drawn from their newest generation."""
+
+    @property
+    @abstractmethod
+    def generation(self) -> int:
+        """Counts the changes."""
+
+    @property
+    @abstractmethod
+    def entries(self) -> Sequence[PackEntry]:
+        """What each task with exemplars holds, ascending."""
+
+    @property
+    @abstractmethod
+    def source(self) -> Source:
+        """What `ReplayLoader` draws from."""
+
+    @abstractmethod
+    def draw(
+        self,
+        size: int,
+        *,
+        seed: int,
+        step: int,
+        strategy: Strategy = "uniform",
+        exclude_tasks: tuple[int, ...] = (),
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> Batch:
+        """As `Memory.draw`."""
+
+    def patiently(self, call: Callable[[], _T]) -> _T:
+        """What `call` returns, however long its source is away where there is reason to wait."""
+        return call()
+
+    def loader(
+        self,
+        size: int,
+        *,
+        seed: int,
+        strategy: Strategy = "uniform",
+        exclude_tasks: tuple[int, ...] = (),
+        start_step: int = 0,
+        steps: int | None = None,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> FollowingLoader:
+        """As `Memory.loader`."""
+        request = Request(size, seed, start_step, strategy, None, exclude_tasks, rank, world_size)
+        return FollowingLoader(self, request, None if steps is None else start_step + steps)
+
+    def counts(self) -> dict[int, dict[int, int]]:
+        """How many exemplars there are by task and class."""
+        return {entry.task: dict(entry.runs) for entry in self.entries if entry.exemplars}
+
+    @property
+    def used_bytes(self) -> int:
+        """Bytes of all exemplars with all that belongs to them."""
+        return sum(entry.bytes for entry in self.entries)
+
+
+class FollowingLoader:
+    """An endless (or finite) iterator of replay minibatches that follows its memory.
+
+    Batches are drawn ahead by `engram.ReplayLoader`. When the memory has changed, what was drawn ahead is dropped, and
+    the next step is drawn from what is there now: so a batch depends on the memory and on the step, never on how far
+    ahead the loader was.
+    """
+
+    def __init__(self, memory: Drawn | None, request: Request, end: int | None) -> None:
+        self._memory, self._request, self._end = memory, request, end
+        self._step = request.step
+        self._loader: ReplayLoader | None = None
+        self._generation = -1
+
+    def __iter__(self) -> Iterator[Batch]:
+        """The batches from here on; the threads stop when the loop is left."""
+        try:
+            while self._end is None or self._step < self._end:
+                yield next(self)
+        finally:
+            self.close()
+
+    def __next__(self) -> Batch:
+        """The next step's batch, without exemplars if there is nothing to draw from.
+
+        Raises:
+            StopIteration: all steps were taken.
+            EngramError: what the draw raised; the loader may be asked again for this step.
+        """
+        if self._end is not None and self._step >= self._end:
+            self.close()
+            raise StopIteration
+        batch = empty() if self._memory is None else self._memory.patiently(self._next)
+        self._step += 1
+        return batch
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """No thread is left afterwards; asked again, the loader goes on with the next step."""
+        if self._loader is not None:
+            self._loader.close()
+        self._loader = None
+
+    def _next(self) -> Batch:
+        assert self._memory is not None, "a loader of no memory has nothing to ask"
+        if self._loader is None or self._generation != self._memory.generation:
+            self.close()
+            self._generation = self._memory.generation
+            request = self._request
+            if not self._memory.counts().keys() - set(request.exclude_tasks):
+                return empty()
+            self._loader = ReplayLoader(
+                self._memory.source,
+                request.size,
+                strategy=request.strategy,
+                seed=request.seed,
+                start_step=self._step,
+                steps=None if self._end is None else self._end - self._step,
+                exclude_tasks=request.exclude_tasks,
+                rank=request.rank,
+                world_size=request.world_size,
+            )
+        return next(self._loader)
+
+
 class NoMemory:
     """Keeps nothing: the floor that every replay is measured against."""
 
@@ -83,8 +282,45 @@ class NoMemory:
     def add(self, learned: Learned) -> None:
         """Keep nothing."""
 
+    def exchange(
+        self,
+        task: int,
+        images_NHWC: Images,
+        class_ids: ClassIds,
+        *,
+        fields: Mapping[str, npt.NDArray[Any]],
+        keys: Sequence[str],
+        drop: Sequence[str],
+        kept_by: KeptBy = "ring",
+    ) -> None:
+        """Keep nothing."""
+
+    def loader(
+        self,
+        size: int,
+        *,
+        seed: int,
+        strategy: Strategy = "uniform",
+        exclude_tasks: tuple[int, ...] = (),
+        start_step: int = 0,
+        steps: int | None = None,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> FollowingLoader:
+        """Batches without exemplars."""
+        request = Request(size, seed, start_step, strategy, None, exclude_tasks, rank, world_size)
+        return FollowingLoader(None, request, None if steps is None else start_step + steps)
+
     def draw(
-        self, size: int, *, seed: int, step: int, strategy: Strategy = "uniform", exclude_tasks: tuple[int, ...] = ()
+        self,
+        size: int,
+        *,
+        seed: int,
+        step: int,
+        strategy: Strategy = "uniform",
+        exclude_tasks: tuple[int, ...] = (),
+        rank: int = 0,
+        world_size: int = 1,
     ) -> Batch:
         """Refuse, as any memory does that has nothing to draw from.
 
@@ -93,9 +329,24 @@ class NoMemory:
         """
         raise Conflict(f"cannot draw {size} exemplars from a memory that keeps none")
 
-    def everything(self, *, exclude_tasks: tuple[int, ...] = ()) -> Batch:
-        """An empty batch."""
-        return empty()
+    def walk(self, size: int = 256, *, exclude_tasks: tuple[int, ...] = ()) -> Iterator[Batch]:
+        """No batch."""
+        return iter(())
+
+    def counts(self) -> dict[int, dict[int, int]]:
+        """None of any task."""
+        return {}
+
+    def keys(self) -> set[str]:
+        """None."""
+        return set()
+
+    def slots(self, images_NHWC: Images, class_ids: ClassIds, fields: Mapping[str, npt.NDArray[Any]]) -> int:
+        """None."""
+        return 0
+
+    def refresh(self) -> None:
+        """Nothing to see."""
 
     def describe(self) -> dict[str, Any]:
         """What is kept, as JSON for the report."""
@@ -109,123 +360,60 @@ class NoMemory:
         """Nothing to load."""
 
 
-class ServiceMemory:
-    """A buffer of an Engram service: it ranks, chooses the quality and encodes; replay comes from a local mirror.
+@dataclass(frozen=True, eq=False)
+class ExampleImages:
+    """Examples as `engram.memory` reads an upload, in chunks; `columns` are their fields."""
 
-    Args:
-        client: the connection to the service.
-        buffer: an existing buffer's name.
-        options: how tasks are ranked and encoded; `seed` and `extractor` are filled in for each task.
-        run: names this run, so that a task that is added again after a crash is the same ingest.
-        folder: where the mirror keeps its packs.
-        watch: called while the service works on a task.
-    """
-
-    def __init__(
-        self,
-        client: Client,
-        buffer: str,
-        *,
-        options: IngestOptions,
-        run: str,
-        folder: str | Path,
-        watch: Callable[[Ingest], None] | None = None,
-    ) -> None:
-        self.client, self.buffer, self.options, self.run, self.watch = client, buffer, options, run, watch
-        self._mirror = Mirror(client, buffer, folder)
-
-    def add(self, learned: Learned) -> None:
-        """Upload the task and wait until its exemplars are committed.
-
-        Raises:
-            EngramError: the service refused the images, the extractor or the budget.
-        """
-        model = learned.extractor
-        digest = None if model is None else self.client.register_extractor(model).sha256
-        ingest = self.client.upload(
-            self.buffer,
-            learned.task,
-            learned.images_NHWC,
-            learned.class_ids,
-            options=self.options.model_copy(update={"seed": learned.seed, "extractor": digest}),
-            idempotency_key=f"{self.run}-task-{learned.task}",
-        )
-        self.client.wait(ingest, progress=self.watch)
-        self._mirror.refresh()
-
-    def draw(
-        self, size: int, *, seed: int, step: int, strategy: Strategy = "uniform", exclude_tasks: tuple[int, ...] = ()
-    ) -> Batch:
-        """A replay minibatch from the mirror, equal to the service's."""
-        return self._mirror.draw(size, seed=seed, step=step, strategy=strategy, exclude_tasks=exclude_tasks)
-
-    def everything(self, *, exclude_tasks: tuple[int, ...] = ()) -> Batch:
-        """All exemplars, by task, class and rank."""
-        snapshot = self._mirror.snapshot()
-        chosen = all_rows(snapshot.layout, exclude_tasks)
-        return empty() if chosen is None else from_parts(collect(snapshot.packs, chosen))
+    examples: Examples
+    columns: Columns
 
     @property
-    def is_lossy(self) -> bool:
-        """Always: packs are JPEG."""
-        return True
+    def class_ids(self) -> ClassIds:
+        """One for each image."""
+        return np.asarray(self.examples.class_ids, np.int64)
 
     @property
-    def used_bytes(self) -> int:
-        """Bytes of the packs."""
-        return self._mirror.manifest.used_bytes
+    def shape(self) -> Shape:
+        """Height, width and channels of every image."""
+        return self.examples.shape
 
-    def describe(self) -> dict[str, Any]:
-        """What is kept and how the service decided, as JSON for the report."""
-        manifest = self._mirror.manifest
-        tasks = {entry.task: self.client.task(self.buffer, entry.task) for entry in manifest.packs}
-        return {
-            "kind": "service",
-            "buffer": self.buffer,
-            "generation": manifest.generation,
-            "budget_bytes": manifest.limit_bytes,
-            "used_bytes": manifest.used_bytes,
-            "exemplars": sum(entry.exemplars for entry in manifest.packs),
-            "tasks": {str(number): task.exemplars for number, task in tasks.items()},
-            "quality": self.client.buffer(self.buffer).quality,
-            "decisions": {
-                str(number): task.decision.model_dump(mode="json") for number, task in tasks.items() if task.decision
-            },
-        }
+    def read(self, indices: Rows) -> Images:
+        """These images in this order."""
+        return self.examples.images.read(indices)
 
-    def state_dict(self) -> dict[str, Any]:
-        """The service keeps the exemplars; a checkpoint only notes which."""
-        return {"buffer": self.buffer, "generation": self._mirror.generation}
+    @property
+    def schema(self) -> Schema:
+        """The fields that every image brings."""
+        return self.columns.schema
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Check that the buffer is the checkpoint's and has not been set back.
-
-        Raises:
-            Conflict: it is another buffer, or its generation is older than the checkpoint's.
-        """
-        if state["buffer"] != self.buffer or self._mirror.generation < state["generation"]:
-            raise Conflict(
-                f"the checkpoint was made with buffer {state['buffer']!r} at generation {state['generation']}, this is "
-                f"{self.buffer!r} at generation {self._mirror.generation}; start the run in a new folder"
-            )
+    def records(self, indices: Rows) -> list[bytes]:
+        """The fields of these images in this order."""
+        return self.columns.records(indices)
 
 
-def all_rows(layout: Layout, exclude_tasks: tuple[int, ...]) -> Plan | None:
-    """Every exemplar but those of some tasks, in order; None if there is none."""
+def plans(layout: Layout, size: int, exclude_tasks: tuple[int, ...]) -> Iterator[Plan]:
+    """Every exemplar but those of some tasks, in order, at most `size` at a time."""
     if not set(layout.tasks) - set(exclude_tasks):
-        return None
-    return plan(layout, Request(size=layout.count, strategy="epoch", exclude_tasks=exclude_tasks))
+        return
+    whole = plan(layout, Request(size=layout.count, strategy="epoch", exclude_tasks=exclude_tasks))
+    for start in range(0, len(whole.rows), size):
+        yield Plan(*(column[start : start + size] for column in whole))
 
 
 def by_task(batch: Batch) -> dict[int, Batch]:
     """A batch split by task, ascending, order kept within each."""
-    return {
-        int(task): replace(
+    found: dict[int, Batch] = {}
+    for task in np.unique(batch.tasks):
+        rows = np.flatnonzero(batch.tasks == task)
+        found[int(task)] = replace(
             batch,
-            images=batch.images[batch.tasks == task],
-            class_ids=batch.class_ids[batch.tasks == task],
-            tasks=batch.tasks[batch.tasks == task],
-            rows=batch.rows[batch.tasks == task],
+            images=batch.images[rows],
+            class_ids=batch.class_ids[rows],
+            tasks=batch.tasks[rows],
+            rows=batch.rows[rows],
+            fields={
+                name: column[rows] if isinstance(column, np.ndarray) else [column[row] for row in rows]
+                for name, column in batch.fields.items()
+            },
         )
-        for task in np.unique(batch.tasks)
-    }
+    return found

@@ -2,11 +2,13 @@
 
 `build(name, shape, seed=...)` knows
 
-    mlp               two hidden layers of 100 units, as in GEM
+    mlp               two hidden layers of 100 units: GEM's for MNIST (89,610 parameters with a head of 10 classes)
+    mlp-256           two hidden layers of 256 units: A-GEM's for MNIST (269,322 with 10 classes)
     conv              four small convolutions, made for 28x28 and 32x32 images on a CPU
-    resnet18-cifar    ResNet-18, 3x3 stem, for images up to 64 pixels
-    resnet18          ResNet-18, 7x7 stem and pooling, for photographs
-    resnet32          the CIFAR ResNet of 3 stages of 5 blocks
+    resnet18-reduced  resnet18-cifar of 20 to 160 channels: GEM's and A-GEM's for CIFAR (1,109,240 with 100 classes)
+    resnet18-cifar    ResNet-18, 3x3 stem, for images up to 64 pixels: Mammoth's for CIFAR (11,173,962 with 10 classes)
+    resnet18          ResNet-18, 7x7 stem and pooling, for photographs: LUCIR's for ImageNet
+    resnet32          the CIFAR ResNet of 3 stages of 5 blocks: LUCIR's and iCaRL's for CIFAR-100
 
 A network is called with float32 `[N, C, H, W]` in 0..1 and returns `[N, D]`; `dimensions` is D. `signed=True` leaves
 out the last ReLU, so that features can be negative and a cosine uses the whole sphere, as LUCIR needs it.
@@ -14,13 +16,19 @@ out the last ReLU, so that features can be negative and a cosine uses the whole 
 Letters: N images, C channels or classes, D dimensions of a feature.
 
 Source: He et al., Deep Residual Learning (CVPR 2016), sections 3.3 and 4.2. Departure: shortcuts that change shape are
-1x1 convolutions in resnet32 too, as in LUCIR's code. Hou et al., LUCIR (CVPR 2019), sections 3.2 and 4.1.
+1x1 convolutions in resnet32 too, as in LUCIR's code. Hou et al., LUCIR (CVPR 2019), sections 3.2 and 4.1. Widths: the
+codes of GEM (`nf=20`), A-GEM and Mammoth (`nf=64`).
+
+Initial weights: convolutions of the ResNets are normal, of He's variance by fan-out, as in LUCIR's code; all else is
+PyTorch's default (uniform within 1/sqrt(fan-in)). GEM and Mammoth leave convolutions at PyTorch's default, too, and GEM
+draws the layers of its MLP by Xavier's rule, with biases of 0; those are departures here.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import nn
@@ -171,9 +179,10 @@ def resnet18(shape: Shape, *, signed: bool = False) -> ResNet:
     return ResNet(stem, stem_width=64, widths=(64, 128, 256, 512), blocks=2, signed=signed)
 
 
-def resnet18_cifar(shape: Shape, *, signed: bool = False) -> ResNet:
-    """ResNet-18 with a stem that keeps the resolution of small images, 512 dimensions."""
-    return ResNet(_small_stem(shape[2], 64), stem_width=64, widths=(64, 128, 256, 512), blocks=2, signed=signed)
+def resnet18_cifar(shape: Shape, *, width: int = 64, signed: bool = False) -> ResNet:
+    """ResNet-18 with a stem that keeps the resolution of small images, 8 * `width` dimensions."""
+    widths = (width, 2 * width, 4 * width, 8 * width)
+    return ResNet(_small_stem(shape[2], width), stem_width=width, widths=widths, blocks=2, signed=signed)
 
 
 def _small_stem(channels: int, width: int) -> nn.Sequential:
@@ -184,7 +193,9 @@ def _small_stem(channels: int, width: int) -> nn.Sequential:
 
 NETWORKS: dict[str, Callable[..., FeatureNetwork]] = {
     "mlp": Mlp,
+    "mlp-256": partial(Mlp, width=256),
     "conv": SmallConvNet,
+    "resnet18-reduced": partial(resnet18_cifar, width=20),
     "resnet18-cifar": resnet18_cifar,
     "resnet18": resnet18,
     "resnet32": resnet32,

@@ -6,6 +6,7 @@ report.json, fractions unless the name says otherwise:
     tasks                        classes, names, numbers of images of every task, all its visits together
     matrix, at_random, metrics   R, b and the numbers derived from them (see `evaluation`)
     memory                       what the memory held after each task, with the service's decisions
+    paper                        of a recipe: the published numbers, where they were read, and ours
     seconds                      of each task by phase; the only member that differs between two equal runs
 """
 
@@ -15,13 +16,16 @@ import importlib.metadata
 import json
 import platform
 import subprocess
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from engram import files
+from engram_trainer import recipes
 from engram_trainer.evaluation import Metrics, metrics
 from engram_trainer.stream import Stream
 
@@ -53,10 +57,18 @@ class Report:
             visits=self.config["stream"].get("visits"),
         )
 
+    @property
+    def paper(self) -> list[dict[str, Any]]:
+        """The published numbers of a recipe beside ours; none where the run is of no recipe, or not finished."""
+        recipe = recipes.RECIPES.get(self.config.get("recipe") or "")
+        if recipe is None or len(self.matrix) < len(self.tasks) or self.metrics is None:
+            return []
+        return recipes.beside(recipe, asdict(self.metrics))
+
     def to_json(self) -> dict[str, Any]:
         """Everything, as plain JSON values."""
-        found = self.metrics
-        return {**asdict(self), "metrics": None if found is None else asdict(found)}
+        found = None if self.metrics is None else asdict(self.metrics)
+        return {**asdict(self), "metrics": found, "paper": self.paper}
 
     def save(self, folder: Path) -> None:
         """Write `report.json`, whole or not at all."""
@@ -117,11 +129,21 @@ def plot(report: Report, folder: Path) -> None:
     _matrix(report, title, folder / "matrix.png")
 
 
-def curves(values: dict[str, list[float]], path: Path, *, ylabel: str, title: str = "") -> None:
-    """Draw one line per name over the tasks, labelled at its end."""
+def curves(
+    values: dict[str, list[float]],
+    path: Path,
+    *,
+    ylabel: str,
+    title: str = "",
+    half_widths: Mapping[str, Sequence[float]] | None = None,
+) -> None:
+    """Draw one line per name over the tasks, labelled at its end; `half_widths` are those of a band around it."""
     figure, axes = _figure(6.4, 4.0)
     for name, ys in values.items():
-        axes.plot(range(1, len(ys) + 1), ys, marker="o", label=name)
+        (line,) = axes.plot(range(1, len(ys) + 1), ys, marker="o", label=name)
+        if half_widths is not None:
+            lower, upper = (np.add(ys, sign * np.asarray(half_widths[name])) for sign in (-1, 1))
+            axes.fill_between(range(1, len(ys) + 1), lower, upper, color=line.get_color(), alpha=0.15)
     lowest = 0.0
     for ys in sorted(values.values(), key=lambda ys: ys[-1]):
         # A label is 0.04 of the axis high; one that would cover the label below it moves up.

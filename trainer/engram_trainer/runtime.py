@@ -6,7 +6,7 @@ mean; the method's correction, if it has one; the optimiser. The next step's ima
 looked at, so a GPU computes meanwhile.
 
 Several processes equal one with the whole batch: each has its part of every batch, `mean` divides by the number of all
-values, and what varies an image does not depend on which process has it. What does depend is BatchNorm, which normalises
+values, and what varies an image does not depend on which process has it. BatchNorm does depend on it: it normalises
 by a process's own part on a CPU (on GPUs its statistics are shared); its running statistics are the first process's.
 
 Lightning Fabric places, converts and communicates.
@@ -29,7 +29,7 @@ from engram.batch import Batch
 from engram_trainer.batches import batches
 from engram_trainer.configuration import RuntimeConfig
 from engram_trainer.examples import ClassIds, Examples, Images, Rows
-from engram_trainer.memory import Memory
+from engram_trainer.memory import FollowingLoader, Memory
 from engram_trainer.preparation import DRAWS, Augment, Preparation, pixels, uniforms
 from engram_trainer.processes import Environment, Place
 from engram_trainer.steps import Minibatch, OnStep, Phase, Replay, Step
@@ -272,8 +272,7 @@ class _Walk:
     def __init__(self, runtime: Runtime, phase: Phase, memory: Memory) -> None:
         self.runtime, self.phase, self.memory = runtime, phase, memory
         self.total = 0
-        self._loaders: list[Iterator[Batch]] = []
-        self._generation: int | None = None
+        self._loaders: list[FollowingLoader] | None = None
         self._base = phase.purpose, phase.task.visit
         self._vary_key = runtime.key(*self._base, VARY)
         for replay in phase.replay:
@@ -306,10 +305,7 @@ class _Walk:
         """Steps of an epoch."""
         if self.phase.examples is not None:
             return len(self._order(0))
-        excluded = set(self.phase.replay[0].exclude_tasks)
-        counts = self.memory.counts()
-        exemplars = sum(sum(classes.values()) for task, classes in counts.items() if task not in excluded)
-        return -(-exemplars // self.phase.replay[0].size)
+        return -(-self._exemplars() // self.phase.replay[0].size)
 
     def _order(self, epoch: int) -> list[Rows]:
         """Rows of each batch of an epoch, over all processes. A last batch that has not two images for each process is
@@ -325,11 +321,9 @@ class _Walk:
 
     def close(self) -> None:
         """Nothing is drawn ahead any more."""
-        for loader in self._loaders:
-            close = getattr(loader, "close", None)
-            if close is not None:
-                close()
-        self._loaders = []
+        for loader in self._loaders or ():
+            loader.close()
+        self._loaders = None
 
     def _new(self, number: int, rows: Rows, images_NHWC: Images) -> Minibatch:
         examples = self.phase.examples
@@ -347,24 +341,17 @@ class _Walk:
 
     def _drawn(self, number: int) -> tuple[Minibatch, ...]:
         begin = time.perf_counter()
-        if self._generation != self.memory.generation:
-            self._open(number)
+        if self._loaders is None:
+            self._loaders = [self._loader(replay, number) for replay in self.phase.replay]
         drawn = [next(loader) for loader in self._loaders]
         waited = time.perf_counter() - begin
         self.runtime.replay_wait_s += waited
         self.runtime.step_s += waited
+        if not any(map(len, drawn)) and not self._exemplars():
+            return ()
         return tuple(self._replayed(number, place, batch) for place, batch in enumerate(drawn))
 
-    def _open(self, number: int) -> None:
-        """Loaders of the memory as it is now, which draw for this step next."""
-        self.close()
-        self._generation = self.memory.generation
-        tasks = {task for task, classes in self.memory.counts().items() if sum(classes.values())}
-        self._loaders = [
-            self._loader(replay, number) for replay in self.phase.replay if tasks - set(replay.exclude_tasks)
-        ]
-
-    def _loader(self, replay: Replay, number: int) -> Iterator[Batch]:
+    def _loader(self, replay: Replay, number: int) -> FollowingLoader:
         runtime = self.runtime
         return self.memory.loader(
             replay.size // runtime.world_size,
@@ -375,6 +362,12 @@ class _Walk:
             rank=runtime.rank,
             world_size=runtime.world_size,
         )
+
+    def _exemplars(self) -> int:
+        """How many there are to draw from."""
+        excluded = {task for replay in self.phase.replay[:1] for task in replay.exclude_tasks}
+        counts = self.memory.counts()
+        return sum(sum(classes.values()) for task, classes in counts.items() if task not in excluded)
 
     def _replayed(self, number: int, place: int, batch: Batch) -> Minibatch:
         identities = _EXEMPLAR | (batch.tasks.astype(np.uint64) << np.uint64(40)) | batch.rows.astype(np.uint64)

@@ -29,3 +29,4 @@ from .writing import entry as entry
 from .writing import field_member as field_member
 from .writing import write as write
 from .writing import write_encoded as write_encoded
+from .writing import write_parts as write_parts

@@ -39,15 +39,28 @@ def write(
     Raises:
         ValueError: as `engram.labelled.labelled`.
     """
-    images_NHWC, class_ids_N, names = labelled(images_NHWC, class_ids)
-    fixed, ragged = _checked_fields(fields or {}, len(images_NHWC))
-    layout = _Layout(images_NHWC.shape[1:], class_ids_N, names, fixed)
-    count = len(images_NHWC)
-    step = max(1, CHUNK_BYTES // layout.group_bytes)
-    for first in range(0, count, step):
-        rows = slice(first, min(count, first + step))
-        groups = layout.groups(images_NHWC[rows], rows, start)
-        yield groups if not ragged else _with_ragged(groups, layout.group_bytes, ragged, rows, start)
+    yield from write_parts([(images_NHWC, class_ids, fields or {})], start=start)
+
+
+def write_parts(
+    parts: Iterable[tuple[UInt8Array, npt.ArrayLike, Mapping[str, Any]]], *, start: int = 0
+) -> Iterator[bytes]:
+    """As `write`, of images, class ids and fields that come one part after the other, so that no more is held.
+
+    Raises:
+        ValueError: as `write`.
+    """
+    for images, class_ids, fields in parts:
+        images_NHWC, class_ids_N, names = labelled(images, class_ids)
+        fixed, ragged = _checked_fields(fields, len(images_NHWC))
+        layout = _Layout(images_NHWC.shape[1:], class_ids_N, names, fixed)
+        count = len(images_NHWC)
+        step = max(1, CHUNK_BYTES // layout.group_bytes)
+        for first in range(0, count, step):
+            rows = slice(first, min(count, first + step))
+            groups = layout.groups(images_NHWC[rows], rows, start)
+            yield groups if not ragged else _with_ragged(groups, layout.group_bytes, ragged, rows, start)
+        start += count
     yield END
 
 

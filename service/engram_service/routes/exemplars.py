@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import numpy as np
 from fastapi import APIRouter, Path, Query, Response
+from pydantic import Field
 
 from engram.errors import InvalidRequest
 from engram.fields import Cell
@@ -37,7 +38,8 @@ DigestPath = Annotated[str, Path(description="The digest of a pack of this buffe
 RowPath = Annotated[int, Path(ge=0, lt=2**31, description="The exemplar's row in it.")]
 TaskFilter = Annotated[int | None, Query(ge=0, le=MAX_TASK)]
 ClassFilter = Annotated[int | None, Query(ge=0, le=MAX_CLASS_ID)]
-KeyFilter = Annotated[str | None, Query(max_length=4096, description="The value of the field `key`.")]
+Key = Annotated[str, Field(max_length=4096)]
+KeyFilter = Annotated[list[Key] | None, Query(description="A value of the field `key`; given several times, any of them.")]
 
 _CURSOR = re.compile(r"([0-9]{1,10})\.([0-9]{1,10})\.([0-9]{1,10})")
 
@@ -109,8 +111,8 @@ def remove_exemplars(
     class_id: ClassFilter = None,
     key: KeyFilter = None,
 ) -> Buffer:
-    """Remove all exemplars of a class or with a key, in a new generation, as if they had never come."""
-    where = Where(task=task, class_id=class_id, key=key)
+    """Remove all exemplars of a class or with one of some keys, in a new generation, as if they had never come."""
+    where = Where(task=task, class_id=class_id, keys=None if key is None else tuple(key))
     commit.remove(database, store, buffer, where, expected=expected, emergency=room.emergency)
     return _as_it_stands(database, buffer)
 
@@ -126,8 +128,8 @@ def relabel_exemplars(
     class_id: ClassFilter = None,
     key: KeyFilter = None,
 ) -> Buffer:
-    """Move all exemplars of a class or with a key to another class of their tasks, in a new generation."""
-    where = Where(task=task, class_id=class_id, key=key)
+    """Move all exemplars of a class or with one of some keys to another class of their tasks, in a new generation."""
+    where = Where(task=task, class_id=class_id, keys=None if key is None else tuple(key))
     commit.relabel(database, store, buffer, where, change.class_id, expected=expected)
     return _as_it_stands(database, buffer)
 

@@ -42,6 +42,7 @@ METHODS = {
 class Learner(Protocol):
     """One method with its network. `learn`, then the loop feeds the memory, then `balance`; task by task."""
 
+    runtime: Runtime
     fields: Mapping[str, str]
     """What its exemplars have beside the image, as a buffer declares it."""
 

@@ -180,7 +180,7 @@ class Lucir:
         """
         config, runtime = self.config, self.runtime
         old_count = len(self.classifier.embeddings_CD) - len(task.classes)
-        if old_count == 0 or not memory.counts() or config.balance_epochs == 0:
+        if old_count == 0 or not any(map(len, memory.counts().values())) or config.balance_epochs == 0:
             return
         embeddings_CD, eta = self.classifier.embeddings_CD, self.classifier.eta.detach()
         optimizer = torch.optim.SGD(

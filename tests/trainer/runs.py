@@ -1,0 +1,50 @@
+"""Learners on small streams, for the tests of methods."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from engram_trainer import methods
+from engram_trainer.configuration import RuntimeConfig
+from engram_trainer.memory import Learned, Memory
+from engram_trainer.methods import Learner
+from engram_trainer.runtime import Runtime
+from engram_trainer.stream import Stream
+
+
+def quiet(done: int, total: int, *, loss: torch.Tensor) -> None:
+    """Progress that is only looked at for what must hold."""
+    assert 0 < done <= total
+    assert math.isfinite(float(loss))
+
+
+def runtime_of(tasks: Stream, seed: int = 0, **config: Any) -> Runtime:
+    """One process on the CPU."""
+    return Runtime(RuntimeConfig(**config), tasks, seed=seed)
+
+
+def learner_of(method: str, tasks: Stream, *, network: str = "mlp", seed: int = 0, **options: Any) -> Any:
+    """A fresh learner of a method, by name."""
+    return methods.build(method, runtime_of(tasks, seed), network=network, options=options)
+
+
+def run(learner: Learner, memory: Memory, tasks: Stream, count: int | None = None, *, seed: int = 0) -> None:
+    """The first tasks of a stream, learned and remembered."""
+    for task in tasks.tasks[:count]:
+        learner.learn(task, memory, quiet)
+        memory.add(Learned(task.index, task.train, embed=learner.embed, seed=seed))
+        learner.balance(task, memory, quiet)
+
+
+def same(one: Any, other: Any) -> bool:
+    """Whether two states are equal to the last bit."""
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(one[name], other[name]) for name in one)
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(same, one, other))
+    return bool(one == other)

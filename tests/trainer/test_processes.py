@@ -1,0 +1,60 @@
+"""Several processes learn what one with the whole batch learns."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from engram_trainer import datasets, methods, stream
+from engram_trainer.configuration import RuntimeConfig
+from engram_trainer.local_memory import LocalConfig
+from engram_trainer.plain_memory import local_memory
+from engram_trainer.processes import Place, beside
+from engram_trainer.runtime import Runtime
+from engram_trainer.stream import StreamConfig
+from tests.trainer.runs import run
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "lucir": {"epochs": 2, "batch_size": 16, "balance_epochs": 2, "padding": 1, "flip": True},
+    "gem": {"batch_size": 10, "replay_batch": 8, "padding": 1},
+    "finetune": {"epochs": 2, "flip": True},
+}
+
+
+def learn(place: Place, method: str, path: Path, tasks: int = 2) -> None:
+    """The first process leaves what it has learned in a file."""
+    torch.set_num_threads(1)
+    data = datasets.load("digits").first(train=24, test=5)
+    made = stream.build(data, StreamConfig(tasks=5, seed=0))
+    runtime = Runtime(RuntimeConfig(processes=place.world_size), made, seed=3, place=place)
+    learner = methods.build(method, runtime, network="mlp", options=OPTIONS[method])
+    memory = local_memory(LocalConfig(kind="strips", budget_bytes=40_000, ranking="random", quality=75))
+    run(learner, memory, made, tasks)
+    if runtime.is_first:
+        torch.save(learner.state_dict(), path)
+
+
+@pytest.mark.parametrize("method", list(OPTIONS))
+def test_two_processes_equal_one_with_the_whole_batch(method: str, tmp_path: Path) -> None:
+    """Sums of float32 in another order differ in the last digits; nothing else may differ."""
+    learn(Place(), method, tmp_path / "one")
+    with beside(partial(learn, method=method, path=tmp_path / "none"), 2) as place:
+        learn(place, method, tmp_path / "two")
+    one, two = (torch.load(tmp_path / name, weights_only=True) for name in ("one", "two"))
+    assert one.keys() == two.keys()
+    for name in ("model", "network", "classifier"):
+        for key, value in one.get(name, {}).items():
+            torch.testing.assert_close(two[name][key], value, rtol=1e-3, atol=2e-5)
+
+
+def _fails(place: Place) -> None:
+    raise ValueError("this one has no data")
+
+
+def test_what_another_process_raises_is_raised_by_the_first() -> None:
+    with pytest.raises(ValueError, match="this one has no data"), beside(_fails, 2):
+        raise RuntimeError("the connection was closed by the other process")
