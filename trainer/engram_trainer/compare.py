@@ -228,9 +228,7 @@ def summarize(runs: Sequence[Run]) -> dict[str, Any]:
                 "curve": [asdict(_interval(values)) for values in _curves(reports.values())],
                 "exemplars": _mean(report["memory"][-1]["exemplars"] for report in reports.values()),
                 "used_bytes": _mean(report["memory"][-1]["used_bytes"] for report in reports.values()),
-                "seconds": _mean(
-                    sum(sum(task.values()) for task in report["seconds"]) for report in reports.values()
-                ),
+                "seconds": _mean(sum(sum(task.values()) for task in report["seconds"]) for report in reports.values()),
                 "runs": {str(seed): report["metrics"] for seed, report in sorted(reports.items())},
             }
         )

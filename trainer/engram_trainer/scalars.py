@@ -1,9 +1,9 @@
 """Write the course of a run to TensorBoard or Weights & Biases, where one of them is installed.
 
-    accuracy/so_far, accuracy/average_incremental       after each task, over the number of tasks learned
-    accuracy/task_1, ...                                the same, of each task's test images
-    memory/exemplars, memory/used_bytes                 the same
-    seconds/learn, ...                                  of each phase of each task
+accuracy/so_far, accuracy/average_incremental       after each task, over the number of tasks learned
+accuracy/task_1, ...                                the same, of each task's test images
+memory/exemplars, memory/used_bytes                 the same
+seconds/learn, ...                                  of each phase of each task
 """
 
 from __future__ import annotations
