@@ -32,7 +32,7 @@ from scipy import stats
 from engram import files
 from engram.errors import Conflict
 from engram_trainer.configuration import MemoryKind, RunConfig, differences
-from engram_trainer.report import curves
+from engram_trainer.report import curves, seconds_of
 
 WITHOUT_MEMORY = ("finetune", "joint", "lwf")
 """These methods keep no exemplars, so they are run once for each seed, whatever the memories and budgets."""
@@ -228,7 +228,7 @@ def summarize(runs: Sequence[Run]) -> dict[str, Any]:
                 "curve": [asdict(_interval(values)) for values in _curves(reports.values())],
                 "exemplars": _mean(report["memory"][-1]["exemplars"] for report in reports.values()),
                 "used_bytes": _mean(report["memory"][-1]["used_bytes"] for report in reports.values()),
-                "seconds": _mean(sum(sum(task.values()) for task in report["seconds"]) for report in reports.values()),
+                "seconds": _mean(sum(map(seconds_of, report["seconds"])) for report in reports.values()),
                 "runs": {str(seed): report["metrics"] for seed, report in sorted(reports.items())},
             }
         )
@@ -257,8 +257,8 @@ def markdown(content: Mapping[str, Any]) -> str:
     rows = content["rows"]
     if rows:
         lines += [
-            f"Means over seeds ± half of the {content['confidence']:.0%} interval (Student's t); accuracies in percent,",
-            f"differences in points, seed by seed, against {rows[0]['row']}.",
+            f"Means over seeds ± half of the {content['confidence']:.0%} interval (Student's t); percent.",
+            f"Differences in points, seed by seed, against {rows[0]['row']}.",
             "",
             "| | seeds | " + " | ".join(MEASURES.values()) + " | difference in average | difference at the end "
             "| exemplars | bytes | seconds |",
