@@ -1,4 +1,4 @@
-"""Recipes are the published experiments: their settings fit our methods, and they run on small data of the same format."""
+"""Recipes are published experiments: their settings fit our methods, and they run on small data of the same format."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ def test_budgets_are_the_bytes_of_the_papers_exemplars() -> None:
 
 
 def test_the_images_of_a_recipe_are_counted_task_by_task() -> None:
-    """By hand: 160 epochs over 25,000 images, then five times over 5,000 and 20 of each of 50, 60, ... 90 old classes."""
+    """By hand: 160 epochs over 25,000 images, then over 5,000 and 20 of each of 50, 60, 70, 80 and 90 old classes."""
     expected = 160 * (25_000 + 5 * 5_000 + 20 * (50 + 60 + 70 + 80 + 90))
     assert find("lucir-cifar100-b50-5").images == expected
     assert find("mrdc-imagenet-sub-5").images == 90 * (65_000 + 65_000 + 37 * 350)

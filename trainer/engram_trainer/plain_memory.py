@@ -365,7 +365,9 @@ class PlainMemory(LocalMemory):
                 f"{sum(share[task].values())} bytes of a budget of {self.config.budget_bytes}; give the memory more "
                 "bytes"
             )
-        self._keep({place: old.fit(share[place]) for place, old in self._kept.items() if place != task} | {task: fitting})
+        self._keep(
+            {place: old.fit(share[place]) for place, old in self._kept.items() if place != task} | {task: fitting}
+        )
 
     @property
     def quality(self) -> int | None:

@@ -39,7 +39,9 @@ RowPath = Annotated[int, Path(ge=0, lt=2**31, description="The exemplar's row in
 TaskFilter = Annotated[int | None, Query(ge=0, le=MAX_TASK)]
 ClassFilter = Annotated[int | None, Query(ge=0, le=MAX_CLASS_ID)]
 Key = Annotated[str, Field(max_length=4096)]
-KeyFilter = Annotated[list[Key] | None, Query(description="A value of the field `key`; given several times, any of them.")]
+KeyFilter = Annotated[
+    list[Key] | None, Query(description="A value of the field `key`; given several times, any of them.")
+]
 
 _CURSOR = re.compile(r"([0-9]{1,10})\.([0-9]{1,10})\.([0-9]{1,10})")
 
