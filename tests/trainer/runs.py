@@ -26,9 +26,17 @@ def runtime_of(tasks: Stream, seed: int = 0, **config: Any) -> Runtime:
     return Runtime(RuntimeConfig(**config), tasks, seed=seed)
 
 
-def learner_of(method: str, tasks: Stream, *, network: str = "mlp", seed: int = 0, **options: Any) -> Any:
-    """A fresh learner of a method, by name."""
-    return methods.build(method, runtime_of(tasks, seed), network=network, options=options)
+def learner_of(
+    method: str,
+    tasks: Stream,
+    *,
+    network: str = "mlp",
+    seed: int = 0,
+    config: dict[str, Any] | None = None,
+    **options: Any,
+) -> Any:
+    """A fresh learner of a method, by name; `config` is of its runtime."""
+    return methods.build(method, runtime_of(tasks, seed, **(config or {})), network=network, options=options)
 
 
 def run(learner: Learner, memory: Memory, tasks: Stream, count: int | None = None, *, seed: int = 0) -> None:

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from engram import pack, shares
+from engram.batch import Batch, empty
 from engram.client import Client
 from engram.errors import BudgetExceeded, Conflict
 from engram.schemas import BufferCreate, IngestOptions
@@ -26,15 +27,17 @@ from engram_service.database import Database
 from engram_service.settings import Settings
 from engram_service.storage import PackStore
 from engram_trainer import datasets
-from engram_trainer.datasets import ClassIds, Images
+from engram_trainer.examples import ClassIds, Examples, Images
 from engram_trainer.local_memory import Kind, LocalConfig, LocalMemory, NetworkEmbedder, StripMemory
-from engram_trainer.memory import Learned, NoMemory, ServiceMemory, by_task
+from engram_trainer.memory import Learned, NoMemory, by_task
 from engram_trainer.plain_memory import CLASS_ID_BYTES, local_memory
+from engram_trainer.service_memory import ServiceMemory
 from tests.photos import photos
 from tests.servers import ServiceProcess
 from tests.uploads import queue, tar_of_arrays, work_through
 
 KINDS = get_args(Kind)
+DIGITS = datasets.load("digits")
 
 
 def flat(images_NHWC: Images) -> npt.NDArray[np.float32]:
@@ -44,17 +47,36 @@ def flat(images_NHWC: Images) -> npt.NDArray[np.float32]:
 
 def task_of(classes: list[int], *, count: int, seed: int = 0) -> tuple[Images, npt.NDArray[np.int64]]:
     """Smooth 8x8 images of some classes, interleaved."""
-    digits = datasets.load("digits")
-    rows = np.concatenate([np.flatnonzero(digits.train_class_ids == class_id)[:count] for class_id in classes])
+    train = DIGITS.train
+    rows = np.concatenate([np.flatnonzero(train.class_ids == class_id)[:count] for class_id in classes])
     rows = np.random.default_rng(seed).permutation(rows)
-    return digits.train_images[rows], digits.train_class_ids[rows]
+    return train.images.read(rows), train.class_ids[rows]
+
+
+def learned(number: int, images: Images, class_ids: ClassIds, **more: Any) -> Learned:
+    """A task of two arrays."""
+    return Learned(number, Examples.of_arrays(images, class_ids), **more)
+
+
+def everything(memory: Any, *, exclude_tasks: tuple[int, ...] = ()) -> Batch:
+    """All exemplars of a memory in one batch."""
+    found = list(memory.walk(7, exclude_tasks=exclude_tasks))
+    if not found:
+        return empty()
+    return Batch(
+        np.concatenate([batch.images for batch in found]),
+        np.concatenate([batch.class_ids for batch in found]),
+        np.concatenate([batch.tasks for batch in found]),
+        np.concatenate([batch.rows for batch in found]),
+        {name: np.concatenate([np.asarray(batch.fields[name]) for batch in found]) for name in found[0].fields},
+    )
 
 
 def filled(config: LocalConfig, tasks: list[list[int]], *, count: int = 40) -> LocalMemory:
     memory = local_memory(config)
     for number, classes in enumerate(tasks):
         images, class_ids = task_of(classes, count=count)
-        memory.add(Learned(number, images, class_ids, embed=flat, seed=number))
+        memory.add(learned(number, images, class_ids, embed=flat, seed=number))
     return memory
 
 
@@ -71,7 +93,7 @@ def test_the_budget_holds_after_every_task(kind: Kind, per: Any, share_by: Any, 
     seen: set[int] = set()
     for number, classes in enumerate(tasks):
         images, class_ids = task_of(classes, count=30)
-        memory.add(Learned(number, images, class_ids, embed=flat, seed=number))
+        memory.add(learned(number, images, class_ids, embed=flat, seed=number))
         seen |= set(classes)
         assert 0 < memory.used_bytes <= shares.limit(budget, per=per, classes=len(seen))
 
@@ -92,8 +114,8 @@ def test_used_bytes_are_the_bytes_of_what_is_kept(kind: Kind) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_later_task_leaves_a_prefix_of_every_earlier_class(kind: Kind) -> None:
     config = LocalConfig(kind=kind, budget_bytes=2_500)
-    before = filled(config, [[0, 1]]).everything()
-    after = by_task(filled(config, [[0, 1], [2, 3]]).everything())[0]
+    before = everything(filled(config, [[0, 1]]))
+    after = by_task(everything(filled(config, [[0, 1], [2, 3]])))[0]
     assert 0 < len(after) < len(before)
     for class_id in (0, 1):
         was, now = (batch.images[batch.class_ids == class_id] for batch in (before, after))
@@ -103,7 +125,7 @@ def test_a_later_task_leaves_a_prefix_of_every_earlier_class(kind: Kind) -> None
 def test_files_are_ordinary_jpegs_at_the_asked_quality() -> None:
     memory = filled(LocalConfig(kind="files", budget_bytes=20_000, quality=30), [[0, 1]])
     state = memory.state_dict()["tasks"][0]
-    first = state["data"].numpy().tobytes()[: int(state["lengths"][0])]
+    first = state["data"].numpy().tobytes()[: int(state["data_lengths"][0])]
     with Image.open(io.BytesIO(first)) as image:
         assert image.size == (8, 8)
         decoded = np.asarray(image)
@@ -111,14 +133,14 @@ def test_files_are_ordinary_jpegs_at_the_asked_quality() -> None:
         Image.new("L", (8, 8)).save(out, "JPEG", quality=30)
         with Image.open(out) as reference:
             assert image.quantization == reference.quantization  # type: ignore[attr-defined]
-    np.testing.assert_array_equal(memory.everything().images[0, ..., 0], decoded)
+    np.testing.assert_array_equal(everything(memory).images[0, ..., 0], decoded)
 
 
 def test_raw_pixels_come_back_as_they_were() -> None:
     images, class_ids = task_of([3, 4], count=20)
     memory = local_memory(LocalConfig(kind="raw", budget_bytes=10**6, ranking="random"))
-    memory.add(Learned(0, images, class_ids))
-    kept = memory.everything()
+    memory.add(learned(0, images, class_ids))
+    kept = everything(memory)
     assert {image.tobytes() for image in kept.images} == {image.tobytes() for image in images}
     assert kept.class_ids.tolist() == [3] * 20 + [4] * 20
 
@@ -128,8 +150,8 @@ def test_coloured_images_are_kept_as_rgb() -> None:
     images[..., 0] = 200
     for kind in KINDS:
         memory = local_memory(LocalConfig(kind=kind, budget_bytes=10**6, quality=90))
-        memory.add(Learned(0, images, np.zeros(6, np.int64)))
-        assert np.abs(memory.everything().images[0, 8, 8].astype(int) - [200, 0, 0]).max() <= 4
+        memory.add(learned(0, images, np.zeros(6, np.int64)))
+        assert np.abs(everything(memory).images[0, 8, 8].astype(int) - [200, 0, 0]).max() <= 4
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -151,39 +173,39 @@ def test_a_draw_per_task_has_as_many_of_each_task_and_none_of_the_excluded_ones(
     memory = filled(LocalConfig(kind="raw", budget_bytes=20_000), [[0, 1], [2, 3], [4, 5]])
     drawn = memory.draw(6, seed=1, step=2, strategy="per_task", exclude_tasks=(1,))
     assert {task: len(batch) for task, batch in by_task(drawn).items()} == {0: 6, 2: 6}
-    whole = memory.everything(exclude_tasks=(1,))
+    whole = everything(memory, exclude_tasks=(1,))
     for task, batch in by_task(drawn).items():
         np.testing.assert_array_equal(batch.images, by_task(whole)[task].images[batch.rows])
 
 
 def test_a_task_that_is_added_again_changes_nothing() -> None:
     memory = filled(LocalConfig(kind="raw", budget_bytes=20_000), [[0, 1], [2, 3]])
-    before = memory.everything()
+    before = everything(memory)
     images, class_ids = task_of([0, 1], count=10, seed=9)
-    memory.add(Learned(1, images, class_ids, embed=flat, seed=9))
-    np.testing.assert_array_equal(memory.everything().images, before.images)
+    memory.add(learned(1, images, class_ids, embed=flat, seed=9))
+    np.testing.assert_array_equal(everything(memory).images, before.images)
 
 
 @pytest.mark.parametrize("kind", ["raw", "files"])
 def test_a_budget_below_one_exemplar_names_both_numbers_and_keeps_what_was_there(kind: Kind) -> None:
     memory = filled(LocalConfig(kind=kind, budget_bytes=1_500, quality=90), [[0]])
-    before = memory.everything()
+    before = everything(memory)
     images, class_ids = noise([1, 2, 3, 4, 5, 6, 7, 8, 9])
     with pytest.raises(BudgetExceeded, match="its 9 classes have 1350 bytes of a budget of 1500"):
-        memory.add(Learned(1, images, class_ids))
-    np.testing.assert_array_equal(memory.everything().images, before.images)
+        memory.add(learned(1, images, class_ids))
+    np.testing.assert_array_equal(everything(memory).images, before.images)
 
 
 def test_strips_that_do_not_fit_say_how_many_bytes_would_do_and_keep_what_was_there() -> None:
     memory = local_memory(LocalConfig(kind="strips", budget_bytes=1_500, quality=90))
-    memory.add(Learned(0, np.zeros((3, 60, 60, 1), np.uint8), np.zeros(3, np.int64)))
+    memory.add(learned(0, np.zeros((3, 60, 60, 1), np.uint8), np.zeros(3, np.int64)))
     before = memory.state_dict()
     images, class_ids = noise([1, 2, 3, 4, 5, 6, 7, 8, 9])
     with pytest.raises(BudgetExceeded, match=r"have 1,350 bytes together, .* needs [234],\d\d\d at quality 90"):
-        memory.add(Learned(1, images, class_ids))
+        memory.add(learned(1, images, class_ids))
     assert same_states(memory.state_dict(), before)
     with pytest.raises(Conflict, match="8x8x1"):
-        memory.add(Learned(1, *task_of([1], count=3)))
+        memory.add(learned(1, *task_of([1], count=3)))
 
 
 def noise(classes: list[int]) -> tuple[Images, npt.NDArray[np.int64]]:
@@ -210,8 +232,8 @@ def test_a_checkpoint_of_another_kind_of_memory_is_refused() -> None:
 def test_no_memory_keeps_nothing_and_has_nothing_to_draw() -> None:
     memory = NoMemory()
     images, class_ids = task_of([0], count=3)
-    memory.add(Learned(0, images, class_ids, embed=flat))
-    assert len(memory.everything()) == memory.used_bytes == 0
+    memory.add(learned(0, images, class_ids, embed=flat))
+    assert len(everything(memory)) == memory.used_bytes == 0
     with pytest.raises(Conflict, match="keeps none"):
         memory.draw(4, seed=0, step=0)
 
@@ -222,8 +244,8 @@ def test_herding_keeps_more_typical_images_than_chance() -> None:
 
     def distance(ranking: Any) -> float:
         memory = local_memory(LocalConfig(kind="raw", budget_bytes=66 * 10, ranking=ranking))
-        memory.add(Learned(0, images, class_ids, embed=flat))
-        return float(np.linalg.norm(flat(memory.everything().images).mean(axis=0) - mean))
+        memory.add(learned(0, images, class_ids, embed=flat))
+        return float(np.linalg.norm(flat(everything(memory).images).mean(axis=0) - mean))
 
     assert distance("herding") < distance("random")
 
@@ -246,19 +268,19 @@ def filled_service(client: Client, folder: Path) -> ServiceMemory:
     )
     for number, classes in enumerate([[0, 1], [2, 3]]):
         images, class_ids = task_of(classes, count=40)
-        memory.add(Learned(number, images, class_ids, embed=flat, seed=number))
+        memory.add(learned(number, images, class_ids, embed=flat, seed=number))
     return memory
 
 
 def test_the_services_memory_holds_what_it_says(service_memory: ServiceMemory) -> None:
-    whole = service_memory.everything()
+    whole = everything(service_memory)
     found = service_memory.describe()
     assert found["exemplars"] == len(whole) == sum(found["tasks"].values())
     assert found["used_bytes"] == service_memory.used_bytes <= 12_000
     assert found["quality"] == 50
     assert sorted(set(whole.class_ids.tolist())) == [0, 1, 2, 3]
-    assert set(service_memory.everything(exclude_tasks=(0,)).tasks.tolist()) == {1}
-    assert len(service_memory.everything(exclude_tasks=(0, 1))) == 0
+    assert set(everything(service_memory, exclude_tasks=(0,)).tasks.tolist()) == {1}
+    assert len(everything(service_memory, exclude_tasks=(0, 1))) == 0
 
 
 def test_the_services_memory_draws_what_the_service_draws(service_memory: ServiceMemory) -> None:
@@ -273,7 +295,7 @@ def test_the_services_memory_draws_what_the_service_draws(service_memory: Servic
 def test_a_task_uploaded_again_after_a_crash_is_the_same_ingest(service_memory: ServiceMemory) -> None:
     before = service_memory.client.manifest("trainer-memory")
     images, class_ids = task_of([2, 3], count=40)
-    service_memory.add(Learned(1, images, class_ids, embed=flat, seed=1))
+    service_memory.add(learned(1, images, class_ids, embed=flat, seed=1))
     assert service_memory.client.manifest("trainer-memory") == before
 
 
@@ -335,9 +357,9 @@ def test_strips_in_the_trainer_are_byte_for_byte_those_of_a_service(
 
 def test_strips_choose_their_quality_without_a_service_and_record_what_the_learners_features_say() -> None:
     memory = strips(6_000, block=8)
-    memory.add(Learned(0, photos(20), np.resize([0, 1], 20), extractor=b"a model", embed=flat))
+    memory.add(learned(0, photos(20), np.resize([0, 1], 20), extractor=b"a model", embed=flat))
     assert memory.quality == memory.describe()["quality"] == 90
-    memory.add(Learned(1, photos(300, seed=1), np.resize([2, 3], 300), extractor=b"another", embed=flat, seed=1))
+    memory.add(learned(1, photos(300, seed=1), np.resize([2, 3], 300), extractor=b"another", embed=flat, seed=1))
     assert memory.quality is not None
     assert memory.quality < 90
     names = [NetworkEmbedder(flat, extractor).name for extractor in (b"a model", b"another")]

@@ -71,6 +71,10 @@ class MemoryConfig:
     def __post_init__(self) -> None:
         if self.kind not in MEMORY_KINDS:
             raise ValueError(f"memory kind {self.kind!r} is not one of {', '.join(MEMORY_KINDS)}")
+        if self.replay not in get_args(ReplayVia):
+            raise ValueError(f"replay {self.replay!r} is not one of {', '.join(get_args(ReplayVia))}")
+        if not self.patience_s >= 0:
+            raise ValueError(f"patience_s must be at least 0, got {self.patience_s}")
         if self.kind == "files" and self.quality is None:
             raise ValueError("memory kind 'files' needs a quality from 1 to 100; only that of strips can be chosen")
         if self.quality is not None and not 1 <= self.quality <= 100:

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from engram.batch import Batch, empty
 from engram.draw import Layout, Plan, Request, plan
 from engram.errors import Conflict
-from engram.fields import Columns, Schema
+from engram.fields import Column, Columns, Schema
 from engram.loader import ReplayLoader
 from engram.schemas import PackEntry, Strategy
 from engram.sources import Source
@@ -411,9 +411,15 @@ def by_task(batch: Batch) -> dict[int, Batch]:
             class_ids=batch.class_ids[rows],
             tasks=batch.tasks[rows],
             rows=batch.rows[rows],
-            fields={
-                name: column[rows] if isinstance(column, np.ndarray) else [column[row] for row in rows]
-                for name, column in batch.fields.items()
-            },
+            fields={name: rows_of(column, rows) for name, column in batch.fields.items()},
         )
+    return found
+
+
+def rows_of(column: Column, rows: Rows) -> Column:
+    """These rows of a field's column."""
+    if isinstance(column, np.ndarray):
+        return column[rows]
+    picked: Any = [column[row] for row in rows]
+    found: Column = picked
     return found

@@ -42,7 +42,7 @@ from engram_trainer.local_memory import (
     as_tensor,
     exchange_seed,
 )
-from engram_trainer.memory import KeptBy, Learned
+from engram_trainer.memory import KeptBy, Learned, rows_of
 
 CLASS_ID_BYTES = 2
 # No JPEG file is smaller without its tables, so a share is never ranked deeper than share / floor.
@@ -273,7 +273,7 @@ class PlainMemory(LocalMemory):
             spent, done = 0, 0
             while done < len(ranked) and spent <= share[task][class_id]:
                 rows = ranked[done : done + ENCODED_AT_ONCE]
-                given = {name: _rows_of(column, rows) for name, column in columns.values.items()}
+                given = {name: rows_of(column, rows) for name, column in columns.values.items()}
                 parts.append(self._encoded(examples.images.read(rows), examples.class_ids[rows], given))
                 spent, done = spent + int(parts[-1].sizes.sum()), done + len(rows)
         self._adopt(task, parts[0].joined(*parts[1:]), share)
@@ -410,10 +410,6 @@ def _joined(columns: Sequence[Any]) -> Column:
     if isinstance(columns[0], np.ndarray):
         return np.concatenate(columns)
     return [cell for column in columns for cell in column]
-
-
-def _rows_of(column: Column, rows: Rows) -> Column:
-    return column[rows] if isinstance(column, np.ndarray) else [column[row] for row in rows]  # type: ignore[return-value]
 
 
 def kept_classes(class_ids: ClassIds) -> list[int]:

@@ -8,8 +8,9 @@ same folder, where they find the packs already.
 
 A run that writes while it learns goes back to its last checkpoint when it is killed, so its buffer must go back too. A
 buffer cannot be set back, but the state of a checkpoint can be kept: `state_dict` freezes a fork of the buffer, whose
-packs it shares, and the last two such forks stay. `load_state_dict` makes the buffer anew from the one of its
-checkpoint, if the buffer has moved on.
+packs it shares, and the last two such forks stay, one of which the newest checkpoint on the disk names.
+`load_state_dict` makes the buffer anew from the fork of its checkpoint. Where a checkpoint between epochs is newer than
+that of the last task's end, both are loaded, in this order, and the older fork may be gone.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -34,18 +35,14 @@ from engram.fields import KEY, Schema
 from engram.mirror import Mirror
 from engram.schemas import Buffer, Ingest, IngestOptions, PackEntry, Strategy
 from engram.sources import Source
+from engram_trainer.configuration import ReplayVia
 from engram_trainer.examples import ClassIds, Examples, Images, Rows, Shape
 from engram_trainer.local_memory import exchange_seed, slots, strip_sizes
 from engram_trainer.memory import Drawn, KeptBy, Learned, plans
 
-Via = Literal["mirror", "draw"]
-
 UPLOAD_BYTES = 2**31
 """Of pixels in one upload, unless a class alone has more: services take 8 GiB, unless they are told otherwise."""
 PATIENCE_S = 600.0
-CHECKPOINTS = 2
-"""Frozen forks that are kept: that of the checkpoint on the disk, and that of the one which is just being written."""
-
 _FIRST_PAUSE_S = 0.5
 _LONGEST_PAUSE_S = 15.0
 
@@ -110,7 +107,7 @@ class ServiceMemory(Drawn):
         options: IngestOptions,
         run: str,
         folder: str | Path,
-        via: Via = "mirror",
+        via: ReplayVia = "mirror",
         shape: Shape | None = None,
         fields: Mapping[str, str] | None = None,
         is_written_online: bool = False,
@@ -126,7 +123,10 @@ class ServiceMemory(Drawn):
         self._mirror = Mirror(client, buffer, folder) if via == "mirror" else None
         self._manifest = client.manifest(buffer) if self._mirror is None else self._mirror.manifest
         self._layout = Layout(self._manifest.packs)
-        self._forks: list[str] = []
+        self._fork: str | None = None
+        """That of the last checkpoint."""
+        self._is_lost = False
+        """Whether the fork of the checkpoint that was loaded last is gone."""
 
     def patiently(self, call: Callable[[], _T]) -> _T:
         """What `call` returns, however long the service is away, within `patience_s`."""
@@ -167,6 +167,7 @@ class ServiceMemory(Drawn):
         Raises:
             EngramError: the service refused the images or the budget.
         """
+        self._check_found()
         if drop:
             with suppress(NotFound):  # they are gone: an answer was lost, or the buffer did not keep them
                 self.patiently(partial(self.client.remove, self.buffer, keys=list(drop)))
@@ -223,6 +224,7 @@ class ServiceMemory(Drawn):
     @property
     def source(self) -> Source:
         """The mirror, or the service."""
+        self._check_found()
         return (self.client, self.buffer) if self._mirror is None else self._mirror
 
     def draw(
@@ -308,67 +310,80 @@ class ServiceMemory(Drawn):
 
     def state_dict(self) -> dict[str, Any]:
         """Which buffer and generation; where it is written online, they can be had again."""
-        state = {"buffer": self.buffer, "generation": self.generation}
+        state: dict[str, Any] = {"buffer": self.buffer, "generation": self.generation}
         if not self.is_written_online:
             return state
-        name = self._fork_name(self.generation)
-        self.patiently(partial(self._freeze, name))
-        self._forks = [*(fork for fork in self._forks if fork != name), name]
-        self._forget(self._forks[:-CHECKPOINTS])
-        return {**state, "fork": name}
+        before, now = self._fork, f"{self._fork_prefix}{self.generation}"
+        if now != before:
+            self.patiently(partial(self._freeze, now))
+        self._forget(lambda name: name not in (before, now))
+        self._fork = now
+        return {**state, "fork": now}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """The buffer is as it was, or is known to hold all that it held.
 
         Raises:
             Conflict: it is another buffer, or one that was set back.
-            NotFound: the fork that has to be gone back to was deleted.
         """
-        if state["buffer"] != self.buffer or self.generation < state["generation"]:
+        fork = state.get("fork")
+        forks = self._forks() if self.is_written_online else []
+        if state["buffer"] != self.buffer or (self.generation < state["generation"] and fork not in forks):
             raise Conflict(
                 f"the checkpoint was made with buffer {state['buffer']!r} at generation {state['generation']}, this is "
                 f"{self.buffer!r} at generation {self.generation}; start the run in a new folder"
             )
         if not self.is_written_online:
             return
-        fork, prefix = state["fork"], self._fork_name("")
-        found = [each.name for each in self.patiently(self.client.buffers) if each.name.startswith(prefix)]
-        if fork in found or self.generation > state["generation"]:
+        self._fork, self._is_lost = fork, fork not in forks and self.generation != state["generation"]
+        if fork in forks:
             # At the same generation, too: an upload may have been accepted that is not committed yet.
             self.patiently(partial(self._set_back, fork))
             self.refresh()
-        # What was frozen for a checkpoint that was never written is of a future that does not come.
-        self._forget([name for name in found if name != fork])
-        self._forks = [fork]
 
     def finish(self) -> None:
         """The run is over: what its checkpoints kept is not needed any more."""
-        self._forget(self._forks)
+        if self.is_written_online:
+            self._forget(lambda name: True)
 
-    def _fork_name(self, generation: int | str) -> str:
-        return f"{self.buffer}-at-{generation}"
+    @property
+    def _fork_prefix(self) -> str:
+        return f"{self.buffer}-at-"
+
+    def _forks(self) -> list[str]:
+        """The frozen forks that there are of this buffer."""
+        found = self.patiently(self.client.buffers)
+        return [each.name for each in found if each.name.startswith(self._fork_prefix) and each.is_frozen]
 
     def _freeze(self, name: str) -> None:
-        try:
-            self.client.fork(self.buffer, name, generation=self.generation, frozen=True)
-        except Conflict:
-            # It was made already, and the answer got lost.
-            found = self.client.buffer(name)
-            if not found.is_frozen or found.generation != self.generation:
-                raise
+        """There is such a fork of the buffer as it is now; done once more it is the same."""
+        # One of this name may be of a future that did not come: a run was killed before it wrote the checkpoint.
+        with suppress(NotFound):
+            self.client.delete_buffer(name)
+        self.client.fork(self.buffer, name, generation=self.generation, frozen=True)
 
     def _set_back(self, fork: str) -> None:
         """The buffer is deleted and made again from the fork; done once more it is the same."""
-        self.client.buffer(fork)
         with suppress(NotFound):
             self.client.delete_buffer(self.buffer)
         self.client.fork(fork, self.buffer)
 
-    def _forget(self, forks: Sequence[str]) -> None:
-        for name in forks:
+    def _forget(self, is_meant: Callable[[str], bool]) -> None:
+        for name in filter(is_meant, self._forks()):
             with suppress(NotFound):
                 self.patiently(partial(self.client.delete_buffer, name))
-        self._forks = [fork for fork in self._forks if fork not in forks]
+
+    def _check_found(self) -> None:
+        """Returns if the buffer is what the checkpoint says.
+
+        Raises:
+            Conflict: it has moved on, and what the checkpoint kept is gone.
+        """
+        if self._is_lost:
+            raise Conflict(
+                f"buffer {self.buffer!r} has moved on since the checkpoint, and {self._fork!r}, which it was to be set "
+                "back to, is gone; start the run in a new folder"
+            )
 
 
 def tar_of(examples: Examples, rows: Rows, fields: Mapping[str, npt.NDArray[Any]]) -> Iterator[bytes]:
@@ -415,8 +430,8 @@ def _check_fits(buffer: Buffer, shape: Shape | None, fields: Mapping[str, str] |
         )
     if fields is not None and buffer.fields != (wanted := Schema.declare(fields).declared):
         raise Conflict(
-            f"buffer {buffer.name!r} declares {buffer.fields or 'no fields'}, the method needs {wanted or 'none'}; name "
-            "another buffer"
+            f"buffer {buffer.name!r} declares {buffer.fields or 'no fields'}, the method needs {wanted or 'none'}; "
+            "name another buffer"
         )
 
 
