@@ -39,11 +39,15 @@ def learner_of(
     return methods.build(method, runtime_of(tasks, seed, **(config or {})), network=network, options=options)
 
 
-def run(learner: Learner, memory: Memory, tasks: Stream, count: int | None = None, *, seed: int = 0) -> None:
-    """The first tasks of a stream, learned and remembered."""
-    for task in tasks.tasks[:count]:
+def run(
+    learner: Learner, memory: Memory, tasks: Stream, count: int | None = None, *, first: int = 0, seed: int = 0
+) -> None:
+    """Visits `first` to `count` of a stream, learned and remembered."""
+    for task in tasks.visits[first:count]:
         learner.learn(task, memory, quiet)
-        memory.add(Learned(task.index, task.train, embed=learner.embed, seed=seed))
+        if not learner.fills_memory:
+            columns = learner.columns(task.train)
+            memory.add(Learned(task.index, task.train, embed=learner.embed, seed=seed, fields=columns))
         learner.balance(task, memory, quiet)
 
 

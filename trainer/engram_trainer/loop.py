@@ -202,7 +202,8 @@ class _Run:
     def remember(self, task: Task, watch: Watch) -> None:
         """The memory holds exemplars of the task, and the learner is balanced on all exemplars."""
         with self._timed("remember"):
-            if not self.learner.fills_memory:
+            is_first_visit = all(each.index != task.index for each in self.stream.visits[: task.visit])
+            if is_first_visit and not self.learner.fills_memory:
                 self._hand_over(task)
         with self._timed("balance"), self._waiting():
             self.learner.balance(task, self.memory, _steps(watch, "balance"))

@@ -10,8 +10,8 @@ whatever the image is. Aligning needs neither a validation set nor a parameter, 
 
 Source: Zhao et al., Maintaining Discrimination and Fairness in Class Incremental Learning (CVPR 2020), sections 3 and 4.
 Departures: new weights are only shortened by default (`lengthen`): after a short training they are the shorter ones,
-and a classifier that is fair already is made unfair (digits, 5 tasks, validation images: 59 % against 91 %). Weights are
-not clipped to be positive. Distillation is KL, which has the gradient of the published cross-entropy. Exemplars are
+and a classifier that is fair already is made unfair (digits, 5 tasks, validation images: 59 % against 91 %). Weights
+are not clipped to be positive. Distillation is KL, which has the gradient of the published cross-entropy. Exemplars are
 drawn, so many for every batch, in shuffled passes, not shuffled among the new images.
 """
 
