@@ -304,7 +304,10 @@ def compare(
         str, typer.Option(metavar="KIND,KIND", help="As for --memory of a run; a service gets a buffer for each run.")
     ] = MemoryConfig.kind,
     seeds: Annotated[str, typer.Option(metavar="N,N", help="One run of each for every seed.")] = "0,1,2",
-    jobs: Annotated[int, typer.Option(min=1, help="Runs at a time, which share the CPU's cores.")] = 1,
+    jobs: Annotated[int, typer.Option(min=1, help="Runs at a time.")] = 1,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="CPU threads of each; without it they share the cores.")
+    ] = None,
     out: Annotated[Path, typer.Option(help="Folder of the runs and the report.")] = Path("runs/compare"),
 ) -> None:
     """Run methods x memories x budgets x seeds, and compare them in one table.
@@ -333,7 +336,7 @@ def compare(
                 f"{done}/{len(runs)} {run.cell.name}, seed {run.seed}: {escape(what)}", highlight=False, soft_wrap=True
             )
 
-        failed = comparing.execute(runs, jobs=jobs, tell=tell)
+        failed = comparing.execute(runs, jobs=jobs, threads=threads, tell=tell)
         summary = comparing.summarize(runs)
         sentences = {run.folder.name: sentence for run, sentence in failed.items()}
         comparing.write(summary, out, title=f"{methods} with {memories}", failed=sentences)
