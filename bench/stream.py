@@ -26,7 +26,6 @@ from statistics import fmean, stdev
 from typing import Any
 
 import budget
-import cifar10
 import numpy as np
 import report
 import torch
@@ -129,7 +128,7 @@ def main() -> None:
 def load(folder: Path | None) -> Dataset:
     """The photographs if there are any."""
     if folder is not None:
-        return cifar10.load(folder)
+        return datasets.load(str(folder))
     return datasets.load(str(budget.FASHION_MNIST) if budget.FASHION_MNIST.is_dir() else "sample")
 
 

@@ -19,7 +19,6 @@ from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple, get_args
 
-import cifar10
 import numpy as np
 import numpy.typing as npt
 import simplejpeg
@@ -29,6 +28,7 @@ from sklearn.datasets import load_sample_images
 
 from engram import pack, strip
 from engram.schemas import Subsampling
+from engram_trainer import datasets
 
 UInt8Array = npt.NDArray[np.uint8]
 
@@ -92,7 +92,7 @@ def main() -> None:
         },
     }
     if args.cifar10 is not None:
-        images = cifar10.load(args.cifar10).test.images.read(np.arange(1000))
+        images = datasets.load(str(args.cifar10)).test.images.read(np.arange(1000))
         files = one_by_one(partial(pillow_file, quality=50, optimize=False), images)
         flat["strip_to_file_bytes_cifar10_q50"] = pack_bytes(images, 50) / sum(map(len, files))
     finish(args, flat)

@@ -28,7 +28,7 @@ PACKAGES = {
 EXTRAS: dict[str, tuple[str, ...]] = {
     "engram": ("cli",),
     "engram_service": ("cli", "service", "postgres"),
-    "engram_trainer": ("cli", "trainer", "hub"),
+    "engram_trainer": ("cli", "trainer", "hub", "log"),
 }
 """The extras of pyproject.toml that a package may count on, beside the plain dependencies."""
 
@@ -38,6 +38,7 @@ COMMANDS = {
     "engram_service.cli",
     "engram_trainer.cli",
     "engram_trainer.demo",
+    "engram_trainer.display",
     "engram_trainer.progress",
 }
 """The modules that may import what only commands need: typer and rich."""
@@ -108,12 +109,17 @@ ORDER = {
         "__main__",
     ],
     "engram_trainer": [
-        "augment examples extractor networks local_service",
-        "batches datasets",
-        "stream memory",
-        "methods configuration evaluation online",
-        "local_memory plain_memory service_memory report",
-        "loop progress",
+        "examples extractor networks local_service processes",
+        "batches memory preparation sources",
+        "datasets local_memory online",
+        "plain_memory stream",
+        "configuration steps",
+        "recipes runtime service_memory",
+        "evaluation methods",
+        "opening report",
+        "loop progress scalars",
+        "compare",
+        "display",
         "demo cli",
         "__main__",
     ],

@@ -567,3 +567,39 @@ def test_columns_that_no_buffer_could_have_are_refused_before_anything_is_sent(
 ) -> None:
     with pytest.raises(ValueError, match=says):
         list(tar.write(images(3), [0, 1, 2], fields=fields))
+
+
+def test_places_are_where_the_contents_of_members_lie(tmp_path: Path) -> None:
+    path = tmp_path / "x.tar"
+    with tarfile.open(path, "w") as archive:
+        for name, content in (
+            ("a.png", b"x" * 1000),
+            ("folder/", b""),
+            ("n" * 200 + ".png", b"y" * 3),
+            ("a.cls", b"7"),
+        ):
+            info = tarfile.TarInfo(name)
+            info.type = tarfile.DIRTYPE if name.endswith("/") else tarfile.REGTYPE
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    with path.open("rb") as file:
+        found = list(tar.places(file, wanted=lambda name: name.endswith(".cls"), max_bytes=10))
+    whole = path.read_bytes()
+    assert [place.name for place in found] == ["a.png", "n" * 200 + ".png", "a.cls"]
+    assert [whole[place.offset :][: place.size] for place in found] == [b"x" * 1000, b"yyy", b"7"]
+    assert [place.content for place in found] == [None, None, b"7"]
+
+
+@pytest.mark.parametrize(
+    ("size", "message"),
+    [
+        (900, "the tar is cut short: it has 900 bytes, and member 'a.png' ends at byte 1536"),
+        (1536, "the tar ends at byte 1536"),
+        (2560, "the tar ends at byte 2560"),
+    ],
+)
+def test_places_of_a_tar_that_is_cut_short_are_refused(tmp_path: Path, size: int, message: str) -> None:
+    path = tmp_path / "x.tar"
+    path.write_bytes((tar.entry("a.png", b"x" * 1000) + tar.entry("a.cls", b"7") + tar.END)[:size])
+    with path.open("rb") as file, pytest.raises(BadUpload, match=message):
+        list(tar.places(file, wanted=lambda name: False, max_bytes=10))

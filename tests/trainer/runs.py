@@ -26,16 +26,28 @@ def runtime_of(tasks: Stream, seed: int = 0, **config: Any) -> Runtime:
     return Runtime(RuntimeConfig(**config), tasks, seed=seed)
 
 
-def learner_of(method: str, tasks: Stream, *, network: str = "mlp", seed: int = 0, **options: Any) -> Any:
-    """A fresh learner of a method, by name."""
-    return methods.build(method, runtime_of(tasks, seed), network=network, options=options)
+def learner_of(
+    method: str,
+    tasks: Stream,
+    *,
+    network: str = "mlp",
+    seed: int = 0,
+    config: dict[str, Any] | None = None,
+    **options: Any,
+) -> Any:
+    """A fresh learner of a method, by name; `config` is of its runtime."""
+    return methods.build(method, runtime_of(tasks, seed, **(config or {})), network=network, options=options)
 
 
-def run(learner: Learner, memory: Memory, tasks: Stream, count: int | None = None, *, seed: int = 0) -> None:
-    """The first tasks of a stream, learned and remembered."""
-    for task in tasks.tasks[:count]:
+def run(
+    learner: Learner, memory: Memory, tasks: Stream, count: int | None = None, *, first: int = 0, seed: int = 0
+) -> None:
+    """Visits `first` to `count` of a stream, learned and remembered."""
+    for task in tasks.visits[first:count]:
         learner.learn(task, memory, quiet)
-        memory.add(Learned(task.index, task.train, embed=learner.embed, seed=seed))
+        if not learner.fills_memory:
+            columns = learner.columns(task.train)
+            memory.add(Learned(task.index, task.train, embed=learner.embed, seed=seed, fields=columns))
         learner.balance(task, memory, quiet)
 
 

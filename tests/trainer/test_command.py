@@ -77,7 +77,7 @@ def test_a_second_run_needs_another_folder_or_resume(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--method", "magic"], "method 'magic' is not one of finetune, joint, gem, lucir"),
+        (["--method", "magic"], "method 'magic' is not one of finetune, joint, gem"),
         (["--set", "gamma=1"], "method lucir has no setting 'gamma'; it has"),
         (["--set", "lr"], "--set takes NAME=VALUE, not 'lr'"),
         (["--set", "lr=fast"], "lr must be of type float, got 'fast'"),

@@ -255,13 +255,13 @@ def test_two_processes_go_on_as_if_nothing_had_been(tmp_path: Path, method: str)
         SMALL,
         method=method,
         options={**IN_EPOCHS[method], "batch_size": 16},
-        stream=replace(SMALL.stream, tasks=3),
+        stream=replace(SMALL.stream, tasks=2),
         runtime=RuntimeConfig(processes=2, checkpoint_s=0),
         memory=MemoryConfig(kind="strips", budget_bytes=12_000, quality=60),
     )
     whole = run(config, tmp_path / "whole")
     with pytest.raises(Stopped):
-        run(config, tmp_path / "stopped", watch=StopAt(2, "learn"))
+        run(config, tmp_path / "stopped", watch=StopAt(1, "learn"))
     assert results(run(config, tmp_path / "stopped", resume=True)) == results(whole)
     states = [torch.load(tmp_path / name / "checkpoint.pt", weights_only=True) for name in ("whole", "stopped")]
     assert identical(states[0]["learner"], states[1]["learner"])

@@ -1,8 +1,15 @@
-"""The `engram-train` command: runs a method on a stream of tasks and prints what it remembers at the end."""
+"""The `engram-train` command: runs methods on streams of tasks and prints what they remember at the end.
+
+`engram-train OPTIONS` is `engram-train train OPTIONS`; `compare` starts many of those; `recipes` lists published
+experiments for `--recipe`.
+"""
 
 from __future__ import annotations
 
-from dataclasses import fields
+import os
+from collections.abc import Mapping, Sequence, Set
+from contextlib import ExitStack
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
@@ -10,13 +17,14 @@ import torch
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from engram import __version__, amounts
 from engram.errors import EngramError
 from engram.schemas import Definition, Per, Ranking, Rule, ShareBy, Subsampling
-from engram_trainer import loop, methods, networks
+from engram_trainer import compare as comparing
+from engram_trainer import datasets, display, loop, methods, networks, recipes
 from engram_trainer.configuration import (
+    MEMORY_KINDS,
     MemoryConfig,
     MemoryKind,
     Normalise,
@@ -27,10 +35,21 @@ from engram_trainer.configuration import (
 )
 from engram_trainer.progress import Bars
 from engram_trainer.report import Report
-from engram_trainer.stream import Scenario, StreamConfig
+from engram_trainer.scalars import Log, open_log
+from engram_trainer.stream import Scenario, Stream, StreamConfig, Task
 
-STREAM, METHOD, MEMORY, RUNTIME, RUN = "Stream", "Method", "Memory", "Runtime", "Run"
+RECIPE, STREAM, METHOD, MEMORY, RUNTIME, RUN = "Recipe", "Stream", "Method", "Memory", "Runtime", "Run"
 SELECTION = "Selection (service and strips)"
+# fmt: off
+BESIDE_A_RECIPE = frozenset({
+    "recipe", "dry_run", "yes", "data", "memory", "budget", "quality", "url", "buffer", "seed", "out", "resume", "log",
+    "device", "precision", "processes", "workers", "threads", "version",
+})
+# fmt: on
+"""The options that leave a recipe the published experiment that it is."""
+
+UsageError: Any = typer.BadParameter.__bases__[0]
+"""Of the click that typer stands on, which is one of its own in later versions."""
 
 app = typer.Typer(
     rich_markup_mode="rich",
@@ -49,8 +68,24 @@ def _names(names: Any) -> str:
     return ", ".join(names)
 
 
-@app.command()
+@app.command("train", rich_help_panel="Commands")
+@app.callback(invoke_without_command=True)
 def train(
+    context: typer.Context,
+    recipe: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="A published experiment with all its settings; [bold]engram-train recipes[/bold] lists them.",
+            rich_help_panel=RECIPE,
+        ),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only say what the recipe does and needs.", rich_help_panel=RECIPE)
+    ] = False,
+    yes: Annotated[
+        bool, typer.Option("--yes", "-y", help="Start, however long it takes.", rich_help_panel=RECIPE)
+    ] = False,
     data: Annotated[
         str,
         typer.Option(
@@ -187,6 +222,12 @@ def train(
     threads: Annotated[
         int | None, typer.Option(help="CPU threads; without it PyTorch decides.", rich_help_panel=RUNTIME)
     ] = None,
+    log: Annotated[
+        Log | None,
+        typer.Option(
+            help="Write the course of the run there, too; the package has to be installed.", rich_help_panel=RUN
+        ),
+    ] = None,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
@@ -202,53 +243,275 @@ def train(
         engram-train --tasks 5 --budget 40000 --memory raw --out runs/raw
     """
     console = Console()
+    named = _named(context)
+    if context.invoked_subcommand is not None:
+        if named:
+            options = ", ".join(_option(context, name) for name in sorted(named))
+            _fail(console, f"{options} comes after '{context.invoked_subcommand}', not before it", 2)
+        return
     try:
         if threads is not None:
             torch.set_num_threads(threads)
-        options = parse_options(method, settings or [], epochs)
-        config = RunConfig(
-            data=data,
-            resize=resize,
-            prepare=PrepareConfig(crop, normalise),
-            stream=StreamConfig(
-                scenario=scenario,
-                tasks=tasks,
-                base_classes=base_classes,
-                seed=seed,
-                train_per_class=train_per_class,
-                train_per_task=train_per_task,
-                test_per_class=test_per_class,
-                validation_ratio=validation,
-            ),
-            method=method,
-            options=options,
-            network=network,
-            memory=MemoryConfig(
-                kind=memory,
-                budget_bytes=amounts.parse(budget),
-                per=per,
-                share_by=share_by,
-                quality=parse_quality(quality),
-                subsampling=subsampling,
-                ranking=ranking,
-                definition=definition,
-                rule=rule,
-                epsilon=epsilon,
-                block=block,
-                url=url,
-                buffer=buffer,
-            ),
-            seed=seed,
-            runtime=RuntimeConfig(device, precision, processes, workers),
-        )
-        with Bars(console) as bars:
-            report = loop.run(config, out, resume=resume, watch=bars)
+        if recipe is None:
+            if dry_run or yes:
+                raise ValueError("--dry-run and --yes are about a recipe: give --recipe NAME")
+            config = _configuration(context.params)
+        else:
+            found = _startable(context, recipe, console)
+            if dry_run:
+                return
+            config = _configured(found, context.params, named)
+        with ExitStack() as stack:
+            watches: list[loop.Watch] = [stack.enter_context(Bars(console))]
+            if log is not None:
+                watches.append(stack.enter_context(open_log(log, out)))
+            report = loop.run(config, out, resume=resume, watch=Watches(watches))
     except KeyboardInterrupt:
         _fail(console, f"interrupted; the same command with --resume goes on from the last checkpoint in {out}", 130)
     except (EngramError, ValueError, FloatingPointError, OSError) as error:
         _fail(console, str(error), 1)
-    print_metrics(console, report)
+    display.metrics(console, report)
     console.print(f"{out}: report.json, accuracy.png, matrix.png", highlight=False)
+
+
+@app.command("recipes", rich_help_panel="Commands")
+def list_recipes(
+    name: Annotated[str | None, typer.Argument(help="Say all about this one.")] = None,
+) -> None:
+    """List the published experiments that --recipe knows, with their papers' numbers."""
+    console = Console()
+    if name is None:
+        display.recipes(console, recipes.RECIPES.values())
+        return
+    try:
+        display.recipe(console, recipes.find(name), cores=os.cpu_count() or 1)
+    except ValueError as error:
+        _fail(console, str(error), 1)
+
+
+@app.command(
+    "compare",
+    rich_help_panel="Commands",
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+)
+def compare(
+    context: typer.Context,
+    methods: Annotated[str, typer.Option(metavar="A,B", help="The first is what others are compared with.")],
+    budgets: Annotated[str, typer.Option(metavar="BYTES,BYTES", help="As for --budget of a run.")] = str(
+        MemoryConfig.budget_bytes
+    ),
+    memories: Annotated[
+        str, typer.Option(metavar="KIND,KIND", help="As for --memory of a run; a service gets a buffer for each run.")
+    ] = MemoryConfig.kind,
+    seeds: Annotated[str, typer.Option(metavar="N,N", help="One run of each for every seed.")] = "0,1,2",
+    jobs: Annotated[int, typer.Option(min=1, help="Runs at a time.")] = 1,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="CPU threads of each; without it they share the cores.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder of the runs and the report.")] = Path("runs/compare"),
+) -> None:
+    """Run methods x memories x budgets x seeds, and compare them in one table.
+
+    What follows is for every run:
+
+        engram-train compare --methods lucir,gem --memories raw,strips --budgets 20000,40000 --tasks 5 --epochs 4
+
+    A finished run is not run again and a killed one goes on, so the same command goes on with a comparison.
+    """
+    console = Console()
+    try:
+        rows = comparing.cells(
+            [word.strip() for word in methods.split(",")],
+            [_memory_kind(word.strip()) for word in memories.split(",")],
+            [amounts.parse(word) for word in budgets.split(",")],
+        )
+        runs = comparing.plan(rows, [_seed(word) for word in seeds.split(",")], context.args, out, configure=_meant)
+        done = 0
+
+        def tell(run: comparing.Run, sentence: str | None) -> None:
+            nonlocal done
+            done += 1
+            what = sentence or f"accuracy at the end {_last(run):.1%}"
+            console.print(
+                f"{done}/{len(runs)} {run.cell.name}, seed {run.seed}: {escape(what)}", highlight=False, soft_wrap=True
+            )
+
+        failed = comparing.execute(runs, jobs=jobs, threads=threads, tell=tell)
+        summary = comparing.summarize(runs)
+        sentences = {run.folder.name: sentence for run, sentence in failed.items()}
+        comparing.write(summary, out, title=f"{methods} with {memories}", failed=sentences)
+    except KeyboardInterrupt:
+        _fail(console, f"interrupted; the same command goes on with what is in {out}", 130)
+    except (EngramError, ValueError, OSError) as error:
+        _fail(console, str(error), 1)
+    if summary["rows"]:
+        display.comparison(console, summary)
+        console.print(f"{out}: compare.md, compare.json, compare.png", highlight=False)
+    if failed:
+        _fail(console, f"{len(failed)} of {len(runs)} runs failed; what they said is in {out}/*.log", 1)
+
+
+def _meant(arguments: Sequence[str]) -> RunConfig:
+    """The configuration that arguments of `engram-train train` mean.
+
+    Raises:
+        ValueError: they mean none, or one that `compare` cannot make of them.
+    """
+    command: Any = typer.main.get_command(app)
+    try:
+        with command.commands["train"].make_context("train", list(arguments)) as context:
+            wrong = sorted(_named(context) & {"recipe", "out", "resume", "buffer", "log", "dry_run", "yes"})
+            if wrong:
+                raise ValueError(f"{_option(context, wrong[0])} is not for a comparison")
+            return _configuration(context.params)
+    except UsageError as error:
+        raise ValueError(error.format_message()) from error
+
+
+def _memory_kind(word: str) -> MemoryKind:
+    if word not in MEMORY_KINDS:
+        raise ValueError(f"memory kind {word!r} is not one of {_names(MEMORY_KINDS)}")
+    return word
+
+
+def _seed(word: str) -> int:
+    try:
+        return int(word)
+    except ValueError as error:
+        raise ValueError(f"a seed is a whole number, not {word!r}") from error
+
+
+def _last(run: comparing.Run) -> float:
+    report = run.report
+    return float(report["metrics"]["last"]) if report else float("nan")
+
+
+def _named(context: typer.Context) -> Set[str]:
+    """The parameters that were given."""
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    return {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
+
+
+def _option(context: typer.Context, name: str) -> str:
+    return next(parameter.opts[0] for parameter in context.command.params if parameter.name == name)
+
+
+def _startable(context: typer.Context, name: str, console: Console) -> recipes.Recipe:
+    """The recipe, after it was said what it needs, when nothing that was given stands against it.
+
+    Raises:
+        ValueError: there is none, an option contradicts it, its data are missing or its time is not granted.
+    """
+    found, given = recipes.find(name), context.params
+    wrong = [_option(context, each) for each in sorted(_named(context) - BESIDE_A_RECIPE)]
+    if wrong:
+        raise ValueError(f"recipe {name} has settings of its own, so it does not go with {', '.join(wrong)}")
+    cores = given["threads"] or os.cpu_count() or 1
+    display.recipe(console, found, cores=cores)
+    if given["dry_run"]:
+        return found
+    if "data" not in _named(context):
+        raise ValueError(f"recipe {name} needs {found.data.title}: give --data, {found.data.where}")
+    hours = found.hours(is_gpu=False, cores=cores)
+    if given["device"] == "cpu" and hours > recipes.PATIENCE_HOURS and not given["yes"]:
+        raise ValueError(
+            f"recipe {name} takes about {display.duration(hours)} on {cores} CPU cores; give --device cuda, or --yes"
+        )
+    return found
+
+
+def _configured(found: recipes.Recipe, given: Mapping[str, Any], named: Set[str]) -> RunConfig:
+    """A recipe's configuration for these data, with what was given beside it.
+
+    Raises:
+        ValueError: the data are not those of the recipe.
+        EngramError: they cannot be read.
+    """
+    dataset = datasets.load(given["data"], resize=found.config.resize)
+    found.check(dataset)
+    memory = found.config.memory
+    budget = amounts.parse(given["budget"]) if "budget" in named else found.budget(dataset)
+    quality = parse_quality(given["quality"]) if "quality" in named else memory.quality
+    kind = given["memory"] if "memory" in named else memory.kind
+    return replace(
+        found.config,
+        data=given["data"],
+        stream=replace(found.config.stream, seed=given["seed"]),
+        memory=replace(
+            memory, kind=kind, budget_bytes=budget, quality=quality, url=given["url"], buffer=given["buffer"]
+        ),
+        seed=given["seed"],
+        runtime=_runtime(given),
+    )
+
+
+def _runtime(given: Mapping[str, Any]) -> RuntimeConfig:
+    return RuntimeConfig(given["device"], given["precision"], given["processes"], given["workers"])
+
+
+def _configuration(given: Mapping[str, Any]) -> RunConfig:
+    """What the options of `train` mean where they are not about a recipe.
+
+    Raises:
+        ValueError: they contradict each other or themselves.
+    """
+    return RunConfig(
+        data=given["data"],
+        resize=given["resize"],
+        prepare=PrepareConfig(given["crop"], given["normalise"]),
+        stream=StreamConfig(
+            scenario=given["scenario"],
+            tasks=given["tasks"],
+            base_classes=given["base_classes"],
+            seed=given["seed"],
+            train_per_class=given["train_per_class"],
+            train_per_task=given["train_per_task"],
+            test_per_class=given["test_per_class"],
+            validation_ratio=given["validation"],
+        ),
+        method=given["method"],
+        options=parse_options(given["method"], given["settings"] or [], given["epochs"]),
+        network=given["network"],
+        memory=MemoryConfig(
+            kind=given["memory"],
+            budget_bytes=amounts.parse(given["budget"]),
+            per=given["per"],
+            share_by=given["share_by"],
+            quality=parse_quality(given["quality"]),
+            subsampling=given["subsampling"],
+            ranking=given["ranking"],
+            definition=given["definition"],
+            rule=given["rule"],
+            epsilon=given["epsilon"],
+            block=given["block"],
+            url=given["url"],
+            buffer=given["buffer"],
+        ),
+        seed=given["seed"],
+        runtime=_runtime(given),
+    )
+
+
+class Watches:
+    """Several `loop.Watch`es as one."""
+
+    def __init__(self, watches: Sequence[loop.Watch]) -> None:
+        self._watches = watches
+
+    def task(self, task: Task, stream: Stream) -> None:
+        """A task begins."""
+        for watch in self._watches:
+            watch.task(task, stream)
+
+    def phase(self, name: str, done: int, total: int, *, note: str = "") -> None:
+        """So much of a phase of the task is done."""
+        for watch in self._watches:
+            watch.phase(name, done, total, note=note)
+
+    def finished(self, report: Report) -> None:
+        """A task is evaluated."""
+        for watch in self._watches:
+            watch.finished(report)
 
 
 def parse_options(method: str, settings: list[str], epochs: int | None) -> dict[str, Any]:
@@ -305,27 +568,6 @@ def parse_quality(text: str) -> int | None:
         return int(text)
     except ValueError as error:
         raise ValueError(f"quality is 'auto' or a number from 1 to 100, not {text!r}") from error
-
-
-def print_metrics(console: Console, report: Report) -> None:
-    """The numbers of a finished run as a table."""
-    metrics = report.metrics
-    if metrics is None:
-        return
-    table = Table("measure", "value", title=f"{report.config['method']}, {report.config['stream']['scenario']}")
-    for name, value in (
-        ("accuracy on all classes after the last task", metrics.last),
-        ("average incremental accuracy", metrics.average_incremental),
-        ("... without the first task", metrics.average_incremental_without_base),
-        ("ACC, mean over tasks", metrics.acc),
-        ("BWT, backward transfer", metrics.bwt),
-        ("FWT, forward transfer", metrics.fwt),
-        ("forgetting", metrics.forgetting),
-    ):
-        table.add_row(
-            name, "-" if value is None else f"{100 * value:+.1f} %" if "WT" in name else f"{100 * value:.1f} %"
-        )
-    console.print(table)
 
 
 def _fail(console: Console, message: str, status: int) -> NoReturn:

@@ -1,8 +1,8 @@
 """Run methods with memories, budgets and seeds side by side, and compare them in one report.
 
-Every run is an `engram-train train` of its own in a folder of its own, several at a time. A run that is finished is not
-run again, and one that was killed goes on from its checkpoint, so an interrupted comparison is started again with the
-same command.
+Every run is what `engram-train train` does, in a process and a folder of its own, several at a time. A run that is
+finished is not run again, and one that was killed goes on from its checkpoint, so an interrupted comparison is started
+again with the same command.
 
     OUT/METHOD-MEMORY-BUDGET-SEED/    the run (see `loop`), and beside it what it printed, as .log
     OUT/compare.md                    means with 95 % intervals, paired differences, bytes, seconds
@@ -16,23 +16,26 @@ against the first row, so what a seed does to both is not in it.
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
-import subprocess
 import sys
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import suppress
 from dataclasses import asdict, dataclass
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from scipy import stats
 
 from engram import files
-from engram.errors import Conflict
+from engram.errors import Conflict, EngramError
+from engram_trainer import loop
 from engram_trainer.configuration import MemoryKind, RunConfig, differences
-from engram_trainer.report import curves
+from engram_trainer.report import curves, seconds_of
 
 WITHOUT_MEMORY = ("finetune", "joint", "lwf")
 """These methods keep no exemplars, so they are run once for each seed, whatever the memories and budgets."""
@@ -69,8 +72,6 @@ class Run:
 
     cell: Cell
     seed: int
-    arguments: tuple[str, ...]
-    """Of `engram-train train`, `--out` and `--resume` aside."""
     config: RunConfig
     folder: Path
 
@@ -151,28 +152,51 @@ def plan(
             arguments = [*common, "--method", cell.method, "--memory", cell.memory, "--seed", str(seed)]
             if cell.budget_bytes is not None:
                 arguments += ["--budget", str(cell.budget_bytes)]
-            run = Run(cell, seed, tuple(arguments), configure(arguments), folder / f"{cell.name}-{seed}")
+            run = Run(cell, seed, configure(arguments), folder / f"{cell.name}-{seed}")
             run.check()
             runs.append(run)
     return runs
 
 
-def execute(runs: Sequence[Run], *, jobs: int, tell: Callable[[Run, str | None], None]) -> dict[Run, str]:
+def execute(
+    runs: Sequence[Run], *, jobs: int, threads: int | None = None, tell: Callable[[Run, str | None], None]
+) -> dict[Run, str]:
     """All runs are finished, or have failed; `jobs` at a time.
 
     Args:
         runs: what to run; those that are finished are only told of.
         jobs: processes at a time.
+        threads: of each on the CPU; None gives them equal parts of its cores.
         tell: called for each run at its end, with the sentence it failed with or None.
 
     Returns:
         The runs that failed, each with its sentence.
     """
-    threads = max(1, (os.cpu_count() or 1) // jobs)
+    threads = threads or max(1, (os.cpu_count() or 1) // jobs)
+    # What every run imports is imported once, by a server that has no threads when it forks.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([loop.__name__])
+    processes: list[BaseProcess] = []
+
+    def run_beside(run: Run) -> str | None:
+        if run.is_finished:
+            return None
+        here, there = context.Pipe(duplex=False)
+        process = context.Process(target=_run, args=(run, threads, there))
+        process.start()
+        processes.append(process)
+        there.close()
+        process.join()
+        if process.exitcode == 0:
+            return None
+        try:
+            return str(here.recv())
+        except EOFError:  # it was killed, or what it raised is in its log
+            return f"it ended with status {process.exitcode}"
+
     failed: dict[Run, str] = {}
-    processes: list[subprocess.Popen[bytes]] = []
     with ThreadPoolExecutor(jobs) as pool:
-        pending = {pool.submit(_run, run, threads, processes): run for run in runs}
+        pending = {pool.submit(run_beside, run): run for run in runs}
         try:
             for future in as_completed(pending):
                 run, sentence = pending[future], future.result()
@@ -183,29 +207,23 @@ def execute(runs: Sequence[Run], *, jobs: int, tell: Callable[[Run, str | None],
             for waiting in pending:
                 waiting.cancel()
             for process in processes:
-                with suppress(OSError):
-                    process.terminate()
+                process.terminate()
             raise
     return failed
 
 
-def _run(run: Run, threads: int, processes: list[subprocess.Popen[bytes]]) -> str | None:
-    if run.is_finished:
-        return None
+def _run(run: Run, threads: int, told: Connection) -> None:
+    """One run in this process, which says why it failed, and into its log all that is printed."""
     run.folder.parent.mkdir(parents=True, exist_ok=True)
-    given = () if "--threads" in run.arguments else ("--threads", str(threads))
-    resume = ("--resume",) if (run.folder / "run.json").is_file() else ()
-    command = [sys.executable, "-m", "engram_trainer", "train", *run.arguments, *given, "--out", str(run.folder)]
-    log = run.folder.with_name(f"{run.folder.name}.log")
-    with log.open("ab") as output:
-        start = output.tell()
-        process = subprocess.Popen([*command, *resume], stdout=output, stderr=subprocess.STDOUT)
-        processes.append(process)
-        status = process.wait()
-    if status == 0:
-        return None
-    said = log.read_bytes()[start:].decode(errors="replace").strip().splitlines()
-    return said[-1].removeprefix("engram-train: ") if said else f"it ended with status {status}"
+    log = os.open(run.folder.with_name(f"{run.folder.name}.log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    torch.set_num_threads(threads)
+    try:
+        loop.run(run.config, run.folder, resume=(run.folder / "run.json").is_file())
+    except (EngramError, ValueError, FloatingPointError, OSError) as error:
+        told.send(str(error))
+        sys.exit(str(error))
 
 
 def summarize(runs: Sequence[Run]) -> dict[str, Any]:
@@ -228,7 +246,7 @@ def summarize(runs: Sequence[Run]) -> dict[str, Any]:
                 "curve": [asdict(_interval(values)) for values in _curves(reports.values())],
                 "exemplars": _mean(report["memory"][-1]["exemplars"] for report in reports.values()),
                 "used_bytes": _mean(report["memory"][-1]["used_bytes"] for report in reports.values()),
-                "seconds": _mean(sum(sum(task.values()) for task in report["seconds"]) for report in reports.values()),
+                "seconds": _mean(sum(map(seconds_of, report["seconds"])) for report in reports.values()),
                 "runs": {str(seed): report["metrics"] for seed, report in sorted(reports.items())},
             }
         )
@@ -257,8 +275,8 @@ def markdown(content: Mapping[str, Any]) -> str:
     rows = content["rows"]
     if rows:
         lines += [
-            f"Means over seeds ± half of the {content['confidence']:.0%} interval (Student's t); accuracies in percent,",
-            f"differences in points, seed by seed, against {rows[0]['row']}.",
+            f"Means over seeds ± half of the {content['confidence']:.0%} interval (Student's t); percent.",
+            f"Differences in points, seed by seed, against {rows[0]['row']}.",
             "",
             "| | seeds | " + " | ".join(MEASURES.values()) + " | difference in average | difference at the end "
             "| exemplars | bytes | seconds |",

@@ -202,7 +202,8 @@ class _Run:
     def remember(self, task: Task, watch: Watch) -> None:
         """The memory holds exemplars of the task, and the learner is balanced on all exemplars."""
         with self._timed("remember"):
-            if not self.learner.fills_memory:
+            is_first_visit = all(each.index != task.index for each in self.stream.visits[: task.visit])
+            if is_first_visit and not self.learner.fills_memory:
                 self._hand_over(task)
         with self._timed("balance"), self._waiting():
             self.learner.balance(task, self.memory, _steps(watch, "balance"))
@@ -222,7 +223,8 @@ class _Run:
                 row.append(accuracy(self.learner.scores, self.runtime, each, learned=task.visit))
                 watch.phase("evaluate", each.index + 1, min(met + 1, len(self.stream.tasks)))
         self.report.matrix.append(row)
-        self.report.memory.append(self.memory.describe() if self.runtime.is_first else {})
+        filled = "online" if self.learner.fills_memory else "task"
+        self.report.memory.append({**self.memory.describe(), "filled": filled} if self.runtime.is_first else {})
         self.report.seconds.append(self.seconds)
         self.is_learned, self.onnx, self.seconds = False, None, {}
         self.checkpoint()

@@ -8,7 +8,7 @@ from typing import Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from engram_trainer.report import Report
+from engram_trainer.report import Report, seconds_of
 from engram_trainer.stream import Stream, Task
 
 PHASES = {"learn": "learning", "remember": "storing", "balance": "balancing", "evaluate": "evaluating"}
@@ -72,7 +72,7 @@ class Bars:
             kept = f"; memory: {memory['exemplars']:,} exemplars in {memory['used_bytes']:,} bytes"
             if memory.get("quality"):
                 kept += f", quality {memory['quality']}"
-        seconds = sum(report.seconds[-1].values())
+        seconds = seconds_of(report.seconds[-1])
         self._console.print(
             f"{self._name}: accuracy so far [bold]{metrics.last:.1%}[/bold] ({seconds:.1f} s){kept}",
             highlight=False,

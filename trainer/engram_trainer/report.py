@@ -5,9 +5,11 @@ report.json, fractions unless the name says otherwise:
     run, config, environment     the run's id; everything that defines it; versions, git commit, platform, threads
     tasks                        classes, names, numbers of images of every task, all its visits together
     matrix, at_random, metrics   R, b and the numbers derived from them (see `evaluation`)
-    memory                       what the memory held after each task, with the service's decisions
+    memory                       what the memory held after each task, whether it was filled online or once the task was
+                                 learned, and the service's decisions
     paper                        of a recipe: the published numbers, where they were read, and ours
-    seconds                      of each task by phase; the only member that differs between two equal runs
+    seconds                      of each task by phase, and how long its steps waited for exemplars; the only member
+                                 that differs between two equal runs
 """
 
 from __future__ import annotations
@@ -73,6 +75,11 @@ class Report:
     def save(self, folder: Path) -> None:
         """Write `report.json`, whole or not at all."""
         files.write_durably(folder / "report.json", (json.dumps(self.to_json(), indent=1) + "\n").encode())
+
+
+def seconds_of(phases: Mapping[str, float]) -> float:
+    """How long a task took: the sum of its phases, which waiting for exemplars is a part of."""
+    return sum(seconds for name, seconds in phases.items() if name != "replay_wait")
 
 
 def describe_tasks(stream: Stream) -> list[dict[str, Any]]:

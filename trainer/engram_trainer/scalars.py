@@ -9,7 +9,7 @@ seconds/learn, ...                                  of each phase of each task
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from engram.errors import NotFound
 from engram_trainer.report import Report
@@ -78,8 +78,9 @@ class _TensorBoard:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
-            raise NotFound("--log tensorboard needs the package: pip install tensorboard") from error
-        self._open, self._folder, self._writer = SummaryWriter, folder, None
+            raise NotFound("--log tensorboard needs a package: pip install 'engram[log]'") from error
+        self._open, self._folder = SummaryWriter, folder
+        self._writer: Any = None
 
     def add(self, name: str, value: float, step: int) -> None:
         # Only now: a new run wants its folder empty.
@@ -96,8 +97,9 @@ class _Wandb:
         try:
             import wandb
         except ImportError as error:
-            raise NotFound("--log wandb needs the package: pip install wandb") from error
-        self._wandb, self._folder, self._run = wandb, folder, None
+            raise NotFound("--log wandb needs a package: pip install 'engram[log]'") from error
+        self._wandb, self._folder = wandb, folder
+        self._run: Any = None
 
     def add(self, name: str, value: float, step: int) -> None:
         self._run = self._run or self._wandb.init(project="engram", name=self._folder.name, dir=str(self._folder))

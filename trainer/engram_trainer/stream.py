@@ -8,7 +8,8 @@ Scenarios:
     rotated             every task has all classes, turned by an angle of its own
 
 Tasks may return: a *visit* is one time that a learner meets a task, and each visit of a task trains on a part of its
-images that no other visit has. Unless `visits` says otherwise, every task is visited once, in order.
+images that no other visit has. Unless `visits` says otherwise, every task is visited once, in order. A memory that is
+filled once a task is learned keeps exemplars of its first visit; one that is filled online sees all of them.
 
 Images are uint8 `[N, H, W, C]`. A class id is the data set's number; its *label* is its place in `Stream.class_order`,
 the order in which classes arrive. Everything random is drawn from the configuration's seed, the angles too.

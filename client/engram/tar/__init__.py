@@ -23,6 +23,8 @@ from engram.images import IMAGE_EXTENSIONS as IMAGE_EXTENSIONS
 
 from .blocks import BLOCK as BLOCK
 from .blocks import END as END
+from .places import Place as Place
+from .places import places as places
 from .reading import Member as Member
 from .reading import read as read
 from .writing import entry as entry

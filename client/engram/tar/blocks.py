@@ -19,6 +19,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from os import SEEK_CUR
 from typing import BinaryIO, Final
 
 from engram.errors import BadUpload
@@ -62,11 +63,15 @@ class Header:
 
 
 class Archive:
-    """A tar stream read forward, which knows where it is and which member it read last."""
+    """A tar stream read forward, which knows where it is and which member it read last.
 
-    def __init__(self, stream: BinaryIO, check: Callable[[], None]) -> None:
+    Of a file whose size is given, what is skipped is not read.
+    """
+
+    def __init__(self, stream: BinaryIO, check: Callable[[], None], *, file_bytes: int | None = None) -> None:
         self._stream = stream
         self._check = check
+        self._file_bytes = file_bytes
         self._check_at = _CHECK_BYTES
         self._last = ""
         self.offset = 0
@@ -121,10 +126,23 @@ class Archive:
             BadUpload: the stream ends before.
         """
         left = size + -size % BLOCK
+        if self._file_bytes is not None:
+            self._seek(left, name)
+            left = 0
         while left:
             left -= len(self._exactly(min(left, CHUNK_BYTES), name))
             self._look()
         self._last = name
+
+    def _seek(self, size: int, name: str) -> None:
+        end = self.offset + size
+        if end > (self._file_bytes or 0):
+            raise BadUpload(
+                f"the tar is cut short: it has {self._file_bytes} bytes, and member {name!r} ends at byte {end}",
+                offset=self._file_bytes,
+            )
+        self._stream.seek(size, SEEK_CUR)
+        self.offset = end
 
     def _header(self) -> Header | None:
         self._look()

@@ -10,9 +10,8 @@ varied image, by the network of that moment in training mode. Filled once the ta
 is, by the network that has learned the task.
 
 Source: Buzzega et al., Dark Experience for General Continual Learning (NeurIPS 2020), section 3; constants in brackets:
-Mammoth's, for Seq-CIFAR-10 and 200 exemplars. Departures by default, settings both: the memory is filled once a task is
-learned (`fill`), and labels that have not arrived yet do not compete (`compete`). Half precision: a logit of 10 is
-stored to 0.004.
+Mammoth's, for Seq-CIFAR-10. Departure by default: the memory is filled once a task is learned, not online (`fill`). Half
+precision: a logit of 10 is stored to 0.004.
 """
 
 from __future__ import annotations
@@ -38,10 +37,10 @@ from engram_trainer.stream import Task
 class Config(er.Config):
     """How a task is trained; in brackets the published settings where they differ."""
 
-    lr: float = 0.05
+    lr: float = 0.1
     """[0.03]"""
-    alpha: float = 0.3
-    """Weight of the distance to the stored logits."""
+    alpha: float = 1.0
+    """Weight of the distance to the stored logits [0.3]."""
     beta: float = 0.0
     """Weight of the exemplars' cross-entropy."""
 

@@ -3,8 +3,8 @@
     L = mean over B_t and B_M of CE,   B_t the step's new images, B_M a uniform draw from the memory
 
 Source: Riemer et al., MER (ICLR 2019), and Chaudhry et al., On Tiny Episodic Memories in Continual Learning (2019);
-constants in brackets: Mammoth's `er` for Seq-CIFAR-10. Departures by default, settings both: the memory is filled once
-a task is learned (`fill`), and labels that have not arrived yet do not compete (`compete`).
+constants in brackets: Mammoth's `er` for Seq-CIFAR-10. Departure by default: the memory is filled once a task is
+learned, not online (`fill`).
 """
 
 from __future__ import annotations
@@ -37,10 +37,11 @@ class Config(Filled):
     """New images of a step."""
     replay_batch: int = 32
     """Exemplars of a step."""
-    lr: float = 0.05
-    """[0.1]"""
-    compete: Compete = "seen"
-    """Which labels an image is told apart from: those seen so far, or all of the stream [all]."""
+    lr: float = 0.1
+    compete: Compete = "all"
+    """Which labels an image is told apart from: all of the stream, or those seen so far. Labels that have not arrived
+    learn to be wrong, so that logits which are stored early mean something for them, too. Digits, 5 tasks, validation
+    images: DER ends at 86 % with all and at 55 % with those seen, ER at 82 and 83 %."""
 
 
 class Er(LinearLearner):

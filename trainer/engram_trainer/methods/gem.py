@@ -33,8 +33,9 @@ from scipy.optimize import nnls
 from torch import nn
 
 from engram_trainer.memory import Memory
+from engram_trainer.methods.filling import Filled, Filling
 from engram_trainer.methods.linear import LinearLearner
-from engram_trainer.methods.training import Training
+from engram_trainer.online import Ring
 from engram_trainer.runtime import Runtime
 from engram_trainer.steps import LEARN, Minibatch, OnStep, Phase, Replay, Step
 from engram_trainer.stream import Task
@@ -47,8 +48,11 @@ TINY_RATIO = 1e-12
 
 
 @dataclass(frozen=True)
-class Config(Training):
-    """How a task is trained. Defaults are the paper's for MNIST: one pass, minibatches of 10, SGD at 0.1."""
+class Config(Filled):
+    """How a task is trained. Defaults are the paper's for MNIST: one pass, minibatches of 10, SGD at 0.1.
+
+    The paper's memory is a ring of the last 256 images of each task: `fill` online, and 256 `slots` for each task.
+    """
 
     epochs: int = 1
     batch_size: int = 10
@@ -75,14 +79,24 @@ class Gem(LinearLearner):
     def __init__(self, runtime: Runtime, config: Config, *, network: str) -> None:
         super().__init__(runtime, network=network)
         self.config = config
+        self.filling = Filling(runtime, config, partial(Ring, config.slots, tasks=len(self.stream.tasks)))
         self.corrected_steps = 0
         """Steps so far whose gradient broke a constraint."""
 
+    @property
+    def fills_memory(self) -> bool:
+        """Whether the memory is filled online."""
+        return self.filling.is_online
+
     def learn(self, task: Task, memory: Memory, progress: OnStep) -> None:
-        """One pass (or more) over the task under the constraints of the exemplars of the others."""
+        """One pass (or more) over the task under the constraints of the exemplars of the others.
+
+        There is one constraint for each distinct task but this one, however often tasks return.
+        """
         config, seen = self.config, self.stream.seen(task.visit)
         parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         optimizer = config.optimizer(parameters)
+        self.filling.open(memory)
 
         def loss(step: Step) -> torch.Tensor:
             assert step.new is not None, "GEM's phase has images"
@@ -101,18 +115,23 @@ class Gem(LinearLearner):
             replay=self._replay(task, memory),
             schedule=config.schedule(optimizer),
             correct=partial(self._corrected, parameters=parameters, seen=seen),
-            also=[_Counted(self)],
+            after_step=partial(self.filling.offer, task=task),
+            also=[_Counted(self), self.filling],
+            writes_memory=self.fills_memory,
         )
         self.runtime.fit(phase, memory, progress)
+        self.filling.flush()
 
     def state_dict(self) -> dict[str, Any]:
-        """Weights, and how many steps were corrected."""
-        return {**super().state_dict(), "corrected_steps": self.corrected_steps}
+        """Weights, how many steps were corrected, and what is known of a memory that is filled online."""
+        filling = self.filling.state_dict()
+        return {**super().state_dict(), "corrected_steps": self.corrected_steps, "filling": filling}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take them back."""
         super().load_state_dict(state)
         self.corrected_steps = state["corrected_steps"]
+        self.filling.load_state_dict(state["filling"])
 
     def _replay(self, task: Task, memory: Memory) -> list[Replay]:
         counts = {number: sum(of.values()) for number, of in memory.counts().items() if number != task.index}

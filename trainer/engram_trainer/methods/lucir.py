@@ -41,7 +41,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -54,6 +54,7 @@ from engram.schemas import CANDIDATE_QUALITIES
 from engram_trainer import networks
 from engram_trainer.examples import Examples, Images, ImageSet, Joined, Rows, Shape
 from engram_trainer.memory import Memory
+from engram_trainer.methods.nearest_mean import class_means, nearest_mean_scores
 from engram_trainer.methods.training import Training, multistep, replayed
 from engram_trainer.networks import CosineClassifier, cosines
 from engram_trainer.runtime import Runtime
@@ -96,6 +97,8 @@ class Config(Training):
     balance_lr: float = 0.001
     """[0.01 in the ImageNet script]"""
     balance_milestones: tuple[float, ...] = (0.5,)
+    classify: Literal["cosine", "nme"] = "cosine"
+    """By the classifier, or by the nearest mean of exemplars (the paper reports both)."""
     padding: int = 2
     """Largest random shift of a training image, in pixels [4 at 32x32]."""
     flip: bool = True
@@ -112,6 +115,8 @@ class Lucir:
         self.runtime, self.stream, self.config, self.seed = runtime, runtime.stream, config, runtime.seed
         self.device = runtime.device
         self.stream.config.require_new_classes("LUCIR")
+        if config.classify not in ("cosine", "nme"):
+            raise ValueError(f"classify {config.classify!r} is not one of cosine, nme")
         if not 0 <= config.replay_ratio < 1:
             raise ValueError(f"replay_ratio must be in 0..1 (exclusive), not {config.replay_ratio}")
         if config.batch_size < 2:
@@ -120,6 +125,8 @@ class Lucir:
         self.dimensions = built.dimensions
         self.network = runtime.place_module(built)
         self.classifier = CosineClassifier(torch.empty(0, self.dimensions), eta=config.eta).to(self.device)
+        self.means_CD = torch.zeros(len(self.stream.class_order), self.dimensions)
+        """The unit mean of each label's exemplars, if they classify."""
 
     def learn(self, task: Task, memory: Memory, progress: OnStep) -> None:
         """Train on a task's images and exemplars of earlier tasks."""
@@ -174,9 +181,15 @@ class Lucir:
         return {}
 
     def balance(self, task: Task, memory: Memory, progress: OnStep) -> None:
-        """Tune the class embeddings on the exemplars of all classes, new ones included; network and eta are frozen.
+        """Tune the class embeddings on the exemplars of all classes, and take their means if these classify."""
+        self._tune(task, memory, progress)
+        if self.config.classify == "nme":
+            self.means_CD = class_means(self.stream, self.embed, memory.walk())
 
-        Source: the code's `cbf_class_incremental_cosine_imagenet.py` with ft_flag 2; the first task is left as it is.
+    def _tune(self, task: Task, memory: Memory, progress: OnStep) -> None:
+        """Network and eta are frozen, and the first task is left as it is.
+
+        Source: the code's `cbf_class_incremental_cosine_imagenet.py` with ft_flag 2.
         """
         config, runtime = self.config, self.runtime
         old_count = len(self.classifier.embeddings_CD) - len(task.classes)
@@ -211,7 +224,9 @@ class Lucir:
         runtime.fit(phase, memory, progress)
 
     def scores(self, images_NHWC: Images) -> npt.NDArray[np.float32]:
-        """eta times the cosine with every class embedding so far, `[N, C]`."""
+        """eta times the cosine with every class embedding so far, or the cosine with the means of exemplars, `[N, C]`."""
+        if self.config.classify == "nme":
+            return nearest_mean_scores(torch.from_numpy(self.embed(images_NHWC)), self.means_CD).numpy()
         return self.runtime.predict(nn.Sequential(self.network, self.classifier), images_NHWC)
 
     def embed(self, images_NHWC: Images) -> npt.NDArray[np.float32]:
@@ -223,12 +238,17 @@ class Lucir:
         return nn.Sequential(self.runtime.preparation, self.network).eval()
 
     def state_dict(self) -> dict[str, Any]:
-        """Weights only: every random stream starts anew with each task."""
-        return {"network": self.network.state_dict(), "classifier": self.classifier.state_dict()}
+        """Weights and means: every random stream starts anew with each task."""
+        return {
+            "network": self.network.state_dict(),
+            "classifier": self.classifier.state_dict(),
+            "means_CD": self.means_CD,
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Become the learner that was saved, with as many classes as it had."""
         self.network.load_state_dict(state["network"])
+        self.means_CD = state["means_CD"].cpu()
         embeddings_CD = state["classifier"]["embeddings_CD"]
         self.classifier = CosineClassifier(torch.empty_like(embeddings_CD)).to(self.device)
         self.classifier.load_state_dict(state["classifier"])
