@@ -86,7 +86,7 @@ class PictureSet:
             picture.draft(None, _short_side(picture.size, _OVERSAMPLING * width))
         converted = picture.convert("L" if channels == 1 else "RGB")
         if self.is_resized:
-            converted = _centre(converted, width)
+            converted = centre_crop(converted, width)
         if converted.size != (width, height):
             raise BadUpload(f"{name} is {converted.width} x {converted.height} pixels, the others {width} x {height}")
         return np.asarray(converted).reshape(self.shape)
@@ -165,7 +165,8 @@ def _short_side(size: tuple[int, int], side: int) -> tuple[int, int]:
     return (side, side * height // width) if width <= height else (side * width // height, side)
 
 
-def _centre(picture: Image.Image, side: int) -> Image.Image:
+def centre_crop(picture: Image.Image, side: int) -> Image.Image:
+    """The shorter side resized to this length, the aspect ratio kept, and the square at the centre."""
     resized = picture.resize(_short_side(picture.size, side), Image.Resampling.BILINEAR)
     left, top = round((resized.width - side) / 2), round((resized.height - side) / 2)
     return resized.crop((left, top, left + side, top + side))
