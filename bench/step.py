@@ -3,14 +3,13 @@ much memory a run over images takes that do not fit in it.
 
 **Throughput.** One epoch over a folder of JPEG images of 224x224 pixels, of which a small network sees random windows
 of 32x32: nearly all of the time is reading. The plain loop is what one writes with `torch.utils.data`: a data set that
-opens a file with Pillow, a `DataLoader` with as many workers, the same windows, the same network and
-optimiser. Both in turns (plain, ours, ours, plain); the ratio is of the sums.
+opens a file with Pillow, a `DataLoader` with as many workers, the same windows, the same network and optimiser. Both in turns (plain, ours, ours, plain); the ratio is of the sums.
 
 **Replay.** ER with 32 new images and 32 exemplars a step, from strips in this process: the part of all steps' time in
 which they waited for exemplars.
 
 **Memory.** A whole run (two tasks, ER, herding by its own features) over 50,000 images of 224x224 in a process of its
-own: the largest sum of what it and its workers have for themselves (their PSS), every 0.2 s. As float32 they would be 30 GB.
+own: the largest sum of what it and its workers hold (PSS), looked at every 0.2 s. As float32 they would be 30 GB.
 
 The images are 200 drawn pictures, each linked many times, which are files and decoded like any other.
 """

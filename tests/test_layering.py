@@ -111,9 +111,9 @@ ORDER = {
     "engram_trainer": [
         "examples extractor networks local_service processes",
         "batches memory preparation sources",
-        "datasets",
-        "local_memory online stream",
-        "configuration plain_memory steps",
+        "datasets local_memory online",
+        "plain_memory stream",
+        "configuration steps",
         "recipes runtime service_memory",
         "evaluation methods",
         "opening report",

@@ -113,7 +113,7 @@ class Content:
         """The classes each task has ever seen, stored or not: all of them have shares."""
         return {number: sorted(task.seen) for number, task in self.tasks.items()}
 
-    def decisions(self, last: int | None = None) -> list[Decision]:
+    def decisions(self, last: int | None) -> list[Decision]:
         """Those of all tasks in which candidates were measured, that of task `last` at the end."""
         ordered = sorted(self.tasks, key=lambda number: (number == last, number))
         found = [self.tasks[number].decision for number in ordered]

@@ -524,7 +524,7 @@ class PackCache:
         with self._turn(digest):
             return self._keep(self._load(digest, count))
 
-    def add(self, digest: str, data: bytes, *, durably: bool = False) -> LoadedPack:
+    def add(self, digest: str, data: bytes) -> LoadedPack:
         """The pack of this digest, which the caller has compared, is in the folder with its index, and open.
 
         Raises:
@@ -533,7 +533,7 @@ class PackCache:
         """
         exemplars = pack.parse(data)
         with self._turn(digest):
-            (files.write_durably if durably else files.write_whole)(self.store.path(digest), data)
+            files.write_whole(self.store.path(digest), data)
             self.store.write_index(digest, exemplars)
             found = index.of(exemplars, digest).over(data)
             return self._keep(LoadedPack(digest, len(found), found, None, len(data), True, time.monotonic()))

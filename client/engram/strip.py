@@ -428,9 +428,7 @@ def parse(data: Bytes, offset: int = 0, *, markers: Markers | None = None) -> St
     return strip
 
 
-def parse_leniently(
-    data: Bytes, offset: int = 0, *, markers: Markers | None = None
-) -> tuple[Strip, npt.NDArray[np.bool_]]:
+def parse_leniently(data: Bytes, offset: int, *, markers: Markers | None) -> tuple[Strip, npt.NDArray[np.bool_]]:
     """As `parse`, but a mask says which exemplars match their checksum and are long enough for their image."""
     payload, at = _read_app15(data, offset)
     if payload[:1] == b"\x01":
@@ -669,7 +667,7 @@ def _exemplars(
     segments: list[Bytes],
     class_ids: IntArray,
     checksums: ChecksumArray,
-    records: Sequence[Bytes] | None = None,
+    records: Sequence[Bytes] | None,
 ) -> Exemplars:
     lengths = np.fromiter(map(len, segments), np.int64, len(segments))
     starts = np.cumsum(lengths) - lengths

@@ -7,9 +7,11 @@ tasks are what they were, and the spool is empty.
 from __future__ import annotations
 
 import io
+import shutil
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -175,22 +177,34 @@ def state(database: Database, store: PackStore) -> tuple[object, ...]:
     return *found, sorted(digest for digest, _ in store.digests())
 
 
+@pytest.fixture(scope="module")
+def shared(migrated: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Database, Settings]]:
+    """One such database for all uploads that change nothing."""
+    settings = Settings(data_dir=shutil.copytree(migrated, tmp_path_factory.mktemp("shared") / "data"))
+    database = Database(settings)
+    create(database, budget_bytes=20_000)
+    fill(database, settings, 0, {0: 5, 1: 5})
+    yield database, settings
+    database.close()
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_a_bad_upload_fails_with_a_clear_problem_and_changes_nothing(
-    name: str, filled: Database, store: PackStore, settings: Settings
+    name: str, shared: tuple[Database, Settings]
 ) -> None:
-    case = CASES[name]
-    before = state(filled, store)
-    queued = queue(filled, settings, case.body(), task=case.task, options=case.options)
-    work_through(filled, store, settings)
-    ended = final(filled, queued)
+    case, (database, settings) = CASES[name], shared
+    store = PackStore(settings.packs_dir)
+    before = state(database, store)
+    queued = queue(database, settings, case.body(), task=case.task, options=case.options)
+    work_through(database, store, settings)
+    ended = final(database, queued)
     assert ended.state == "failed"
     assert ended.attempts == 1
     assert ended.problem is not None
     error = from_problem(ended.problem)
     assert type(error) is case.error
     assert [words for words in case.says if words not in error.message] == [], error.message
-    assert state(filled, store) == before
+    assert state(database, store) == before
     assert not ingest.spool_path(settings.spool_dir, queued.id).exists()
 
 

@@ -13,17 +13,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from engram.fields import KEY
 from engram_trainer import datasets, stream
 from engram_trainer.evaluation import accuracy
-from engram_trainer.local_memory import LocalConfig
+from engram_trainer.local_memory import LocalConfig, LocalMemory
 from engram_trainer.memory import Learned
 from engram_trainer.methods import Learner
-from engram_trainer.methods.gem import RIDGE, Gem, frozen_statistics, project, project_on_one
+from engram_trainer.methods.gem import RIDGE, Config, Gem, frozen_statistics, project, project_on_one
 from engram_trainer.plain_memory import local_memory
 from engram_trainer.preparation import pixels
 from engram_trainer.runtime import assign
+from engram_trainer.steps import Minibatch
 from engram_trainer.stream import Stream, StreamConfig, Task
-from tests.trainer.runs import learner_of, quiet, run, same
+from tests.trainer.runs import learner_of, quiet, run, runtime_of, same
 
 Problem = tuple[torch.Tensor, torch.Tensor]
 
@@ -288,3 +290,64 @@ def test_gem_forgets_less_than_plain_training(tasks: Stream) -> None:
         return fmean([accuracy(learner.scores, gem.runtime, task, learned=2) or 0.0 for task in tasks.tasks])
 
     assert mean(gem) > mean(plain)
+
+
+class Recording(Gem):
+    """GEM that notes which tasks each step is constrained by."""
+
+    constraints: set[tuple[int, ...]]
+
+    def _references(self, replay: Minibatch, parameters: list[nn.Parameter], seen: int) -> torch.Tensor:
+        references_KP = super()._references(replay, parameters, seen)
+        assert len(references_KP) == len(set(replay.tasks.tolist()))
+        self.constraints.add(tuple(sorted(set(replay.tasks.tolist()))))
+        return references_KP
+
+
+def returning(**options: Any) -> Stream:
+    dataset = datasets.load("digits").first(train=20, test=10)
+    return stream.build(dataset, StreamConfig(scenario="permuted", tasks=3, seed=1, **options))
+
+
+def with_ring(tasks: Stream, slots: int, **options: Any) -> tuple[Recording, LocalMemory]:
+    learner = Recording(runtime_of(tasks, 5), Config(fill="online", slots=slots, **options), network="mlp")
+    learner.constraints = set()
+    config = LocalConfig(kind="raw", budget_bytes=10**6, share_by="task", fields={KEY: "utf8"})
+    return learner, local_memory(config)
+
+
+def test_where_tasks_return_there_is_one_constraint_for_each_distinct_task_but_the_current_one() -> None:
+    tasks = returning(visits=(0, 1, 2, 0, 1, 1))
+    learner, memory = with_ring(tasks, 60)
+    for visit, constraints in enumerate([set(), {(0,)}, {(0, 1)}, {(1, 2)}, {(0, 2)}, {(0, 2)}]):
+        learner.constraints = set()
+        run(learner, memory, tasks, visit + 1, first=visit)
+        assert learner.constraints == constraints
+
+
+def test_the_ring_holds_the_last_images_of_each_task_those_of_its_last_visit_first() -> None:
+    tasks = returning(visits=(0, 1, 2, 0))
+    learner, memory = with_ring(tasks, 3 * 60, flush=7)
+    run(learner, memory, tasks, 3)
+    assert {task: sum(classes.values()) for task, classes in memory.counts().items()} == {0: 60, 1: 60, 2: 60}
+    assert {key.partition("-")[0] for key in memory.keys()} == {"v0", "v1", "v2"}
+    run(learner, memory, tasks, 4, first=3)
+    # Task 0 has 200 images, 100 for each of its two visits: the ring has turned once and more.
+    assert {key.partition("-")[0] for key in memory.keys()} == {"v1", "v2", "v3"}
+    assert {task: sum(classes.values()) for task, classes in memory.counts().items()} == {0: 60, 1: 60, 2: 60}
+
+
+def test_the_ring_keeps_what_was_trained_on_last() -> None:
+    tasks = returning()
+    order: list[int] = []
+
+    class Watching(Recording):
+        def losses(self, images_NCHW: torch.Tensor, labels_N: torch.Tensor, seen: int) -> torch.Tensor:
+            order.extend(labels_N.tolist())
+            return super().losses(images_NCHW, labels_N, seen)
+
+    _, memory = with_ring(tasks, 3 * 8)
+    learner = Watching(runtime_of(tasks, 5), Config(fill="online", slots=3 * 8, flush=1), network="mlp")
+    run(learner, memory, tasks, 1)
+    (kept,) = memory.walk(100)
+    assert sorted(tasks.labels(kept.class_ids).tolist()) == sorted(order[-8:])

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import io
+import socket
+import threading
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
+from uuid import uuid4
 
 import numpy as np
 import numpy.typing as npt
@@ -18,8 +23,8 @@ from PIL import Image
 from engram import pack, shares
 from engram.batch import Batch, empty
 from engram.client import Client
-from engram.errors import BudgetExceeded, Conflict
-from engram.schemas import BufferCreate, IngestOptions
+from engram.errors import BadUpload, BudgetExceeded, Conflict, Unavailable
+from engram.schemas import BufferCreate, IngestOptions, Strategy
 from engram.selection.embedding import BuiltinEmbedder
 from engram.selection.images import ArrayImages
 from engram_service import buffers
@@ -27,11 +32,11 @@ from engram_service.database import Database
 from engram_service.settings import Settings
 from engram_service.storage import PackStore
 from engram_trainer import datasets
-from engram_trainer.examples import ClassIds, Examples, Images
+from engram_trainer.examples import ClassIds, Examples, Images, Rows
 from engram_trainer.local_memory import Kind, LocalConfig, LocalMemory, NetworkEmbedder, StripMemory
 from engram_trainer.memory import Learned, NoMemory, by_task
 from engram_trainer.plain_memory import CLASS_ID_BYTES, local_memory
-from engram_trainer.service_memory import ServiceMemory
+from engram_trainer.service_memory import ServiceMemory, patient, whole_classes
 from tests.photos import photos
 from tests.servers import ServiceProcess
 from tests.uploads import queue, tar_of_arrays, work_through
@@ -233,7 +238,9 @@ def test_no_memory_keeps_nothing_and_has_nothing_to_draw() -> None:
     memory = NoMemory()
     images, class_ids = task_of([0], count=3)
     memory.add(learned(0, images, class_ids, embed=flat))
-    assert len(everything(memory)) == memory.used_bytes == 0
+    memory.exchange(0, images, class_ids, fields={}, keys=["a", "b", "c"], drop=[])
+    assert len(everything(memory)) == memory.used_bytes == len(memory.counts()) == len(memory.keys()) == 0
+    assert [len(batch) for batch in memory.loader(4, seed=0, steps=2)] == [0, 0]
     with pytest.raises(Conflict, match="keeps none"):
         memory.draw(4, seed=0, step=0)
 
@@ -248,6 +255,121 @@ def test_herding_keeps_more_typical_images_than_chance() -> None:
         return float(np.linalg.norm(flat(everything(memory).images).mean(axis=0) - mean))
 
     assert distance("herding") < distance("random")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("strategy", get_args(Strategy))
+def test_loaders_of_two_processes_share_the_batches_of_one(kind: Kind, strategy: Strategy) -> None:
+    memory = filled(LocalConfig(kind=kind, budget_bytes=12_000), [[0, 1], [2, 3]])
+    given: dict[str, Any] = {"seed": 5, "strategy": strategy, "exclude_tasks": (7,), "start_step": 3, "steps": 3}
+    alone = list(memory.loader(8, **given))
+    both = [list(memory.loader(4, rank=rank, world_size=2, **given)) for rank in (0, 1)]
+    assert len(alone) == 3
+    for step, whole in enumerate(alone):
+        parts = [each[step] for each in both]
+        assert sorted(places(whole)) == sorted(places(parts[0]) + places(parts[1]))
+        drawn = memory.draw(4, step=3 + step, seed=5, strategy=strategy, rank=1, world_size=2)
+        np.testing.assert_array_equal(drawn.images, parts[1].images)
+
+
+def places(batch: Batch) -> list[tuple[int, int]]:
+    """Task and row of each exemplar."""
+    return list(zip(batch.tasks.tolist(), batch.rows.tolist(), strict=True))
+
+
+def test_a_loader_draws_from_what_the_memory_holds_when_it_is_asked() -> None:
+    memory = local_memory(LocalConfig(kind="raw", budget_bytes=10**6))
+    with memory.loader(6, seed=1) as loader:
+        assert len(next(loader)) == 0
+        memory.add(learned(0, *task_of([0, 1], count=9)))
+        first = next(loader)
+        np.testing.assert_array_equal(first.images, memory.draw(6, seed=1, step=1).images)
+        memory.add(learned(1, *task_of([2, 3], count=9)))
+        second = next(loader)
+        np.testing.assert_array_equal(second.images, memory.draw(6, seed=1, step=2).images)
+        np.testing.assert_array_equal(
+            next(memory.loader(6, seed=1, start_step=1)).rows, memory.draw(6, seed=1, step=1).rows
+        )
+    with memory.loader(6, seed=1, exclude_tasks=(0, 1)) as loader:
+        assert len(next(loader)) == 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_walk_meets_every_exemplar_once_in_order_and_holds_few(kind: Kind) -> None:
+    memory = filled(LocalConfig(kind=kind, budget_bytes=12_000), [[0, 1], [2, 3]])
+    walked = list(memory.walk(10))
+    assert {len(batch) for batch in walked[:-1]} == {10}
+    counts = memory.counts()
+    assert counts.keys() == {0, 1}
+    assert counts[1].keys() == {2, 3}
+    total = {task: sum(classes.values()) for task, classes in counts.items()}
+    assert [place for batch in walked for place in places(batch)] == [
+        (task, row) for task in (0, 1) for row in range(total[task])
+    ]
+    assert [c for batch in walked for c in batch.class_ids.tolist()] == [
+        c for classes in counts.values() for c, count in classes.items() for _ in range(count)
+    ]
+    assert len(list(memory.walk(exclude_tasks=(0, 1)))) == 0
+
+
+LOGITS = {"logits": "float16 [3]"}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_fields_come_back_with_their_exemplars_and_are_counted(kind: Kind) -> None:
+    images, class_ids = task_of([0, 1], count=20)
+    logits = np.random.default_rng(0).normal(size=(40, 3)).astype(np.float16)
+    bare, rich = (local_memory(LocalConfig(kind=kind, budget_bytes=10**6, fields=f)) for f in ({}, LOGITS))
+    bare.add(learned(0, images, class_ids, seed=3))
+    rich.add(learned(0, images, class_ids, seed=3, fields={"logits": logits}))
+    assert 40 * 6 <= rich.used_bytes - bare.used_bytes <= 40 * 6 + 40
+    if kind != "strips":
+        assert rich.used_bytes - bare.used_bytes == 40 * 6
+    of_image = {image.tobytes(): row for image, row in zip(images, logits, strict=True)}
+    kept, plain = everything(rich), everything(bare)
+    np.testing.assert_array_equal(kept.images, plain.images)
+    if kind == "raw":
+        np.testing.assert_array_equal(kept.fields["logits"], [of_image[image.tobytes()] for image in kept.images])
+    assert {row.tobytes() for row in np.asarray(kept.fields["logits"])} == {row.tobytes() for row in logits}
+    restored = local_memory(LocalConfig(kind=kind, budget_bytes=10**6, fields=LOGITS))
+    restored.load_state_dict(rich.state_dict())
+    np.testing.assert_array_equal(everything(restored).fields["logits"], kept.fields["logits"])
+    for memory, fields in ((rich, {}), (bare, {"logits": logits})):
+        with pytest.raises(BadUpload, match="logits"):
+            memory.add(learned(1, images, class_ids, fields=fields))
+
+
+@dataclass(frozen=True, eq=False)
+class Noise:
+    """Images that are made when they are read, and how many were read at once at most."""
+
+    count: int
+    shape: tuple[int, int, int]
+    most: list[int] = field(default_factory=lambda: [0])
+
+    is_at_hand = True
+
+    def __len__(self) -> int:
+        return self.count
+
+    def read(self, rows: Rows) -> Images:
+        self.most[0] = max(self.most[0], len(rows))
+        return np.stack([np.full(self.shape, row % 256, np.uint8) for row in rows])
+
+
+def lazily(count: int) -> tuple[Learned, list[int]]:
+    """A task of large images, and the largest number of them that was ever read at once."""
+    images = Noise(count, (128, 128, 3))
+    return Learned(0, Examples(images, np.arange(count) % 2), embed=lambda x: x.mean((1, 2), np.float32)), images.most
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_task_is_read_in_pieces(kind: Kind) -> None:
+    memory = local_memory(LocalConfig(kind=kind, budget_bytes=3 * 10**6))
+    task, most = lazily(600)
+    memory.add(task)
+    assert sum(memory.counts()[0].values()) == (60 if kind == "raw" else 600)
+    assert most[0] * 128 * 128 * 3 <= 13 * 2**20
 
 
 @pytest.fixture(scope="session")
@@ -290,6 +412,113 @@ def test_the_services_memory_draws_what_the_service_draws(service_memory: Servic
     )
     np.testing.assert_array_equal(ours.images, theirs.images)
     np.testing.assert_array_equal(ours.class_ids, theirs.class_ids)
+
+
+def test_the_service_draws_for_a_run_without_a_mirror(service_memory: ServiceMemory, tmp_path: Path) -> None:
+    remote = ServiceMemory(
+        service_memory.client, "trainer-memory", options=IngestOptions(), run="test", folder=tmp_path, via="draw"
+    )
+    given: dict[str, Any] = {"seed": 3, "strategy": "class_balanced", "steps": 3, "rank": 1, "world_size": 2}
+    for ours, theirs in zip(remote.loader(9, **given), service_memory.loader(9, **given), strict=True):
+        np.testing.assert_array_equal(ours.images, theirs.images)
+        assert places(ours) == places(theirs)
+    np.testing.assert_array_equal(
+        remote.draw(5, seed=1, step=2, exclude_tasks=(0,)).images,
+        service_memory.draw(5, seed=1, step=2, exclude_tasks=(0,)).images,
+    )
+    assert (remote.counts(), remote.used_bytes) == (service_memory.counts(), service_memory.used_bytes)
+    whole, other = everything(remote), everything(service_memory)
+    np.testing.assert_array_equal(whole.images, other.images)
+    assert places(whole) == places(other)
+    assert [list(memory.walk(9, exclude_tasks=(1,)))[-1].rows.tolist() for memory in (remote, service_memory)]
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_large_task_is_uploaded_some_classes_at_a_time_and_never_read_as_a_whole(
+    service: ServiceProcess, tmp_path: Path
+) -> None:
+    whole, parts = f"whole-{uuid4().hex[:8]}", f"parts-{uuid4().hex[:8]}"
+    with Client(service.url) as client:
+        kept = []
+        for name, upload_bytes in ((whole, 2**31), (parts, 128 * 128 * 3 * 40)):
+            client.create_buffer(name, budget_bytes=10**6, quality=50)
+            options = IngestOptions(ranking="ring")
+            memory = ServiceMemory(
+                client, name, options=options, run="r", folder=tmp_path / name, upload_bytes=upload_bytes
+            )
+            task, most = lazily(80)
+            memory.add(task)
+            memory.add(task)
+            assert most[0] * 128 * 128 * 3 <= 2**20
+            kept.append(everything(memory))
+            assert memory.counts() == {0: {0: 40, 1: 40}}
+            assert memory.generation == (1 if name == whole else 2)
+        np.testing.assert_array_equal(kept[0].images, kept[1].images)
+
+
+def test_whole_classes_go_together_as_far_as_they_fit() -> None:
+    examples = Examples(Noise(9, (2, 2, 1)), np.array([5, 1, 1, 5, 8, 9, 8, 8, 8]))
+    assert [part.tolist() for part in whole_classes(examples, 36)] == [list(range(9))]
+    assert [part.tolist() for part in whole_classes(examples, 35)] == [[0, 1, 2, 3, 4, 6, 7, 8], [5]]
+    assert [part.tolist() for part in whole_classes(examples, 16)] == [[0, 1, 2, 3], [4, 6, 7, 8], [5]]
+    assert [part.tolist() for part in whole_classes(examples, 1)] == [[1, 2], [0, 3], [4, 6, 7, 8], [5]]
+
+
+def test_a_buffer_that_does_not_fit_the_run_is_refused_in_one_sentence(
+    service_memory: ServiceMemory, tmp_path: Path
+) -> None:
+    open_it = partial(
+        ServiceMemory, service_memory.client, "trainer-memory", options=IngestOptions(), run="x", folder=tmp_path
+    )
+    with pytest.raises(Conflict, match=r"holds images of 8x8x1, this run has 32x32x3; name another buffer"):
+        open_it(shape=(32, 32, 3))
+    with pytest.raises(Conflict, match=r"declares no fields, the method needs \{'logits': 'float16 \[3\]'\}"):
+        open_it(fields=LOGITS)
+    open_it(shape=(8, 8, 1), fields={})
+
+
+def test_a_run_waits_for_its_service_and_goes_on_as_if_nothing_had_been(tmp_path: Path) -> None:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    told: list[str] = []
+    is_away = threading.Event()
+
+    def tell(message: str) -> None:
+        told.append(message)
+        is_away.set()
+
+    service = ServiceProcess(tmp_path, "--port", str(port))
+    try:
+        with Client(service.url, retries=0) as client:
+            client.create_buffer("b", budget_bytes=12_000, quality=50)
+            options = IngestOptions(ranking="random")
+            memory = ServiceMemory(client, "b", options=options, run="r", folder=tmp_path, via="draw", tell=tell)
+            memory.add(learned(0, *task_of([0, 1], count=40)))
+            expected = list(memory.loader(8, seed=4, steps=12))
+            with memory.loader(8, seed=4) as loader:
+                found = [next(loader) for _ in range(3)]
+                service.kill()
+                again = threading.Thread(target=lambda: is_away.wait(60) and service.start())
+                again.start()
+                found += [next(loader) for _ in range(9)]
+                again.join()
+            for ours, theirs in zip(found, expected, strict=True):
+                np.testing.assert_array_equal(ours.images, theirs.images)
+            assert len(told) == 1
+            assert told[0].startswith(f"waiting up to 600 s for the service: no service answers at {service.url}")
+    finally:
+        service.kill()
+
+
+def test_patience_ends() -> None:
+    def call() -> None:
+        raise Unavailable("away")
+
+    told: list[str] = []
+    with pytest.raises(Unavailable, match="away"):
+        patient(call, patience_s=0.6, tell=told.append)
+    assert told == ["waiting up to 0.6 s for the service: away"]
 
 
 def test_a_task_uploaded_again_after_a_crash_is_the_same_ingest(service_memory: ServiceMemory) -> None:

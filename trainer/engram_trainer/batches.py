@@ -12,9 +12,13 @@ nothing would import them again in each, for every phase.
 from __future__ import annotations
 
 import multiprocessing
+import pickle
+import sys
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.context import BaseContext
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -28,8 +32,9 @@ from engram_trainer.examples import Images, ImageSet, Rows
 _AHEAD = 2
 """Batches that each worker has ready or in the making."""
 
-_PACKAGES = ["torch.utils.data", "httpx", "pydantic", "PIL.Image"]
-"""What takes most of the time to import. Not our own: in Python 3.11 the server has not the trainer's `sys.path`."""
+_PACKAGES = ["torch.utils.data", "httpx", "pydantic", "PIL.Image", "engram_trainer.batches", "engram_trainer.datasets"]
+"""What takes the time to import. Our own are only found where they are installed: in Python 3.11 the server has not the
+trainer's `sys.path`."""
 
 
 def batches(images: ImageSet, order: Iterable[Rows], *, workers: int = 0) -> Iterator[tuple[Rows, Images]]:
@@ -62,7 +67,7 @@ def batches(images: ImageSet, order: Iterable[Rows], *, workers: int = 0) -> Ite
         generator=torch.Generator(),  # else it takes a number from the one that all of torch shares
     )
     try:
-        for rows, batch in loader:
+        for rows, batch in _Started(loader):
             if isinstance(batch, EngramError):
                 raise batch
             yield rows, batch.numpy()
@@ -93,6 +98,35 @@ class _Reader(TorchDataset[tuple[Rows, torch.Tensor | EngramError]]):
 
 def _as_read(batch: Any) -> Any:
     return batch
+
+
+@dataclass(frozen=True)
+class _Started:
+    """A data loader whose iterator belongs to the loop alone: its workers end with it."""
+
+    loader: DataLoader[Any]
+
+    def __iter__(self) -> Iterator[Any]:
+        assert isinstance(self.loader.dataset, _Reader)
+        with _without_main(self.loader.dataset.images):
+            return iter(self.loader)
+
+
+@contextmanager
+def _without_main(images: ImageSet) -> Iterator[None]:
+    """Workers that start meanwhile do not run the main module once more, unless it has the class of these images.
+
+    Each would, before anything else: with the imports of a usual script that takes seconds, at every phase.
+    """
+    if b"__main__" in pickle.dumps(images):
+        yield
+        return
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
 
 
 def _context() -> BaseContext:

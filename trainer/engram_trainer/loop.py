@@ -223,7 +223,8 @@ class _Run:
                 row.append(accuracy(self.learner.scores, self.runtime, each, learned=task.visit))
                 watch.phase("evaluate", each.index + 1, min(met + 1, len(self.stream.tasks)))
         self.report.matrix.append(row)
-        self.report.memory.append(self.memory.describe() if self.runtime.is_first else {})
+        filled = "online" if self.learner.fills_memory else "task"
+        self.report.memory.append({**self.memory.describe(), "filled": filled} if self.runtime.is_first else {})
         self.report.seconds.append(self.seconds)
         self.is_learned, self.onnx, self.seconds = False, None, {}
         self.checkpoint()

@@ -5,7 +5,8 @@ report.json, fractions unless the name says otherwise:
     run, config, environment     the run's id; everything that defines it; versions, git commit, platform, threads
     tasks                        classes, names, numbers of images of every task, all its visits together
     matrix, at_random, metrics   R, b and the numbers derived from them (see `evaluation`)
-    memory                       what the memory held after each task, with the service's decisions
+    memory                       what the memory held after each task, whether it was filled online or once the task was
+                                 learned, and the service's decisions
     paper                        of a recipe: the published numbers, where they were read, and ours
     seconds                      of each task by phase, and how long its steps waited for exemplars; the only member
                                  that differs between two equal runs

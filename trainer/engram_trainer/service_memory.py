@@ -89,6 +89,7 @@ class ServiceMemory(Drawn):
         shape: of the images that the run has; None: any.
         fields: what its exemplars have beside their images, as the buffer must declare it; None: any.
         is_written_online: whether the run exchanges exemplars while it learns, so that checkpoints keep the buffer.
+        upload_bytes: of pixels in one upload; a task that has more is uploaded some classes at a time.
         patience_s: how long to wait for a service that is away.
         tell: told when there is such a wait.
         watch: called while the service works on a task.
@@ -111,13 +112,14 @@ class ServiceMemory(Drawn):
         shape: Shape | None = None,
         fields: Mapping[str, str] | None = None,
         is_written_online: bool = False,
+        upload_bytes: int = UPLOAD_BYTES,
         patience_s: float = PATIENCE_S,
         tell: Callable[[str], None] = lambda message: None,
         watch: Callable[[Ingest], None] | None = None,
     ) -> None:
         self.client, self.buffer, self.options, self.run, self.watch = client, buffer, options, run, watch
         self.is_written_online = is_written_online
-        self._patience_s, self._tell = patience_s, tell
+        self._upload_bytes, self._patience_s, self._tell = upload_bytes, patience_s, tell
         self._about = client.buffer(buffer)
         _check_fits(self._about, shape, fields)
         self._mirror = Mirror(client, buffer, folder) if via == "mirror" else None
@@ -143,7 +145,7 @@ class ServiceMemory(Drawn):
         if model is not None:
             digest = self.patiently(partial(self.client.register_extractor, model)).sha256
         options = self.options.model_copy(update={"seed": learned.seed, "extractor": digest})
-        parts = whole_classes(examples, UPLOAD_BYTES)
+        parts = whole_classes(examples, self._upload_bytes)
         for number, rows in enumerate(parts):
             key = f"{self.run}-task-{learned.task}" + (f"-{number}" if len(parts) > 1 else "")
             self._upload(learned.task, examples, rows, learned.fields, options, key)

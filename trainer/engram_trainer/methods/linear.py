@@ -27,7 +27,6 @@ class LinearLearner:
     """The network with its scores and features; a method adds `learn`."""
 
     fields: Mapping[str, str] = {}
-    fills_memory = False
 
     def __init__(self, runtime: Runtime, *, network: str) -> None:
         self.runtime, self.stream, self.seed, self.device = runtime, runtime.stream, runtime.seed, runtime.device
@@ -45,6 +44,11 @@ class LinearLearner:
         self.features = self.runtime.place_module(features)
         self.head = networks.linear_head(self.dimensions, len(self.stream.class_order), seed=self.seed).to(self.device)
         self.model = nn.Sequential(self.features, self.head)
+
+    @property
+    def fills_memory(self) -> bool:
+        """No: the loop does, once a task is learned."""
+        return False
 
     def columns(self, examples: Examples) -> Mapping[str, npt.NDArray[Any]]:
         """None: exemplars are an image and its class."""

@@ -93,7 +93,7 @@ class Lwf(LinearLearner):
         runtime.fit(phase, memory, progress)
 
     def _old_labels(self, task: Task) -> list[torch.Tensor]:
-        """The labels whose outputs shall stay: of each earlier task where images come with it, else all that are old."""
+        """Labels whose outputs shall stay: those of each earlier task where images come with it, else all old ones."""
         if not task.visit:
             return []
         labels = torch.arange(self.stream.seen(task.visit - 1), device=self.device)

@@ -66,7 +66,7 @@ def multistep(
 def replayed(
     batch_size: int, replay_ratio: float, new_count: int, memory: Memory, *, exclude_task: int, world_size: int
 ) -> int:
-    """How many of a batch are exemplars where it is drawn from the union of new images and a memory; 0 if that is empty.
+    """How many of a batch are exemplars where it is drawn from new images and a memory together; 0 if that is empty.
 
     They have the part of the batch that they are of the union, and at least `replay_ratio`. A multiple of the
     processes; every batch has a new image for each process, too.

@@ -8,7 +8,7 @@ C_o old and C_n new labels, T = 2, on new images and exemplars alike:
 Training on many new and few old images makes the weight vectors of new labels longer, and so their logits larger,
 whatever the image is. Aligning needs neither a validation set nor a parameter, the least that corrects this bias.
 
-Source: Zhao et al., Maintaining Discrimination and Fairness in Class Incremental Learning (CVPR 2020), sections 3 and 4.
+Source: Zhao et al., Maintaining Discrimination and Fairness in Class Incremental Learning (CVPR 2020), sections 3, 4.
 Departures: new weights are only shortened by default (`lengthen`): after a short training they are the shorter ones,
 and a classifier that is fair already is made unfair (digits, 5 tasks, validation images: 59 % against 91 %). Weights
 are not clipped to be positive. Distillation is KL, which has the gradient of the published cross-entropy. Exemplars are
