@@ -84,10 +84,8 @@ def test_offsets_lead_to_the_image_in_the_stream() -> None:
 
 def test_images_that_come_in_parts_are_the_bytes_of_those_that_come_at_once() -> None:
     images = RNG.integers(0, 256, (90, 40, 50, 3), dtype=np.uint8)
-    class_ids, fields = (
-        np.arange(90) % 7,
-        {"weight": np.arange(90, dtype=np.float32), "note": [f"n{n}" for n in range(90)]},
-    )
+    class_ids = np.arange(90) % 7
+    fields: dict[str, Any] = {"weight": np.arange(90, dtype=np.float32), "note": [f"n{n}" for n in range(90)]}
     cuts = [0, 1, 40, 40, 89, 90]
     parts = (
         (images[a:b], class_ids[a:b], {name: column[a:b] for name, column in fields.items()})
