@@ -79,6 +79,15 @@ def test_strips_choose_their_quality_without_a_service(tmp_path: Path) -> None:
     assert "Traceback" not in result.output
 
 
+def test_tasks_return_in_the_order_that_is_asked_for(tmp_path: Path) -> None:
+    run = [*TINY, "--memory", "none", "--method", "finetune", "--epochs", "1", "--visits", "0,1,0"]
+    result = train(*run, "--out", str(tmp_path / "run"))
+    assert result.exit_code == 0, result.output
+    found = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert len(found["matrix"]) == 3
+    assert found["config"]["stream"]["visits"] == [0, 1, 0]
+
+
 def test_train_is_what_the_command_does_without_a_name(tmp_path: Path) -> None:
     run = [*TINY, "--memory", "none", "--method", "finetune", "--epochs", "1"]
     assert train(*run, "--out", str(tmp_path / "one")).exit_code == 0
@@ -180,6 +189,9 @@ def test_a_second_run_needs_another_folder_or_resume(tmp_path: Path) -> None:
         (["--memory", "raw", "--budget", "50"], "bytes of a budget of 50"),
         (["--tasks", "3"], "10 classes do not split evenly into 3 tasks"),
         (["--tasks", "11"], "10 classes do not split evenly into 11 tasks"),
+        (["--visits", "0,first"], "visits are numbers of tasks, as in 0,1,0, not '0,first'"),
+        (["--visits", "0,2"], "there are 2 tasks"),
+        (["--patience", "-1"], "patience_s must be at least 0, got -1"),
         (["--crop", "9"], "images of 8x8 pixels have no crop of 9x9"),
         (["--normalise", "cifar10"], "normalisation is for 3 channels, images have 1"),
         (["--workers", "-1"], "workers must be 0 or more, got -1"),
