@@ -3,10 +3,11 @@ much memory a run over images takes that do not fit in it.
 
 **Throughput.** One epoch over a folder of JPEG images of 224x224 pixels, of which a small network sees random windows
 of 32x32: nearly all of the time is reading. The plain loop is what one writes with `torch.utils.data`: a data set that
-opens a file with Pillow, a `DataLoader` with as many workers, the same windows, the same network and optimiser. Both in turns (plain, ours, ours, plain); the ratio is of the sums.
+opens a file with Pillow, a `DataLoader` with as many workers, the same windows, the same network and optimiser. Both in
+turns (plain, ours, ours, plain); the ratio is of the sums.
 
-**Replay.** ER with 32 new images and 32 exemplars a step, from strips in this process: the part of all steps' time in
-which they waited for exemplars.
+**Replay.** ER with 32 new images and 32 exemplars a step, all of 224x224 pixels, of which the network sees 112x112, from
+strips in this process: the part of all steps' time in which they waited for exemplars.
 
 **Memory.** A whole run (two tasks, ER, herding by its own features) over 50,000 images of 224x224 in a process of its
 own: the largest sum of what it and its workers hold (PSS), looked at every 0.2 s. As float32 they would be 30 GB.
@@ -45,7 +46,7 @@ from engram_trainer.preparation import Preparation
 from engram_trainer.runtime import Runtime
 from engram_trainer.stream import Stream, StreamConfig
 
-SIDE, CROP, BATCH, CLASSES, DRAWN = 224, 32, 64, 10, 200
+SIDE, CROP, REPLAY_CROP, BATCH, CLASSES, DRAWN = 224, 32, 112, 64, 10, 200
 
 
 def main() -> None:
@@ -131,9 +132,9 @@ def tasks_of(folder: Path, tasks: int = 1) -> Stream:
     return stream.build(datasets.load(str(folder)), StreamConfig(tasks=tasks))
 
 
-def runtime_of(tasks: Stream, workers: int) -> Runtime:
+def runtime_of(tasks: Stream, workers: int, crop: int = CROP) -> Runtime:
     """What our loop runs on."""
-    return Runtime(RuntimeConfig(workers=workers), tasks, seed=0, preparation=Preparation(tasks.shape, crop=CROP))
+    return Runtime(RuntimeConfig(workers=workers), tasks, seed=0, preparation=Preparation(tasks.shape, crop=crop))
 
 
 def our_epoch(folder: Path, workers: int) -> float:
@@ -157,7 +158,8 @@ def throughput(folder: Path, workers: int) -> float:
 def waiting(folder: Path, workers: int) -> float:
     """The part of the steps in which they wait for exemplars."""
     tasks = tasks_of(folder, 2)
-    learner = er.Er(runtime_of(tasks, workers), er.Config(epochs=1, batch_size=32, lr=0.01), network="conv")
+    config = er.Config(epochs=1, batch_size=32, lr=0.01)
+    learner = er.Er(runtime_of(tasks, workers, REPLAY_CROP), config, network="conv")
     memory = local_memory(LocalConfig(kind="strips", budget_bytes=2_000_000, ranking="random", quality=50))
     first, second = tasks.tasks
     memory.add(Learned(0, first.train.select(np.arange(min(500, len(first.train))))))

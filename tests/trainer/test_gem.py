@@ -330,10 +330,10 @@ def test_the_ring_holds_the_last_images_of_each_task_those_of_its_last_visit_fir
     learner, memory = with_ring(tasks, 3 * 60, flush=7)
     run(learner, memory, tasks, 3)
     assert {task: sum(classes.values()) for task, classes in memory.counts().items()} == {0: 60, 1: 60, 2: 60}
-    assert {key.partition("-")[0] for key in memory.keys()} == {"v0", "v1", "v2"}
+    assert {key.partition("-")[0] for key in set(memory.keys())} == {"v0", "v1", "v2"}
     run(learner, memory, tasks, 4, first=3)
     # Task 0 has 200 images, 100 for each of its two visits: the ring has turned once and more.
-    assert {key.partition("-")[0] for key in memory.keys()} == {"v1", "v2", "v3"}
+    assert {key.partition("-")[0] for key in set(memory.keys())} == {"v1", "v2", "v3"}
     assert {task: sum(classes.values()) for task, classes in memory.counts().items()} == {0: 60, 1: 60, 2: 60}
 
 

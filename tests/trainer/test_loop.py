@@ -267,6 +267,35 @@ def test_two_processes_go_on_as_if_nothing_had_been(tmp_path: Path, method: str)
     assert identical(states[0]["learner"], states[1]["learner"])
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{"epochs": 2}, {"epochs": 2, "fill": "online", "slots": 30, "flush": 10}])
+def test_two_processes_share_a_buffer_of_a_service(
+    service: ServiceProcess, tmp_path: Path, options: dict[str, Any]
+) -> None:
+    """What one process ends with, up to the order of sums; written and drawn alike."""
+    config = replace(
+        SMALL,
+        method="er",
+        options=options,
+        stream=replace(SMALL.stream, tasks=2),
+        memory=MemoryConfig(kind="service", url=service.url, quality=60, budget_bytes=12_000, ranking="random"),
+    )
+    one = run(config, tmp_path / "one")
+    two = run(replace(config, runtime=RuntimeConfig(processes=2)), tmp_path / "two")
+    for mine, theirs in zip(one.memory, two.memory, strict=True):
+        assert (mine["tasks"], mine["used_bytes"]) == (theirs["tasks"], theirs["used_bytes"])
+    states = [torch.load(tmp_path / name / "checkpoint.pt", weights_only=True) for name in ("one", "two")]
+    for name, value in states[0]["learner"]["model"].items():
+        torch.testing.assert_close(states[1]["learner"]["model"][name], value, rtol=1e-3, atol=2e-5)
+
+
+def test_what_one_of_several_processes_cannot_do_is_said_once(tmp_path: Path) -> None:
+    config = replace(SMALL, options={"epochs": 1, "batch_size": 3, "replay_ratio": 0.9})
+    config = replace(config, runtime=RuntimeConfig(processes=2), data="no-such-folder/")
+    with pytest.raises(NotFound, match="no-such-folder"):
+        run(replace(config, data=str(tmp_path / "no-such-folder")), tmp_path / "run")
+
+
 def start(url: str, folder: Path) -> subprocess.Popen[bytes]:
     """The command line that makes the configuration `remote`."""
     options = "--data digits --tasks 5 --train-per-class 30 --network mlp --epochs 6 --budget 5000 --quality 60"

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from engram.fields import KEY
 from engram_trainer import datasets, methods, stream
 from engram_trainer.configuration import RuntimeConfig
 from engram_trainer.local_memory import LocalConfig
@@ -22,7 +23,11 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "lucir": {"epochs": 2, "batch_size": 16, "balance_epochs": 2, "padding": 1, "flip": True},
     "gem": {"batch_size": 10, "replay_batch": 8, "padding": 1},
     "finetune": {"epochs": 2, "flip": True},
+    "derpp online": {"epochs": 2, "batch_size": 16, "replay_batch": 8, "fill": "online", "slots": 30, "flush": 5},
+    "icarl": {"epochs": 2, "padding": 1},
+    "wa": {"epochs": 2, "flip": True},
 }
+SLOW = {"derpp online", "icarl", "wa"}
 
 
 def learn(place: Place, method: str, path: Path, tasks: int = 2) -> None:
@@ -31,14 +36,16 @@ def learn(place: Place, method: str, path: Path, tasks: int = 2) -> None:
     data = datasets.load("digits").first(train=24, test=5)
     made = stream.build(data, StreamConfig(tasks=5, seed=0))
     runtime = Runtime(RuntimeConfig(processes=place.world_size), made, seed=3, place=place)
-    learner = methods.build(method, runtime, network="mlp", options=OPTIONS[method])
-    memory = local_memory(LocalConfig(kind="strips", budget_bytes=40_000, ranking="random", quality=75))
+    learner = methods.build(method.split()[0], runtime, network="mlp", options=OPTIONS[method])
+    fields = {**learner.fields, **({KEY: "utf8"} if learner.fills_memory else {})}
+    config = LocalConfig(kind="strips", budget_bytes=40_000, ranking="random", quality=75, fields=fields)
+    memory = local_memory(config)
     run(learner, memory, made, tasks)
     if runtime.is_first:
         torch.save(learner.state_dict(), path)
 
 
-@pytest.mark.parametrize("method", list(OPTIONS))
+@pytest.mark.parametrize("method", [pytest.param(m, marks=pytest.mark.slow if m in SLOW else ()) for m in OPTIONS])
 def test_two_processes_equal_one_with_the_whole_batch(method: str, tmp_path: Path) -> None:
     """Sums of float32 in another order differ in the last digits; nothing else may differ."""
     learn(Place(), method, tmp_path / "one")
@@ -49,6 +56,8 @@ def test_two_processes_equal_one_with_the_whole_batch(method: str, tmp_path: Pat
     for name in ("model", "network", "classifier"):
         for key, value in one.get(name, {}).items():
             torch.testing.assert_close(two[name][key], value, rtol=1e-3, atol=2e-5)
+    kept = [state.get("filling", {}).get("held") for state in (one, two)]
+    assert kept[0] == kept[1], "an example is kept by what was offered before it, whichever process had it"
 
 
 def _fails(place: Place) -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from engram_trainer import loop
+from engram_trainer.configuration import MemoryConfig, RunConfig
 from engram_trainer.datasets import Dataset
 from engram_trainer.evaluation import metrics
 from engram_trainer.examples import Examples
@@ -109,3 +112,26 @@ def test_one_visit_of_each_task_gives_the_papers_numbers() -> None:
 def test_a_row_without_a_task_that_was_met_is_refused() -> None:
     with pytest.raises(ValueError, match="after visit 2 there are 1 accuracies, needed are 2"):
         metrics([[0.5], [0.5, 0.5], [0.5]], test_counts=[1, 1], visits=(0, 1, 0))
+
+
+def test_a_run_with_tasks_that_return_has_a_row_for_each_visit_and_resumes(tmp_path: Path) -> None:
+    config = RunConfig(
+        data="digits",
+        stream=StreamConfig(scenario="permuted", tasks=2, visits=(0, 1, 0), train_per_class=8, test_per_class=5),
+        method="gem",
+        options={"fill": "online", "slots": 40},
+        network="mlp",
+        memory=MemoryConfig(kind="raw", budget_bytes=20_000, share_by="task"),
+    )
+    report = loop.run(config, tmp_path / "run", pictures=False)
+    assert [len(row) for row in report.matrix] == [2, 2, 2]
+    assert [sum(memory["tasks"].values()) for memory in report.memory] == [20, 40, 40]
+    assert {memory["filled"] for memory in report.memory} == {"online"}
+    found = report.metrics
+    assert found is not None
+    (first, _), (_, second), (last, end) = report.matrix
+    assert found.bwt == pytest.approx((end or 0) - (second or 0))
+    assert found.acc == pytest.approx(((last or 0) + (end or 0)) / 2)
+    assert first is not None
+    again = loop.run(config, tmp_path / "run", resume=True, pictures=False)
+    assert again.matrix == report.matrix

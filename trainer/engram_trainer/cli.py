@@ -30,6 +30,7 @@ from engram_trainer.configuration import (
     Normalise,
     Precision,
     PrepareConfig,
+    ReplayVia,
     RunConfig,
     RuntimeConfig,
 )
@@ -42,8 +43,8 @@ RECIPE, STREAM, METHOD, MEMORY, RUNTIME, RUN = "Recipe", "Stream", "Method", "Me
 SELECTION = "Selection (service and strips)"
 # fmt: off
 BESIDE_A_RECIPE = frozenset({
-    "recipe", "dry_run", "yes", "data", "memory", "budget", "quality", "url", "buffer", "seed", "out", "resume", "log",
-    "device", "precision", "processes", "workers", "threads", "version",
+    "recipe", "dry_run", "yes", "data", "memory", "budget", "quality", "url", "buffer", "replay", "patience",
+    "seed", "out", "resume", "log", "device", "precision", "processes", "workers", "threads", "checkpoint",
 })
 # fmt: on
 """The options that leave a recipe the published experiment that it is."""
@@ -89,14 +90,14 @@ def train(
     data: Annotated[
         str,
         typer.Option(
-            help="'sample' (850 images of each class of Fashion-MNIST), 'digits', a folder (IDX files, "
-            "train/CLASS/*.png, a saved Hugging Face data set) or the name of a data set on the Hugging Face Hub, "
-            "e.g. uoft-cs/cifar100.",
+            help="'sample' (850 images of each class of Fashion-MNIST), 'digits', a folder (IDX files, CIFAR's own, "
+            "train/CLASS/*.png, train-*.tar, a saved Hugging Face data set), CIFAR's .tar.gz or the name of a data set "
+            "on the Hugging Face Hub, e.g. uoft-cs/cifar100.",
             rich_help_panel=STREAM,
         ),
     ] = "sample",
     resize: Annotated[
-        int | None, typer.Option(help="Make every image so many pixels wide and high.", rich_help_panel=STREAM)
+        int | None, typer.Option(help="Shorter side of every image, then its square centre.", rich_help_panel=STREAM)
     ] = None,
     crop: Annotated[
         int | None, typer.Option(help="What the network sees: the centre, so many pixels wide.", rich_help_panel=STREAM)
@@ -111,6 +112,12 @@ def train(
     base_classes: Annotated[
         int | None,
         typer.Option(help="Classes of the first task; without it all tasks have equally many.", rich_help_panel=STREAM),
+    ] = None,
+    visits: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N,N", help="Order in which tasks come and return, as in 0,1,2,0,1.", rich_help_panel=STREAM
+        ),
     ] = None,
     train_per_class: Annotated[
         int | None, typer.Option(help="At most so many training images of each class.", rich_help_panel=STREAM)
@@ -185,6 +192,12 @@ def train(
     buffer: Annotated[
         str | None, typer.Option(help="Name of a new buffer; else one of the run's own.", rich_help_panel=MEMORY)
     ] = None,
+    replay: Annotated[
+        ReplayVia, typer.Option(help="Where exemplars of a service are drawn.", rich_help_panel=MEMORY)
+    ] = MemoryConfig.replay,
+    patience: Annotated[
+        float, typer.Option(help="Seconds to wait for a service that is away.", rich_help_panel=MEMORY)
+    ] = MemoryConfig.patience_s,
     definition: Annotated[
         Definition, typer.Option(help="How R is computed.", rich_help_panel=SELECTION)
     ] = MemoryConfig.definition,
@@ -222,6 +235,9 @@ def train(
     threads: Annotated[
         int | None, typer.Option(help="CPU threads; without it PyTorch decides.", rich_help_panel=RUNTIME)
     ] = None,
+    checkpoint: Annotated[
+        float, typer.Option(help="Seconds between checkpoints within a task.", rich_help_panel=RUNTIME)
+    ] = RuntimeConfig.checkpoint_s,
     log: Annotated[
         Log | None,
         typer.Option(
@@ -438,7 +454,14 @@ def _configured(found: recipes.Recipe, given: Mapping[str, Any], named: Set[str]
         data=given["data"],
         stream=replace(found.config.stream, seed=given["seed"]),
         memory=replace(
-            memory, kind=kind, budget_bytes=budget, quality=quality, url=given["url"], buffer=given["buffer"]
+            memory,
+            kind=kind,
+            budget_bytes=budget,
+            quality=quality,
+            url=given["url"],
+            buffer=given["buffer"],
+            replay=given["replay"],
+            patience_s=given["patience"],
         ),
         seed=given["seed"],
         runtime=_runtime(given),
@@ -446,7 +469,9 @@ def _configured(found: recipes.Recipe, given: Mapping[str, Any], named: Set[str]
 
 
 def _runtime(given: Mapping[str, Any]) -> RuntimeConfig:
-    return RuntimeConfig(given["device"], given["precision"], given["processes"], given["workers"])
+    return RuntimeConfig(
+        given["device"], given["precision"], given["processes"], given["workers"], checkpoint_s=given["checkpoint"]
+    )
 
 
 def _configuration(given: Mapping[str, Any]) -> RunConfig:
@@ -468,6 +493,7 @@ def _configuration(given: Mapping[str, Any]) -> RunConfig:
             train_per_task=given["train_per_task"],
             test_per_class=given["test_per_class"],
             validation_ratio=given["validation"],
+            visits=parse_visits(given["visits"]),
         ),
         method=given["method"],
         options=parse_options(given["method"], given["settings"] or [], given["epochs"]),
@@ -486,6 +512,8 @@ def _configuration(given: Mapping[str, Any]) -> RunConfig:
             block=given["block"],
             url=given["url"],
             buffer=given["buffer"],
+            replay=given["replay"],
+            patience_s=given["patience"],
         ),
         seed=given["seed"],
         runtime=_runtime(given),
@@ -554,6 +582,20 @@ def _value(name: str, text: str, kind: Any) -> Any:
         return kind(text)
     except ValueError as error:
         raise ValueError(f"{name} must be of type {kind.__name__}, got {text!r}") from error
+
+
+def parse_visits(text: str | None) -> tuple[int, ...] | None:
+    """The tasks that `0,1,0` names.
+
+    Raises:
+        ValueError: one is no number.
+    """
+    if text is None:
+        return None
+    try:
+        return tuple(int(word) for word in text.split(","))
+    except ValueError as error:
+        raise ValueError(f"visits are numbers of tasks, as in 0,1,0, not {text!r}") from error
 
 
 def parse_quality(text: str) -> int | None:

@@ -66,7 +66,7 @@ class Cell:
         return f"{self.method}-{self.memory}-{self.budget_bytes}"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Run:
     """One run of a comparison."""
 
@@ -77,9 +77,9 @@ class Run:
 
     @property
     def is_finished(self) -> bool:
-        """Whether its report has all tasks."""
+        """Whether its report has all tasks, however often they return."""
         report = self.report
-        return report is not None and len(report["matrix"]) == len(report["tasks"])
+        return report is not None and len(report["matrix"]) == len(self.config.stream.visits or report["tasks"])
 
     @property
     def report(self) -> dict[str, Any] | None:
@@ -220,7 +220,7 @@ def _run(run: Run, threads: int, told: Connection) -> None:
     os.dup2(log, 2)
     torch.set_num_threads(threads)
     try:
-        loop.run(run.config, run.folder, resume=(run.folder / "run.json").is_file())
+        loop.run(run.config, run.folder, resume=(run.folder / "run.json").is_file(), pictures=False)
     except (EngramError, ValueError, FloatingPointError, OSError) as error:
         told.send(str(error))
         sys.exit(str(error))

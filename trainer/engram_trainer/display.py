@@ -118,7 +118,13 @@ def duration(hours: float) -> str:
 
 
 def _settings(options: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name} {value}" for name, value in options.items())
+    return ", ".join(f"{name} {_setting(value)}" for name, value in options.items())
+
+
+def _setting(value: Any) -> str:
+    if isinstance(value, tuple):
+        return "(" + ", ".join(_setting(each) for each in value) + ")"
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 def _of(per: str) -> str:

@@ -74,6 +74,31 @@ def test_sizes_and_places_are_those_of_torchvision(
     np.testing.assert_array_equal(all_of(pictures(encoded(whole), resize=256))[0], np.asarray(expected))
 
 
+@pytest.mark.parametrize(
+    ("mode", "options"),
+    [
+        ("RGB", {"quality": 90}),
+        ("RGB", {"quality": 30, "subsampling": 2}),
+        ("RGB", {"quality": 75, "subsampling": 0, "progressive": True}),
+        ("L", {"quality": 75}),
+        ("CMYK", {"quality": 75}),
+    ],
+)
+def test_jpegs_have_the_pixels_that_pillow_decodes(mode: str, options: dict[str, object]) -> None:
+    rough = np.random.default_rng(0).integers(0, 256, (9, 7, 3), dtype=np.uint8)
+    content = encoded(Image.fromarray(rough).resize((57, 43)).convert(mode), "JPEG", **options)
+    found = all_of(PictureSet(Contents((content,)), (43, 57, 3)))
+    np.testing.assert_array_equal(found[0], np.asarray(Image.open(io.BytesIO(content)).convert("RGB")))
+
+
+def test_a_jpeg_with_a_damage_that_pillow_overlooks_is_read() -> None:
+    """Like those of ImageNet in which there are bytes that do not belong there."""
+    whole = encoded(gradient(40, 40), "JPEG", quality=75)
+    content = whole[:-2] + b"junk" * 10 + whole[-2:]
+    found = all_of(PictureSet(Contents((content,)), (40, 40, 3)))
+    np.testing.assert_array_equal(found[0], np.asarray(Image.open(io.BytesIO(whole))))
+
+
 def test_a_small_picture_is_enlarged() -> None:
     assert all_of(pictures(encoded(gradient(4, 3)), resize=8)).shape == (1, 8, 8, 3)
 

@@ -13,8 +13,8 @@ Letters: N images, C competing labels, O old ones, D dimensions of a feature.
 
 Source: Rebuffi et al., iCaRL (CVPR 2017); its code (CIFAR-100, TheanoLasagne) in brackets below. Departures:
 
-- the loss is divided by the number of images and of the stream's labels, as in the code, whose learning rate of 2 is for
-  that mean; its penalty of 1e-5 |w|^2 is a weight decay of 2e-5 here.
+- the loss is divided by the number of images and of the stream's labels, as in the code, whose learning rate of 2 is
+  for that mean; its penalty of 1e-5 |w|^2 is a weight decay of 2e-5 here.
 - q is computed on the varied image of each step, as in the code; the text computes it once for each image.
 - labels that have not arrived are left out, as in the text; the code trains their outputs towards 0.
 - exemplars are drawn, so many for every batch, in shuffled passes; the paper shuffles them among the new images.

@@ -224,7 +224,7 @@ class Lucir:
         runtime.fit(phase, memory, progress)
 
     def scores(self, images_NHWC: Images) -> npt.NDArray[np.float32]:
-        """eta times the cosine with every class embedding so far, or the cosine with the means of exemplars, `[N, C]`."""
+        """eta times the cosine with every class embedding so far, or the cosine with exemplars' means, `[N, C]`."""
         if self.config.classify == "nme":
             return nearest_mean_scores(torch.from_numpy(self.embed(images_NHWC)), self.means_CD).numpy()
         return self.runtime.predict(nn.Sequential(self.network, self.classifier), images_NHWC)
