@@ -376,23 +376,30 @@ def test_a_checkpoint_that_cannot_be_gone_back_to_is_refused_before_anything_is_
 
 
 class Stop(loop.Silent):
-    """Raises in the second task, once it is told of its second half."""
+    """Raises in a task, once it is told of its second half."""
 
-    visit = -1
+    def __init__(self, at: int) -> None:
+        self.at, self.visit = at, -1
 
     def task(self, task: Any, stream: Any) -> None:
         self.visit = task.visit
 
     def phase(self, name: str, done: int, total: int, *, note: str = "") -> None:
-        if (self.visit, name) == (1, "learn") and done > total / 2:
+        if (self.visit, name) == (self.at, "learn") and done > total / 2:
             raise KeyboardInterrupt
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("processes", [1, 2])
-@pytest.mark.parametrize("checkpoint_s", [0.0, 1000.0])
+@pytest.mark.parametrize(
+    ("processes", "checkpoint_s", "at"), [(1, 0.0, 0), (1, 1000.0, 0), (1, 0.0, 1), (1, 1000.0, 1), (2, 0.0, 1)]
+)
 def test_a_run_that_fills_a_services_buffer_online_goes_on_as_if_it_had_not_been_stopped(
-    service: ServiceProcess, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, processes: int, checkpoint_s: float
+    service: ServiceProcess,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    processes: int,
+    checkpoint_s: float,
+    at: int,
 ) -> None:
     monkeypatch.setattr(loop, "SHOW_EVERY_S", 0.0)
     config = RunConfig(
@@ -406,7 +413,7 @@ def test_a_run_that_fills_a_services_buffer_online_goes_on_as_if_it_had_not_been
     )
     whole = loop.run(config, tmp_path / "whole", pictures=False)
     with pytest.raises(KeyboardInterrupt):
-        loop.run(config, tmp_path / "stopped", pictures=False, watch=Stop())
+        loop.run(config, tmp_path / "stopped", pictures=False, watch=Stop(at))
     again = loop.run(config, tmp_path / "stopped", pictures=False, resume=True)
     assert again.matrix == whole.matrix
     for found in (again, whole):
