@@ -14,6 +14,7 @@ Intervals are of 95 % by the t distribution over seeds, which draw the order of 
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import time
 from dataclasses import dataclass
@@ -85,7 +86,23 @@ LEARNING_RATES: dict[str, dict[str, float]] = {
         "LUCIR, NME": 0.03,
         "joint (ceiling)": 0.03,
     },
-    "sample": {},
+    "sample": {
+        "finetune (floor)": 0.03,
+        "LwF": 0.03,
+        "A-GEM": 0.01,
+        "GEM": 0.1,
+        "GEM, online": 0.1,
+        "ER": 0.1,
+        "ER, online": 0.1,
+        "DER": 0.03,
+        "DER++": 0.1,
+        "DER++, online": 0.1,
+        "iCaRL": 0.1,
+        "WA": 0.1,
+        "LUCIR": 0.03,
+        "LUCIR, NME": 0.03,
+        "joint (ceiling)": 0.03,
+    },
 }
 
 
@@ -167,7 +184,8 @@ def interval(values: list[float]) -> float | None:
     """Half of the 95 % interval of the mean."""
     if len(values) < 2:
         return None
-    return float(stats.t.ppf(0.975, len(values) - 1)) * stdev(values) / len(values) ** 0.5
+    quantile = float(stats.t.ppf(0.975, len(values) - 1))
+    return quantile * stdev(values) / math.sqrt(len(values))
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
