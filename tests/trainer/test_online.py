@@ -18,12 +18,15 @@ from engram.batch import Batch
 from engram.client import Client
 from engram.errors import BudgetExceeded, Conflict
 from engram.schemas import IngestOptions, ShareBy
+from engram_trainer import loop
+from engram_trainer.configuration import MemoryConfig, RunConfig, RuntimeConfig
 from engram_trainer.examples import ClassIds, Images
 from engram_trainer.local_memory import Kind, LocalConfig, LocalMemory
 from engram_trainer.memory import Memory, NoMemory
 from engram_trainer.online import OnlineWriter, Policy, Reservoir, Ring
 from engram_trainer.plain_memory import local_memory
 from engram_trainer.service_memory import ServiceMemory
+from engram_trainer.stream import StreamConfig
 from tests.photos import photos
 from tests.servers import ServiceProcess
 
@@ -370,3 +373,55 @@ def test_a_checkpoint_that_cannot_be_gone_back_to_is_refused_before_anything_is_
     for use in (lambda: next(memory.loader(3, seed=1)), lambda: offer(writer, range(2, 3))):
         with pytest.raises(Conflict, match="has moved on since the checkpoint"):
             use()
+
+
+class Stop(loop.Silent):
+    """Raises in a task, once it is told of its second half."""
+
+    def __init__(self, at: int) -> None:
+        self.at, self.visit = at, -1
+
+    def task(self, task: Any, stream: Any) -> None:
+        self.visit = task.visit
+
+    def phase(self, name: str, done: int, total: int, *, note: str = "") -> None:
+        if (self.visit, name) == (self.at, "learn") and done > total / 2:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("processes", "checkpoint_s", "at"), [(1, 0.0, 0), (1, 1000.0, 0), (1, 0.0, 1), (1, 1000.0, 1), (2, 0.0, 1)]
+)
+def test_a_run_that_fills_a_services_buffer_online_goes_on_as_if_it_had_not_been_stopped(
+    service: ServiceProcess,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    processes: int,
+    checkpoint_s: float,
+    at: int,
+) -> None:
+    monkeypatch.setattr(loop, "SHOW_EVERY_S", 0.0)
+    config = RunConfig(
+        data="digits",
+        stream=StreamConfig(tasks=5, train_per_class=20, test_per_class=10),
+        method="derpp",
+        options={"epochs": 4, "batch_size": 16, "replay_batch": 8, "fill": "online", "slots": 30, "flush": 8},
+        network="mlp",
+        memory=MemoryConfig(budget_bytes=12_000, quality=60, url=service.url),
+        runtime=RuntimeConfig(processes=processes, checkpoint_s=checkpoint_s),
+    )
+    whole = loop.run(config, tmp_path / "whole", pictures=False)
+    with pytest.raises(KeyboardInterrupt):
+        loop.run(config, tmp_path / "stopped", pictures=False, watch=Stop(at))
+    again = loop.run(config, tmp_path / "stopped", pictures=False, resume=True)
+    assert again.matrix == whole.matrix
+    for found in (again, whole):
+        for memory in found.memory:
+            memory.pop("buffer")
+            for decision in memory["decisions"].values():
+                decision.pop("seconds")
+    assert again.memory == whole.memory
+    assert again.memory[-1]["exemplars"] == 30
+    with Client(service.url) as client:
+        assert not [each.name for each in client.buffers() if each.is_frozen and "run-" in each.name]

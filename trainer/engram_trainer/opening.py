@@ -102,7 +102,10 @@ def open_memory(
             runtime.barrier()
             yield _shared(open_buffer(), runtime, is_remote=True)
             return
-        is_made = _create_buffer(client, name, config, fields, share_by, is_new=is_new)
+        # What a run wrote before its first checkpoint it will write again.
+        starts_over = learner.fills_memory and not (folder / "checkpoint.pt").is_file()
+        is_own = starts_over and (config.buffer is None or not is_new)
+        is_made = _create_buffer(client, name, config, fields, share_by, is_new=is_new, may_empty=is_own)
         try:
             memory = open_buffer()
             runtime.barrier()
@@ -116,7 +119,14 @@ def open_memory(
 
 
 def _create_buffer(
-    client: Client, name: str, config: MemoryConfig, fields: dict[str, str], share_by: ShareBy, *, is_new: bool
+    client: Client,
+    name: str,
+    config: MemoryConfig,
+    fields: dict[str, str],
+    share_by: ShareBy,
+    *,
+    is_new: bool,
+    may_empty: bool,
 ) -> bool:
     """The buffer exists; a new run finds nothing in it. True if it was made now.
 
@@ -138,6 +148,10 @@ def _create_buffer(
         return True
     except Conflict:
         buffer = create(exist_ok=True)
+    if may_empty and buffer.generation:
+        client.delete_buffer(name)
+        create()
+        return True
     if is_new and buffer.tasks:
         raise Conflict(f"buffer {name!r} already holds {len(buffer.tasks)} tasks; name a new buffer for a new run")
     return False

@@ -148,10 +148,26 @@ class Recipe:
         rate = GPU_FLOPS if is_gpu else CORE_FLOPS * cores
         return 3 * operations(self.config.network, shape) * self.images / rate / 3600  # backward is twice forward
 
-    def shrunk(self, **options: Any) -> Recipe:
-        """The same with one epoch per phase and other options beside, for a trial on small data."""
-        epochs = {name: 1 for name in ("epochs", "balance_epochs") if self.config.options.get(name)}
-        return replace(self, config=replace(self.config, options={**self.config.options, **epochs, **options}))
+    def shrunk(self, *, network: str | None = None, side: int | None = None) -> Recipe:
+        """The same with one epoch for each phase, for a trial on small data.
+
+        Args:
+            network: in place of the recipe's.
+            side: height and width of the images; what the network sees is cropped as much as before.
+        """
+        config, data = self.config, self.data
+        options = {name: 1 for name in ("epochs", "balance_epochs") if config.options.get(name)}
+        config = replace(config, options={**config.options, **options}, network=network or config.network)
+        if side is not None:
+            height, _, channels = data.shape
+            crop = config.prepare.crop
+            config = replace(
+                config,
+                resize=config.resize and side,
+                prepare=replace(config.prepare, crop=crop and crop * side // height),
+            )
+            data = replace(data, shape=(side, side, channels))
+        return replace(self, config=config, data=data)
 
 
 @cache

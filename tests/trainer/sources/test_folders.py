@@ -124,6 +124,10 @@ def test_a_folder_without_test_images_says_what_is_needed(tmp_path: Path) -> Non
     (tmp_path / "test").rename(tmp_path / "other")
     with pytest.raises(NotFound, match="needs train/CLASS/ and test/CLASS/"):
         load(str(tmp_path))
+    (tmp_path / "val").mkdir()
+    (tmp_path / "val" / "ILSVRC2012_val_00000001.JPEG").write_bytes(b"")
+    with pytest.raises(NotFound, match="needs train/CLASS/ and test/CLASS/"):
+        load(str(tmp_path))
 
 
 def test_a_file_that_is_no_picture_is_named(tmp_path: Path) -> None:

@@ -40,7 +40,7 @@ def read_image_folder(folder: Path, *, resize: int | None = None) -> Dataset:
         BadUpload: class folders are of several kinds; or as `pictures.picture_sets`.
     """
     test_split = next((split for split in TEST_SPLITS if (folder / split).is_dir()), None)
-    if test_split is None or not is_image_folder(folder):
+    if test_split is None or not is_image_folder(folder) or not any(_subfolders(folder / test_split)):
         raise NotFound(f"{folder} needs train/CLASS/ and test/CLASS/ folders of images")
     found = {path.name: label for path, label in classes(folder / "train").items()}
     ids = {name: place if isinstance(label, str) else label for place, (name, label) in enumerate(found.items())}
