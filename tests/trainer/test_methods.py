@@ -296,7 +296,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "derpp online": {"fill": "online", "flush": 32},
     "gem": {"epochs": 2},
     "gem online": {"epochs": 2, "fill": "online"},
-    "agem": {"epochs": 10, "lr": 0.03},
+    "agem": {},
     "icarl": {},
     "lwf": {},
     "wa": {},

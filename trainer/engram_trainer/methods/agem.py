@@ -12,6 +12,13 @@ __all__ = ["Agem", "Config"]
 
 @dataclass(frozen=True)
 class Config(gem.Config):
-    """As of `gem`."""
+    """As of `gem`; in brackets the published settings where they differ, for MNIST / CIFAR.
 
+    Digits, 5 class-incremental tasks, validation images: 56 % so, 31 % at a learning rate of 0.1.
+    """
+
+    epochs: int = 10
+    """[1]"""
+    lr: float = 0.01
+    """[0.1 / 0.03]"""
     average: bool = True
