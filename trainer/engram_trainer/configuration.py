@@ -34,7 +34,13 @@ Source: mnist as in PyTorch's examples; cifar10 as in Mammoth's `seq_cifar10.py`
 code. cifar100's deviations are smaller than those of the pixels (0.2673, 0.2564, 0.2762): they are the code's.
 """
 
-MAY_CHANGE = ("memory.url", "memory.replay", "memory.patience_s", "runtime.workers", "runtime.checkpoint_s")
+MAY_CHANGE = (
+    "memory.url",
+    "memory.replay",
+    "memory.patience_s",
+    "runtime.workers",
+    "runtime.checkpoint_s",
+)
 """What may differ when a run is resumed: a service may come back under another address, and the others change no result."""
 
 
