@@ -289,17 +289,17 @@ def test_ways_of_filling_that_there_are_not_are_refused(options: dict[str, Any],
 
 
 METHODS: dict[str, dict[str, Any]] = {
-    "er": {},
-    "er online": {"fill": "online", "flush": 32},
-    "der": {},
-    "derpp": {},
-    "derpp online": {"fill": "online", "flush": 32},
+    "er": {"epochs": 6, "lr": 0.3},
+    "er online": {"epochs": 6, "lr": 0.3, "fill": "online", "flush": 32},
+    "der": {"epochs": 12, "lr": 0.1},
+    "derpp": {"epochs": 6},
+    "derpp online": {"epochs": 6, "fill": "online", "flush": 64},
     "gem": {"epochs": 2},
     "gem online": {"epochs": 2, "fill": "online"},
     "agem": {},
-    "icarl": {},
+    "icarl": {"epochs": 6},
     "lwf": {},
-    "wa": {},
+    "wa": {"epochs": 6},
     "lucir": {},
     "lucir nme": {"classify": "nme", "epochs": 6, "balance_epochs": 0},
 }
@@ -313,7 +313,7 @@ LEAST = {"agem": 0.22, "lwf": 0.22}
 
 @pytest.fixture(scope="module")
 def tasks() -> Stream:
-    return digits(train_per_class=50, test_per_class=15, seed=1)
+    return digits(train_per_class=40, test_per_class=15, seed=1)
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow if n in SLOW else ()) for n in METHODS])

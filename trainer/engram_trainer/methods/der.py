@@ -40,8 +40,7 @@ from engram_trainer.stream import Task
 class Config(er.Config):
     """How a task is trained; in brackets the published settings where they differ."""
 
-    lr: float = 0.1
-    """[0.03]"""
+    lr: float = 0.03
     alpha: float = 1.0
     """Weight of the distance to the stored logits [0.3]."""
     beta: float = 0.0

@@ -14,6 +14,8 @@ __all__ = ["Config", "DerPlusPlus"]
 class Config(der.Config):
     """As of `der`; in brackets the published settings where they differ, for 200 / 500 / 5,120 exemplars."""
 
+    lr: float = 0.1
+    """[0.03]"""
     alpha: float = 0.5
     """Weight of the distance to the stored logits [0.1 / 0.2 / 0.1]."""
     beta: float = 0.5
