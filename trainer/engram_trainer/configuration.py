@@ -34,19 +34,8 @@ Source: mnist as in PyTorch's examples; cifar10 as in Mammoth's `seq_cifar10.py`
 code. cifar100's deviations are smaller than those of the pixels (0.2673, 0.2564, 0.2762): they are the code's.
 """
 
-<<<<<<< HEAD
-MAY_CHANGE = (
-    "memory.url",
-    "memory.replay",
-    "memory.patience_s",
-    "runtime.workers",
-    "runtime.checkpoint_s",
-)
-"""What may differ when a run is resumed: a service may come back under another address, and the others change no result."""
-=======
 MAY_CHANGE = ("memory.url", "memory.replay", "memory.patience_s", "runtime.workers", "runtime.checkpoint_s")
 """What may differ when a run is resumed: a service may have another address, and the others change no result."""
->>>>>>> eight-recipes
 
 
 @dataclass(frozen=True)
