@@ -6,8 +6,8 @@ of 32x32: nearly all of the time is reading. The plain loop is what one writes w
 opens a file with Pillow, a `DataLoader` with as many workers, the same windows, the same network and optimiser. Both in
 turns (plain, ours, ours, plain); the ratio is of the sums.
 
-**Replay.** ER with 32 new images and 32 exemplars a step, all of 224x224 pixels, of which the network sees 112x112, from
-strips in this process: the part of all steps' time in which they waited for exemplars.
+**Replay.** ER with 32 new images and 32 exemplars a step, all of 224x224 pixels, of which the network sees 112x112,
+from strips in this process: the part of all steps' time in which they waited for exemplars.
 
 **Memory.** A whole run (two tasks, ER, herding by its own features) over 50,000 images of 224x224 in a process of its
 own: the largest sum of what it and its workers hold (PSS), looked at every 0.2 s. As float32 they would be 30 GB.
