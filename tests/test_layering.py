@@ -117,7 +117,7 @@ ORDER = {
         "recipes runtime service_memory",
         "evaluation methods",
         "opening report",
-        "loop progress scalars",
+        "loop progress scalars arguments",
         "compare",
         "display",
         "demo cli",

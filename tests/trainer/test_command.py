@@ -15,7 +15,8 @@ from rich.console import Console
 from typer.testing import CliRunner, Result
 
 from engram_trainer import demo
-from engram_trainer.cli import app, parse_options, parse_quality
+from engram_trainer.arguments import parse_options, parse_quality
+from engram_trainer.cli import app
 from engram_trainer.datasets import load
 from engram_trainer.methods import METHODS
 from engram_trainer.progress import Bars

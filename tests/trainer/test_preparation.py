@@ -96,6 +96,15 @@ def test_a_resized_crop_is_a_part_of_the_image_scaled_to_the_size_of_the_network
     assert float(found[:, 0].max()) <= width
 
 
+def test_a_resized_crop_of_a_much_larger_image_does_not_make_coarse_patterns_of_fine_ones() -> None:
+    """Stripes of one pixel: seen from afar they are grey."""
+    stripes = (torch.arange(256) % 2).float().expand(8, 3, 256, 256)
+    uniform = np.full((8, DRAWS), 0.5)
+    uniform[:, 3] = 1.0  # the whole image
+    found = Preparation((256, 256, 3), crop=32).vary(stripes, Augment(resized_crop=True), uniform)
+    assert float((found - 0.5).abs().max()) < 0.1
+
+
 @given(key=st.integers(0, 2**63), seed=st.integers(0, 2**31))
 def test_what_is_drawn_depends_on_the_image_and_not_on_its_place(key: int, seed: int) -> None:
     identities = np.random.default_rng(seed).integers(0, 2**64, 20, np.uint64)

@@ -7,11 +7,10 @@ experiments for `--recipe`.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Sequence, Set
 from contextlib import ExitStack
-from dataclasses import fields, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, NoReturn
 
 import torch
 import typer
@@ -21,10 +20,9 @@ from rich.markup import escape
 from engram import __version__, amounts
 from engram.errors import EngramError
 from engram.schemas import Definition, Per, Ranking, Rule, ShareBy, Subsampling
+from engram_trainer import arguments, display, loop, methods, networks, recipes
 from engram_trainer import compare as comparing
-from engram_trainer import datasets, display, loop, methods, networks, recipes
 from engram_trainer.configuration import (
-    MEMORY_KINDS,
     MemoryConfig,
     MemoryKind,
     Normalise,
@@ -34,10 +32,9 @@ from engram_trainer.configuration import (
     RunConfig,
     RuntimeConfig,
 )
-from engram_trainer.progress import Bars
-from engram_trainer.report import Report
+from engram_trainer.progress import Bars, Watches
 from engram_trainer.scalars import Log, open_log
-from engram_trainer.stream import Scenario, Stream, StreamConfig, Task
+from engram_trainer.stream import Scenario, StreamConfig
 
 RECIPE, STREAM, METHOD, MEMORY, RUNTIME, RUN = "Recipe", "Stream", "Method", "Memory", "Runtime", "Run"
 SELECTION = "Selection (service and strips)"
@@ -271,12 +268,12 @@ def train(
         if recipe is None:
             if dry_run or yes:
                 raise ValueError("--dry-run and --yes are about a recipe: give --recipe NAME")
-            config = _configuration(context.params)
+            config = arguments.configuration(context.params)
         else:
             found = _startable(context, recipe, console)
             if dry_run:
                 return
-            config = _configured(found, context.params, named)
+            config = arguments.of_recipe(found, context.params, named)
         with ExitStack() as stack:
             watches: list[loop.Watch] = [stack.enter_context(Bars(console))]
             if log is not None:
@@ -338,10 +335,12 @@ def compare(
     try:
         rows = comparing.cells(
             [word.strip() for word in methods.split(",")],
-            [_memory_kind(word.strip()) for word in memories.split(",")],
+            [arguments.memory_kind(word.strip()) for word in memories.split(",")],
             [amounts.parse(word) for word in budgets.split(",")],
         )
-        runs = comparing.plan(rows, [_seed(word) for word in seeds.split(",")], context.args, out, configure=_meant)
+        runs = comparing.plan(
+            rows, [arguments.seed(word) for word in seeds.split(",")], context.args, out, configure=_meant
+        )
         done = 0
 
         def tell(run: comparing.Run, sentence: str | None) -> None:
@@ -367,7 +366,7 @@ def compare(
         _fail(console, f"{len(failed)} of {len(runs)} runs failed; what they said is in {out}/*.log", 1)
 
 
-def _meant(arguments: Sequence[str]) -> RunConfig:
+def _meant(words: Sequence[str]) -> RunConfig:
     """The configuration that arguments of `engram-train train` mean.
 
     Raises:
@@ -375,26 +374,13 @@ def _meant(arguments: Sequence[str]) -> RunConfig:
     """
     command: Any = typer.main.get_command(app)
     try:
-        with command.commands["train"].make_context("train", list(arguments)) as context:
+        with command.commands["train"].make_context("train", list(words)) as context:
             wrong = sorted(_named(context) & {"recipe", "out", "resume", "buffer", "log", "dry_run", "yes"})
             if wrong:
                 raise ValueError(f"{_option(context, wrong[0])} is not for a comparison")
-            return _configuration(context.params)
+            return arguments.configuration(context.params)
     except UsageError as error:
         raise ValueError(error.format_message()) from error
-
-
-def _memory_kind(word: str) -> MemoryKind:
-    if word not in MEMORY_KINDS:
-        raise ValueError(f"memory kind {word!r} is not one of {_names(MEMORY_KINDS)}")
-    return word
-
-
-def _seed(word: str) -> int:
-    try:
-        return int(word)
-    except ValueError as error:
-        raise ValueError(f"a seed is a whole number, not {word!r}") from error
 
 
 def _last(run: comparing.Run) -> float:
@@ -434,182 +420,6 @@ def _startable(context: typer.Context, name: str, console: Console) -> recipes.R
             f"recipe {name} takes about {display.duration(hours)} on {cores} CPU cores; give --device cuda, or --yes"
         )
     return found
-
-
-def _configured(found: recipes.Recipe, given: Mapping[str, Any], named: Set[str]) -> RunConfig:
-    """A recipe's configuration for these data, with what was given beside it.
-
-    Raises:
-        ValueError: the data are not those of the recipe.
-        EngramError: they cannot be read.
-    """
-    dataset = datasets.load(given["data"], resize=found.config.resize)
-    found.check(dataset)
-    memory = found.config.memory
-    budget = amounts.parse(given["budget"]) if "budget" in named else found.budget(dataset)
-    quality = parse_quality(given["quality"]) if "quality" in named else memory.quality
-    kind = given["memory"] if "memory" in named else memory.kind
-    return replace(
-        found.config,
-        data=given["data"],
-        stream=replace(found.config.stream, seed=given["seed"]),
-        memory=replace(
-            memory,
-            kind=kind,
-            budget_bytes=budget,
-            quality=quality,
-            url=given["url"],
-            buffer=given["buffer"],
-            replay=given["replay"],
-            patience_s=given["patience"],
-        ),
-        seed=given["seed"],
-        runtime=_runtime(given),
-    )
-
-
-def _runtime(given: Mapping[str, Any]) -> RuntimeConfig:
-    return RuntimeConfig(
-        given["device"], given["precision"], given["processes"], given["workers"], checkpoint_s=given["checkpoint"]
-    )
-
-
-def _configuration(given: Mapping[str, Any]) -> RunConfig:
-    """What the options of `train` mean where they are not about a recipe.
-
-    Raises:
-        ValueError: they contradict each other or themselves.
-    """
-    return RunConfig(
-        data=given["data"],
-        resize=given["resize"],
-        prepare=PrepareConfig(given["crop"], given["normalise"]),
-        stream=StreamConfig(
-            scenario=given["scenario"],
-            tasks=given["tasks"],
-            base_classes=given["base_classes"],
-            seed=given["seed"],
-            train_per_class=given["train_per_class"],
-            train_per_task=given["train_per_task"],
-            test_per_class=given["test_per_class"],
-            validation_ratio=given["validation"],
-            visits=parse_visits(given["visits"]),
-        ),
-        method=given["method"],
-        options=parse_options(given["method"], given["settings"] or [], given["epochs"]),
-        network=given["network"],
-        memory=MemoryConfig(
-            kind=given["memory"],
-            budget_bytes=amounts.parse(given["budget"]),
-            per=given["per"],
-            share_by=given["share_by"],
-            quality=parse_quality(given["quality"]),
-            subsampling=given["subsampling"],
-            ranking=given["ranking"],
-            definition=given["definition"],
-            rule=given["rule"],
-            epsilon=given["epsilon"],
-            block=given["block"],
-            url=given["url"],
-            buffer=given["buffer"],
-            replay=given["replay"],
-            patience_s=given["patience"],
-        ),
-        seed=given["seed"],
-        runtime=_runtime(given),
-    )
-
-
-class Watches:
-    """Several `loop.Watch`es as one."""
-
-    def __init__(self, watches: Sequence[loop.Watch]) -> None:
-        self._watches = watches
-
-    def task(self, task: Task, stream: Stream) -> None:
-        """A task begins."""
-        for watch in self._watches:
-            watch.task(task, stream)
-
-    def phase(self, name: str, done: int, total: int, *, note: str = "") -> None:
-        """So much of a phase of the task is done."""
-        for watch in self._watches:
-            watch.phase(name, done, total, note=note)
-
-    def finished(self, report: Report) -> None:
-        """A task is evaluated."""
-        for watch in self._watches:
-            watch.finished(report)
-
-
-def parse_options(method: str, settings: list[str], epochs: int | None) -> dict[str, Any]:
-    """The method's options from `NAME=VALUE` texts, each value of the type of the method's field.
-
-    Raises:
-        ValueError: not NAME=VALUE, no such setting, or a value of another type.
-    """
-    config = methods.config_class(method)
-    types = get_type_hints(config)
-    known = {field.name: types[field.name] for field in fields(config)}
-    options: dict[str, Any] = {} if epochs is None else {"epochs": epochs}
-    for setting in settings:
-        name, equals, text = setting.partition("=")
-        if not equals:
-            raise ValueError(f"--set takes NAME=VALUE, not {setting!r}")
-        if name not in known:
-            raise ValueError(f"method {method} has no setting {name!r}; it has {_names(sorted(known))}")
-        options[name] = _value(name, text, known[name])
-    return options
-
-
-def _value(name: str, text: str, kind: Any) -> Any:
-    choices = [choice for choice in get_args(kind) if choice is not type(None)]
-    if get_origin(kind) is tuple:
-        return tuple(_value(name, part, choices[0]) for part in text.split(",") if part)
-    if get_origin(kind) is Literal:
-        if text not in choices:
-            raise ValueError(f"{name} is one of {_names(choices)}, not {text!r}")
-        return text
-    if len(choices) < len(get_args(kind)):
-        if text.lower() == "none":
-            return None
-        kind = choices[0]
-    if kind is bool:
-        if text.lower() not in ("true", "false"):
-            raise ValueError(f"{name} is true or false, not {text!r}")
-        return text.lower() == "true"
-    try:
-        return kind(text)
-    except ValueError as error:
-        raise ValueError(f"{name} must be of type {kind.__name__}, got {text!r}") from error
-
-
-def parse_visits(text: str | None) -> tuple[int, ...] | None:
-    """The tasks that `0,1,0` names.
-
-    Raises:
-        ValueError: one is no number.
-    """
-    if text is None:
-        return None
-    try:
-        return tuple(int(word) for word in text.split(","))
-    except ValueError as error:
-        raise ValueError(f"visits are numbers of tasks, as in 0,1,0, not {text!r}") from error
-
-
-def parse_quality(text: str) -> int | None:
-    """None for `auto`.
-
-    Raises:
-        ValueError: neither `auto` nor a whole number.
-    """
-    if text == "auto":
-        return None
-    try:
-        return int(text)
-    except ValueError as error:
-        raise ValueError(f"quality is 'auto' or a number from 1 to 100, not {text!r}") from error
 
 
 def _fail(console: Console, message: str, status: int) -> NoReturn:

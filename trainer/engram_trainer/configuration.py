@@ -35,7 +35,7 @@ code. cifar100's deviations are smaller than those of the pixels (0.2673, 0.2564
 """
 
 MAY_CHANGE = ("memory.url", "memory.replay", "memory.patience_s", "runtime.workers", "runtime.checkpoint_s")
-"""What may differ when a run is resumed: a service may come back under another address, and the others change no result."""
+"""What may differ when a run is resumed: a service may have another address, and the others change no result."""
 
 
 @dataclass(frozen=True)

@@ -124,10 +124,12 @@ def _window(images_NCHW: torch.Tensor, size: tuple[int, int], padding: int, draw
 def _resized(images_NCHW: torch.Tensor, size: tuple[int, int], drawn_NK: torch.Tensor) -> torch.Tensor:
     """A window of random area and aspect ratio of each image, scaled to `size`, bilinear.
 
-    Departure from the usual procedure, which draws up to ten times until a window fits: one that does not fit is cut to
-    the image's side, which changes its ratio.
+    Where images are much larger than `size`, several points are averaged for each pixel, so that fine patterns do not
+    turn into coarse ones. Departure from the usual procedure, which draws up to ten times until a window fits: one that
+    does not fit is cut to the image's side, which changes its ratio.
     """
     height, width = images_NCHW.shape[2:]
+    points = max(1, round(min(height / size[0], width / size[1])))
     area = (_AREA[0] + drawn_NK[:, 3] * (_AREA[1] - _AREA[0])) * (height * width)
     ratio = torch.exp(math.log(_RATIO[0]) + drawn_NK[:, 4] * math.log(_RATIO[1] / _RATIO[0]))
     across = (area * ratio).sqrt().clamp(max=width) / width
@@ -139,8 +141,11 @@ def _resized(images_NCHW: torch.Tensor, size: tuple[int, int], drawn_NK: torch.T
     affine_N23 = torch.stack(
         [torch.stack([across, zero, centre_x], dim=1), torch.stack([zero, down, centre_y], dim=1)], dim=1
     )
-    grid = functional.affine_grid(affine_N23, [len(images_NCHW), 1, *size], align_corners=False)
-    return functional.grid_sample(images_NCHW, grid, padding_mode="border", align_corners=False)
+    grid = functional.affine_grid(
+        affine_N23, [len(images_NCHW), 1, *(points * side for side in size)], align_corners=False
+    )
+    sampled = functional.grid_sample(images_NCHW, grid, padding_mode="border", align_corners=False)
+    return functional.avg_pool2d(sampled, points) if points > 1 else sampled
 
 
 def uniforms(key: int, identities_N: Identities, count: int) -> FloatArray:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
+from engram_trainer.loop import Watch
 from engram_trainer.report import Report, seconds_of
 from engram_trainer.stream import Stream, Task
 
@@ -78,3 +80,25 @@ class Bars:
             highlight=False,
             soft_wrap=True,
         )
+
+
+class Watches:
+    """Several `loop.Watch`es as one."""
+
+    def __init__(self, watches: Sequence[Watch]) -> None:
+        self._watches = watches
+
+    def task(self, task: Task, stream: Stream) -> None:
+        """A task begins."""
+        for watch in self._watches:
+            watch.task(task, stream)
+
+    def phase(self, name: str, done: int, total: int, *, note: str = "") -> None:
+        """So much of a phase of the task is done."""
+        for watch in self._watches:
+            watch.phase(name, done, total, note=note)
+
+    def finished(self, report: Report) -> None:
+        """A task is evaluated."""
+        for watch in self._watches:
+            watch.finished(report)

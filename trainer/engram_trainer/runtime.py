@@ -15,7 +15,7 @@ Lightning Fabric places, converts and communicates.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
@@ -273,6 +273,7 @@ class _Walk:
         self.runtime, self.phase, self.memory = runtime, phase, memory
         self.total = 0
         self._loaders: list[FollowingLoader] | None = None
+        self._images: Iterator[tuple[Rows, Images]] = iter(())
         self._base = phase.purpose, phase.task.visit
         self._vary_key = runtime.key(*self._base, VARY)
         for replay in phase.replay:
@@ -285,20 +286,19 @@ class _Walk:
         """The number of each epoch from `first` on, and its steps."""
         phase = self.phase
         epochs = range(first, phase.epochs)
-        images: Iterator[tuple[Rows, Images]] = iter(())
         if phase.examples is not None:
             mine = (
                 rows[self.runtime.rank :: self.runtime.world_size] for epoch in epochs for rows in self._order(epoch)
             )
-            images = batches(phase.examples.images, mine, workers=self.runtime.config.workers)
+            self._images = batches(phase.examples.images, mine, workers=self.runtime.config.workers)
         length = self._length()
         self.total = length * phase.epochs
         for epoch in epochs:
-            yield epoch, self._steps(epoch, length, images)
+            yield epoch, self._steps(epoch, length)
 
-    def _steps(self, epoch: int, length: int, images: Iterator[tuple[Rows, Images]]) -> Iterator[Step]:
+    def _steps(self, epoch: int, length: int) -> Iterator[Step]:
         for number in range(epoch * length, (epoch + 1) * length):
-            new = None if self.phase.examples is None else self._new(number, *next(images))
+            new = None if self.phase.examples is None else self._new(number, *next(self._images))
             yield Step(number, epoch, new, self._drawn(number))
 
     def _length(self) -> int:
@@ -320,7 +320,9 @@ class _Walk:
         return order
 
     def close(self) -> None:
-        """Nothing is drawn ahead any more."""
+        """Nothing is read or drawn ahead any more."""
+        if isinstance(self._images, Generator):
+            self._images.close()
         for loader in self._loaders or ():
             loader.close()
         self._loaders = None
