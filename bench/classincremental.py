@@ -41,7 +41,7 @@ from engram_trainer.stream import StreamConfig
 Kind = Literal["raw", "strips"]
 
 TASKS = 5
-TRAIN_PER_CLASS = 200
+TRAIN_PER_CLASS, QUICK_TRAIN_PER_CLASS = 200, 60
 PER_CLASS = 20
 CLASS_ID_BYTES = 2
 QUALITY = 50
@@ -207,7 +207,9 @@ def main() -> None:
     seeds = 1 if args.quick else args.seeds
     flat: dict[str, Cell] = {"seeds": seeds, "memory": args.memory}
     for name, dataset in data.items():
-        rows = [_row(row, name, dataset, args.memory, seeds, flat) for row in args.rows]
+        most = QUICK_TRAIN_PER_CLASS if args.quick else TRAIN_PER_CLASS
+        configs = [StreamConfig(tasks=TASKS, seed=seed, train_per_class=most) for seed in range(seeds)]
+        rows = [_row(row, name, dataset, args.memory, configs, flat) for row in args.rows]
         print_table(
             f"{name}, {TASKS} tasks, {seeds} seeds, {args.memory}, {PER_CLASS * 10 * image_bytes(dataset):,} bytes",
             ["method", "last", "+-", "average", "+-", "forgetting", "exemplars", "bytes", "seconds"],
@@ -216,10 +218,11 @@ def main() -> None:
     finish(args, flat)
 
 
-def _row(row: str, name: str, data: Dataset, kind: Kind, seeds: int, flat: dict[str, Cell]) -> list[Cell]:
+def _row(
+    row: str, name: str, data: Dataset, kind: Kind, configs: list[StreamConfig], flat: dict[str, Cell]
+) -> list[Cell]:
     """One line of the table, averaged over seeds; its accuracies go into `flat`, too."""
     lr = LEARNING_RATES[name][row]
-    configs = [StreamConfig(tasks=TASKS, seed=seed, train_per_class=TRAIN_PER_CLASS) for seed in range(seeds)]
     outcomes = [learn(data, config, row, kind, lr=lr, seed=config.seed) for config in configs]
     last = [100 * outcome.metrics.last for outcome in outcomes]
     average = [100 * outcome.metrics.average_incremental for outcome in outcomes]

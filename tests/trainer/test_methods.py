@@ -22,7 +22,7 @@ from engram.fields import KEY
 from engram_trainer import datasets, stream
 from engram_trainer.evaluation import accuracy
 from engram_trainer.local_memory import LocalConfig, LocalMemory
-from engram_trainer.memory import NoMemory
+from engram_trainer.memory import Learned, NoMemory
 from engram_trainer.methods.icarl import icarl_targets
 from engram_trainer.methods.wa import align
 from engram_trainer.plain_memory import local_memory
@@ -158,6 +158,25 @@ def test_der_stores_what_the_network_says_about_an_image_once_its_task_is_learne
     np.testing.assert_array_equal(
         np.asarray(kept.fields["logits"]), outputs(learner.model, kept.images).astype(np.float16)
     )
+
+
+@pytest.mark.parametrize("fill", ["task", "online"])
+def test_der_stores_no_logits_of_a_training_that_has_diverged(fill: str) -> None:
+    tasks = digits()
+    learner = learner_of("der", tasks, lr=1e20, epochs=3, fill=fill)
+    memory = memory_for(learner)
+
+    def learn() -> None:
+        for task in tasks.visits:
+            learner.learn(task, memory, _any)
+            memory.add(Learned(task.index, task.train, fields=learner.columns(task.train)))
+
+    with pytest.raises(FloatingPointError, match="the learning rate is probably too high"):
+        learn()
+
+
+def _any(done: int, total: int, *, loss: torch.Tensor) -> None:
+    """Whatever the loss is."""
 
 
 @pytest.mark.parametrize("compete", ["new", "seen"])

@@ -23,7 +23,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 import torch
 
@@ -78,7 +77,8 @@ class Der(er.Er):
             return total
 
         def offer(step: Step) -> None:
-            self.filling.offer(step, task, {"logits": said_NC.to(torch.float16)})
+            if self.fills_memory:
+                self.filling.offer(step, task, {"logits": half(said_NC)})
 
         phase = Phase(
             task=task,
@@ -100,9 +100,25 @@ class Der(er.Er):
         self.filling.flush()
 
     def columns(self, examples: Examples) -> Mapping[str, npt.NDArray[Any]]:
-        """The logits of images as they are, for a memory that is filled once the task is learned."""
+        """The logits of images as they are, for a memory that is filled once the task is learned.
+
+        Raises:
+            FloatingPointError: training has diverged.
+        """
         logits_NC = self.runtime.features(self.model, examples)
-        return {"logits": logits_NC.cpu().numpy().astype(np.float16)}
+        return {"logits": half(logits_NC).cpu().numpy()}
 
     def _distances(self, replay: Minibatch) -> torch.Tensor:
         return logit_distance(self.model(replay.images_NCHW), replay.fields["logits"].float())
+
+
+def half(logits_NC: torch.Tensor) -> torch.Tensor:
+    """Logits as they are stored.
+
+    Raises:
+        FloatingPointError: one is not finite. A network that learns stored logits which are not can say nothing else.
+    """
+    stored_NC = logits_NC.to(torch.float16)
+    if not bool(torch.isfinite(stored_NC).all()):
+        raise FloatingPointError("a logit is not finite; the learning rate is probably too high")
+    return stored_NC
