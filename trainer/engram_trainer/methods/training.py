@@ -76,8 +76,8 @@ def replayed(
     """
     if batch_size < 2 * world_size:
         raise ValueError(
-            f"batch_size must be at least {2 * world_size}, not {batch_size}: a new image and an exemplar for each "
-            f"process"
+            f"batch_size must be at least {2 * world_size}, not {batch_size}: for each process "
+            "a new image and an exemplar"
         )
     kept_count = sum(sum(of.values()) for task, of in memory.counts().items() if task != exclude_task)
     if not kept_count:
