@@ -116,3 +116,10 @@ def test_a_learner_whose_columns_grow_is_not_asked_for_more_than_it_has() -> Non
 def test_permuted_tasks_are_scored_over_all_classes_at_any_time() -> None:
     tasks = stream("permuted")
     assert accuracy(oracle(tasks), runtime_of(tasks), tasks.tasks[1], learned=-1) == 1.0
+
+
+def test_large_images_are_scored_fewer_at_a_time() -> None:
+    tasks = stream("class-incremental")
+    images = np.broadcast_to(np.uint8(0), (300, 224, 224, 3))
+    sizes = [len(rows) for rows, _ in runtime_of(tasks).read(Examples.of_arrays(images, np.zeros(300, np.int64)))]
+    assert (sizes, sum(sizes)) == ([111, 111, 78], 300)

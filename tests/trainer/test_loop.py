@@ -381,6 +381,15 @@ def test_a_finished_run_can_be_resumed_and_stays_as_it_is(tmp_path: Path) -> Non
     assert again.to_json() == first.to_json()
 
 
+def test_a_run_killed_after_its_last_checkpoint_has_its_report_once_it_is_resumed(tmp_path: Path) -> None:
+    short = replace(SMALL, stream=replace(SMALL.stream, tasks=2), options={"epochs": 1})
+    run(short, tmp_path / "run")
+    written = (tmp_path / "run" / "report.json").read_text()
+    (tmp_path / "run" / "report.json").unlink()
+    run(short, tmp_path / "run", resume=True)
+    assert (tmp_path / "run" / "report.json").read_text() == written
+
+
 def test_a_new_run_refuses_a_buffer_that_holds_another_ones_exemplars(service: ServiceProcess, tmp_path: Path) -> None:
     memory = MemoryConfig(kind="service", url=service.url, buffer="taken", quality=50, budget_bytes=20_000)
     short = replace(SMALL, stream=replace(SMALL.stream, tasks=1), options={"epochs": 1}, memory=memory)

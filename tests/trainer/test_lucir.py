@@ -28,6 +28,7 @@ from engram_trainer.methods.lucir import (
     margin_ranking_losses,
 )
 from engram_trainer.methods.training import replayed
+from engram_trainer.networks import cosines
 from engram_trainer.plain_memory import local_memory
 from engram_trainer.stream import Stream, StreamConfig
 from tests.trainer import runs
@@ -161,6 +162,9 @@ def test_a_replay_ratio_is_the_least_part_of_a_batch_that_is_exemplars(digits: D
     assert count(0.0, 30_000) == 1
     assert count(1 - 1e-9, 3000) == 99
     assert partial(count, world_size=2)(0.45, 3000) == 44
+    assert partial(count, world_size=3)(1 - 1e-9, 3000) == 96  # 33 images for each process, one of them new
+    with pytest.raises(ValueError, match="batch_size must be at least 4, not 3"):
+        replayed(3, 0.4, 3000, memory, exclude_task=1, world_size=2)
 
 
 def test_scenarios_without_new_classes_are_refused(digits: Dataset) -> None:
@@ -208,3 +212,15 @@ def test_replay_beats_chance_and_no_replay(digits: Dataset) -> None:
 
 def same(one: Lucir, other: Lucir) -> bool:
     return runs.same(one.state_dict(), other.state_dict())
+
+
+def test_in_bf16_a_small_change_of_the_features_is_not_lost_and_cosines_do_not_become_equal() -> None:
+    generator = torch.Generator().manual_seed(0)
+    features_ND = torch.randn(8, 64, generator=generator)
+    changed_ND = features_ND + 0.02 * torch.randn(8, 64, generator=generator)
+    with torch.autocast("cpu", torch.bfloat16):
+        losses_N = less_forget_losses(features_ND.bfloat16(), changed_ND.bfloat16())
+        cosines_NC = cosines(features_ND.bfloat16(), changed_ND)
+    torch.testing.assert_close(losses_N, less_forget_losses(features_ND, changed_ND), rtol=0.1, atol=0)
+    torch.testing.assert_close(cosines_NC, cosines(features_ND, changed_ND), rtol=0, atol=1e-3)
+    assert cosines_NC.dtype is torch.float32

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
+from engram.errors import Unavailable
 from engram.fields import KEY
 from engram_trainer import datasets, methods, stream
+from engram_trainer.batches import batches
 from engram_trainer.configuration import RuntimeConfig
+from engram_trainer.examples import Images, Rows, Subset
 from engram_trainer.local_memory import LocalConfig
 from engram_trainer.plain_memory import local_memory
 from engram_trainer.processes import Place, beside
@@ -67,3 +75,51 @@ def _fails(place: Place) -> None:
 def test_what_another_process_raises_is_raised_by_the_first() -> None:
     with pytest.raises(ValueError, match="this one has no data"), beside(_fails, 2):
         raise RuntimeError("the connection was closed by the other process")
+
+
+def _ends(place: Place) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_process_that_is_killed_is_one_sentence() -> None:
+    with pytest.raises(Unavailable, match="ended from outside, by signal 9"), beside(_ends, 2):
+        raise RuntimeError("the connection was closed by the other process")
+
+
+def test_a_process_that_does_not_come_is_not_waited_for() -> None:
+    """A program read from standard input cannot be run once more by the other process."""
+    program = (
+        "from engram_trainer.processes import Place, beside\n"
+        "with beside(Place, 2):\n"
+        "    raise SystemExit('the body was reached')\n"
+    )
+    path = os.pathsep.join(sys.path)
+    ended = subprocess.run(
+        [sys.executable, "-"], input=program, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path}
+    )
+    assert "another process of the run could not be started" in ended.stderr
+
+
+def _reads(place: Place) -> None:
+    list(batches(Subset(Dark(), np.arange(4)), [np.array([0, 3])], workers=1))
+    if place.rank:
+        raise ValueError(f"process {place.rank} has read all")
+
+
+@pytest.mark.slow
+def test_each_process_reads_with_workers_of_its_own() -> None:
+    with pytest.raises(ValueError, match="process 1 has read all"), beside(_reads, 2) as place:
+        _reads(place)
+
+
+class Dark:
+    """Black images that take some decoding."""
+
+    shape = (2, 2, 1)
+    is_at_hand = False
+
+    def __len__(self) -> int:
+        return 4
+
+    def read(self, rows: Rows) -> Images:
+        return np.zeros((len(rows), *self.shape), np.uint8)

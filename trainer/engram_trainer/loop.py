@@ -171,6 +171,8 @@ class _Run:
         self.seconds = results.pop("partial_seconds")
         for name, value in results.items():
             setattr(self.report, name, value)
+        if self.report.matrix and self.runtime.is_first:  # the run may have been killed before it wrote this
+            self.report.save(self.folder)
 
     def checkpoint(self) -> None:
         """Everything so far is on the disk afterwards."""

@@ -232,7 +232,11 @@ def linear_head(dimensions: int, classes: int, *, seed: int) -> nn.Linear:
 
 def cosines(features_ND: torch.Tensor, embeddings_CD: torch.Tensor) -> torch.Tensor:
     """The cosine of every feature with every class embedding, `[N, C]`."""
-    return functional.linear(functional.normalize(features_ND, dim=1), functional.normalize(embeddings_CD, dim=1))
+    # Near 1 bfloat16 has steps of 1/256: cosines would be equal, and the first of equal ones wins.
+    with torch.autocast(features_ND.device.type, enabled=False):
+        return functional.linear(
+            functional.normalize(features_ND.to(embeddings_CD.dtype), dim=1), functional.normalize(embeddings_CD, dim=1)
+        )
 
 
 class CosineClassifier(nn.Module):

@@ -10,14 +10,17 @@ import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
 
 import torch
 from lightning_fabric.plugins.environments.cluster_environment import ClusterEnvironment
 
-from engram.errors import EngramError
+from engram.errors import EngramError, Unavailable
 
 _JOIN_S = 60.0
+_NOTICED_S = 1.0
+"""A process that is killed has ended at most this long after its connections."""
 
 
 @dataclass(frozen=True)
@@ -89,30 +92,40 @@ def beside(work: Callable[[Place], object], count: int) -> Iterator[Place]:
 
     Raises:
         Exception: what the body raised, or, where that only says that another process is gone, what that one raised.
+        Unavailable: another process could not be started, or was ended from outside.
     """
     context = multiprocessing.get_context("spawn")
     threads = torch.get_num_threads()
     port = _free_port()
-    others = []
-    for rank in range(1, count):
-        here, there = context.Pipe(duplex=False)
-        process = context.Process(
-            target=_work,
-            args=(work, Place(rank, count, port), threads, there),
-            name=f"engram-train-{rank}",
-            daemon=True,
-        )
-        process.start()
-        there.close()
-        others.append((process, here))
+    others: list[tuple[BaseProcess, Connection]] = []
     try:
+        for rank in range(1, count):
+            here, there = context.Pipe(duplex=False)
+            arguments = (work, Place(rank, count, port), threads, there)
+            # Not daemonic: those may not have children, and each reads its images with workers of its own.
+            process = context.Process(target=_work, args=arguments, name=f"engram-train-{rank}")
+            process.start()
+            there.close()
+            others.append((process, here))
+        _await_start(others)
         yield Place(0, count, port)
-        for process, _ in others:
+        for process, here in others:
             process.join(_JOIN_S)
+            if (found := _received(here)) is not None:
+                raise found
+    except (EngramError, ValueError):
+        raise
     except Exception as error:
         raised = [found for _, here in others if (found := _received(here)) is not None]
-        if raised and not isinstance(error, EngramError | ValueError):
+        if raised:
             raise raised[0] from error
+        for process, _ in others:
+            process.join(_NOTICED_S)
+            if process.exitcode is not None and process.exitcode < 0:
+                raise Unavailable(
+                    f"a process of the run was ended from outside, by signal {-process.exitcode}; if memory ran short, "
+                    "give fewer processes"
+                ) from error
         raise
     finally:
         if torch.distributed.is_initialized():
@@ -125,6 +138,7 @@ def beside(work: Callable[[Place], object], count: int) -> Iterator[Place]:
 
 
 def _work(work: Callable[[Place], object], place: Place, threads: int, told: Connection) -> None:
+    told.send(None)
     torch.set_num_threads(threads)
     try:
         work(place)
@@ -135,6 +149,23 @@ def _work(work: Callable[[Place], object], place: Place, threads: int, told: Con
     finally:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
+
+
+def _await_start(others: list[tuple[BaseProcess, Connection]]) -> None:
+    """All others work now. The first one would wait half an hour for one that never comes.
+
+    Raises:
+        Unavailable: one has ended.
+    """
+    for process, here in others:
+        wait([here, process.sentinel])
+        try:
+            here.recv()
+        except EOFError:
+            raise Unavailable(
+                "another process of the run could not be started: each runs the main module once more, so a script "
+                "has to be a file and to start its run below `if __name__ == '__main__':`"
+            ) from None
 
 
 def _received(here: Connection) -> Exception | None:

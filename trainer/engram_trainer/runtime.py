@@ -36,6 +36,8 @@ from engram_trainer.steps import Minibatch, OnStep, Phase, Replay, Step
 from engram_trainer.stream import Stream
 
 SCORE_BATCH = 512
+SCORE_BYTES = 2**24
+"""Of the images of a batch that is only looked at. 512 of 224x224 take 4 GB in the stem of a ResNet-18 alone."""
 
 ORDER, DRAW, VARY = range(3)
 """Random streams of a phase: the order of its images, the draws of exemplars, the variation of both."""
@@ -165,7 +167,8 @@ class Runtime:
     def read(self, examples: Examples, *, rows: Rows | None = None) -> Iterator[tuple[Rows, Images]]:
         """Images in order, a batch at a time, read ahead by workers where that helps."""
         rows = np.arange(len(examples)) if rows is None else rows
-        order = [rows[start : start + SCORE_BATCH] for start in range(0, len(rows), SCORE_BATCH)]
+        size = max(1, min(SCORE_BATCH, SCORE_BYTES // int(np.prod(examples.shape))))
+        order = [rows[start : start + size] for start in range(0, len(rows), size)]
         return batches(examples.images, order, workers=self.config.workers)
 
     def total(self, count: int) -> int:

@@ -137,11 +137,10 @@ class Gem(LinearLearner):
         counts = {number: sum(of.values()) for number, of in memory.counts().items() if number != task.index}
         if not any(counts.values()):
             return []
-        if self.config.average:
-            return [Replay(self.config.replay_batch or AGEM_BATCH, exclude_tasks=(task.index,))]
+        default = AGEM_BATCH if self.config.average else max(counts.values())
         world_size = self.runtime.world_size
-        size = self.config.replay_batch or -(-max(counts.values()) // world_size) * world_size
-        return [Replay(size, "per_task", exclude_tasks=(task.index,))]
+        size = self.config.replay_batch or -(-default // world_size) * world_size
+        return [Replay(size, "uniform" if self.config.average else "per_task", exclude_tasks=(task.index,))]
 
     def _corrected(
         self, gradient_P: torch.Tensor, step: Step, *, parameters: list[nn.Parameter], seen: int

@@ -326,7 +326,8 @@ def less_forget_losses(features_ND: torch.Tensor, old_features_ND: torch.Tensor)
 
     Source: LUCIR, equation 6.
     """
-    return 1 - functional.cosine_similarity(features_ND, old_features_ND, dim=1)
+    dtype = torch.promote_types(features_ND.dtype, torch.float32)  # near 1 bfloat16 has steps of 1/256
+    return 1 - functional.cosine_similarity(features_ND.to(dtype), old_features_ND.to(dtype), dim=1)
 
 
 def margin_ranking_losses(

@@ -70,10 +70,18 @@ def replayed(
 
     They have the part of the batch that they are of the union, and at least `replay_ratio`. A multiple of the
     processes; every batch has a new image for each process, too.
+
+    Raises:
+        ValueError: a batch has not two images for each process.
     """
+    if batch_size < 2 * world_size:
+        raise ValueError(
+            f"batch_size must be at least {2 * world_size}, not {batch_size}: for each process "
+            "a new image and an exemplar"
+        )
     kept_count = sum(sum(of.values()) for task, of in memory.counts().items() if task != exclude_task)
     if not kept_count:
         return 0
     part = max(replay_ratio, kept_count / (new_count + kept_count))
-    size = round(part * batch_size / world_size) * world_size
-    return max(world_size, min(size, batch_size - world_size))
+    size = round(part * batch_size / world_size)
+    return max(1, min(size, batch_size // world_size - 1)) * world_size
