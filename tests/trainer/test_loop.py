@@ -374,6 +374,36 @@ def test_a_new_run_refuses_the_folder_of_another_and_a_resumed_one_another_confi
         run(short, tmp_path / "mine")
 
 
+def test_a_damaged_checkpoint_is_named_and_a_damaged_part_of_one_is_learned_again(tmp_path: Path) -> None:
+    short = replace(SMALL, stream=replace(SMALL.stream, tasks=2), options={"epochs": 2})
+    short = replace(short, runtime=RuntimeConfig(checkpoint_s=0))
+    whole = run(short, tmp_path / "whole")
+    folder = tmp_path / "run"
+    with pytest.raises(Stopped):
+        run(short, folder, watch=StopAt(1, "balance"))
+    (folder / "partial.pt").write_bytes(b"PK cut off")
+    assert results(run(short, folder, resume=True)) == results(whole)
+    checkpoint = folder / "checkpoint.pt"
+    checkpoint.write_bytes(checkpoint.read_bytes()[:1000])
+    with pytest.raises(Conflict, match=r"checkpoint\.pt is damaged"):
+        run(short, folder, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lr": float("nan")}, "the loss is not finite"),
+        ({"padding": -1}, "padding must be at least 0"),
+        ({"epochs": 0}, "epochs must be at least 1"),
+    ],
+)
+def test_settings_that_cannot_be_learned_with_are_said_in_one_sentence(
+    tmp_path: Path, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises((ValueError, FloatingPointError), match=message):
+        run(replace(SMALL, method="finetune", options={"epochs": 2, **options}), tmp_path / "run")
+
+
 def test_a_finished_run_can_be_resumed_and_stays_as_it_is(tmp_path: Path) -> None:
     short = replace(SMALL, stream=replace(SMALL.stream, tasks=2), options={"epochs": 1})
     first = run(short, tmp_path / "run")

@@ -30,12 +30,12 @@ from tests.trainer.runs import run
 OPTIONS: dict[str, dict[str, Any]] = {
     "lucir": {"epochs": 2, "batch_size": 16, "balance_epochs": 2, "padding": 1, "flip": True},
     "gem": {"batch_size": 10, "replay_batch": 8, "padding": 1},
-    "finetune": {"epochs": 2, "flip": True},
+    "finetune": {"epochs": 2, "flip": True, "batch_size": 9},
     "derpp online": {"epochs": 2, "batch_size": 16, "replay_batch": 8, "fill": "online", "slots": 30, "flush": 5},
     "icarl": {"epochs": 2, "padding": 1},
     "wa": {"epochs": 2, "flip": True},
 }
-SLOW = {"derpp online", "icarl", "wa"}
+SLOW = {"gem", "finetune", "derpp online", "icarl", "wa"}
 
 
 def learn(place: Place, method: str, path: Path, tasks: int = 2) -> None:

@@ -90,6 +90,12 @@ def test_the_validation_split_takes_training_images_and_leaves_the_test_images_a
     assert sorted(rows) == sorted(whole.tasks[0].train.read()[:, 0, 0, 0].tolist())
 
 
+@pytest.mark.parametrize("name", ["train_per_class", "train_per_task", "test_per_class"])
+def test_a_limit_below_one_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name} must be at least 1, not 0"):
+        build(numbered(), StreamConfig(**{name: 0}))  # type: ignore[arg-type]
+
+
 def test_a_permutation_moves_whole_pixels_and_is_the_same_for_every_image_of_a_task() -> None:
     images = np.random.default_rng(0).integers(0, 256, (5, 3, 4, 3), dtype=np.uint8)
     places = np.random.default_rng(1).permutation(12)

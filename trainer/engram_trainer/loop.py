@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import io
 import json
+import pickle
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -163,7 +164,9 @@ class _Run:
                 accuracy(self.learner.scores, self.runtime, task, learned=-1) for task in self.stream.tasks
             ]
             return
-        state = torch.load(path, map_location=self.runtime.device, weights_only=True)
+        state = _read(path, self.runtime)
+        if state is None:
+            raise Conflict(f"{path} is damaged, so the run cannot go on; start it in a new folder")
         self.learner.load_state_dict(state["learner"])
         self.memory.load_state_dict(state["memory"])
         self.is_learned, self.onnx = state["is_learned"], state["onnx"]
@@ -262,7 +265,9 @@ class _Partial:
         """What was saved last, if it was this phase of this run."""
         if not self._path.is_file():
             return None
-        found: dict[str, Any] = torch.load(self._path, map_location=self._runtime.device, weights_only=True)
+        found = _read(self._path, self._runtime)
+        if found is None:
+            return None
         is_this = (found["run"], found["visit"], found["purpose"]) == (self._identity, visit, purpose)
         return found["state"] if is_this else None
 
@@ -271,6 +276,15 @@ class _Partial:
         if self._runtime.is_first and time.monotonic() - self._saved_at >= self._runtime.config.checkpoint_s:
             _write(self._path, {"run": self._identity, "visit": visit, "purpose": purpose, "state": state()})
             self._saved_at = time.monotonic()
+
+
+def _read(path: Path, runtime: Runtime) -> dict[str, Any] | None:
+    """The state in a file; None if it is damaged."""
+    try:
+        state: dict[str, Any] = torch.load(path, map_location=runtime.device, weights_only=True)
+    except (OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError):
+        return None
+    return state
 
 
 def _write(path: Path, state: dict[str, Any]) -> None:
@@ -313,6 +327,8 @@ def _identify(config: RunConfig, folder: Path, *, resume: bool) -> str:
         changed = differences(found["config"], now)
         if not changed and (resume or not _has_checkpoint(folder)):
             _note(config, folder, found["run"])
+            if not resume:
+                (folder / "partial.pt").unlink(missing_ok=True)
             return str(found["run"])
         has_failed = "failed" in found and not (folder / "report.json").is_file()
         if _has_checkpoint(folder) and (resume or not changed or not has_failed):
@@ -325,7 +341,8 @@ def _identify(config: RunConfig, folder: Path, *, resume: bool) -> str:
     elif folder.is_dir() and any(folder.iterdir()):
         raise Conflict(f"{folder} holds other files; choose a new folder for the run")
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "checkpoint.pt").unlink(missing_ok=True)
+    for name in ("checkpoint.pt", "partial.pt"):
+        (folder / name).unlink(missing_ok=True)
     identity = uuid.uuid4().hex[:12]
     _note(config, folder, identity)
     return identity

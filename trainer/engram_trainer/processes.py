@@ -95,7 +95,7 @@ def beside(work: Callable[[Place], object], count: int) -> Iterator[Place]:
         Unavailable: another process could not be started, or was ended from outside.
     """
     context = multiprocessing.get_context("spawn")
-    threads = torch.get_num_threads()
+    threads = max(1, torch.get_num_threads() // count)
     port = _free_port()
     others: list[tuple[BaseProcess, Connection]] = []
     try:

@@ -14,15 +14,18 @@ Lightning Fabric places, converts and communicates.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager
+from datetime import timedelta
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from lightning_fabric import Fabric
+from lightning_fabric.strategies import DDPStrategy
 from torch import nn
 
 from engram.batch import Batch
@@ -43,6 +46,8 @@ ORDER, DRAW, VARY = range(3)
 """Random streams of a phase: the order of its images, the draws of exemplars, the variation of both."""
 
 _EXEMPLAR = np.uint64(1 << 63)
+_LONGEST_WAIT = timedelta(hours=6)
+"""Of one process for another: the first hands a whole task to the memory while the others wait."""
 
 
 class Keeper(Protocol):
@@ -99,6 +104,7 @@ class Runtime:
         Raises:
             EngramError: images cannot be read, or the memory cannot be reached.
             ValueError: a batch is too small for the processes.
+            FloatingPointError: the loss at the end of an epoch is not finite.
         """
         parameters = [p for group in phase.optimizer.param_groups for p in group["params"]]
         first = self._resume(phase, memory)
@@ -106,6 +112,7 @@ class Runtime:
             module.train(phase.is_training)
         walk = _Walk(self, phase, memory)
         try:
+            loss = torch.zeros(())
             for epoch, steps in walk.epochs(first):
                 for step in steps:
                     begin = time.perf_counter()
@@ -114,6 +121,7 @@ class Runtime:
                         phase.after_step(step)
                     self.step_s += time.perf_counter() - begin
                     progress(step.number + 1, walk.total, loss=loss)
+                _check_finite(loss)
                 if phase.schedule is not None:
                     phase.schedule.step()
                 if phase.after_epoch is not None:
@@ -311,14 +319,14 @@ class _Walk:
         return -(-self._exemplars() // self.phase.replay[0].size)
 
     def _order(self, epoch: int) -> list[Rows]:
-        """Rows of each batch of an epoch, over all processes. A last batch that has not two images for each process is
-        left out, if there are others."""
+        """Rows of each batch of an epoch, over all processes. A last batch of one image, which has no statistics, or of
+        fewer than one for each process is left out, if there are others."""
         phase, runtime = self.phase, self.runtime
         assert phase.examples is not None, "asked where there are images"
         generator = np.random.default_rng([runtime.seed, *self._base, ORDER, epoch])
         rows = generator.permutation(len(phase.examples)) if phase.order is None else phase.order(generator)
         order = [rows[start : start + phase.batch_size] for start in range(0, len(rows), phase.batch_size)]
-        if len(order) > 1 and len(order[-1]) < 2 * runtime.world_size:
+        if len(order) > 1 and len(order[-1]) < max(2, runtime.world_size):
             order.pop()
         return order
 
@@ -411,6 +419,11 @@ def assign(parameters: Sequence[nn.Parameter], gradient_P: torch.Tensor) -> None
         parameter.grad = part.view_as(parameter)
 
 
+def _check_finite(loss: torch.Tensor) -> None:
+    if not bool(torch.isfinite(loss)):
+        raise FloatingPointError("the loss is not finite; the learning rate is probably too high")
+
+
 def _stateful(phase: Phase) -> list[Any]:
     schedule = [] if phase.schedule is None else [phase.schedule]
     return [*phase.modules, phase.optimizer, *schedule, *phase.also]
@@ -427,17 +440,20 @@ def _fabric(config: RuntimeConfig, place: Place) -> Fabric:
         raise ValueError(f"device {config.device!r} cannot be used: {str(error).splitlines()[0]}") from error
     device = torch.device(config.device)
     precision: Any = {"32": "32-true", "bf16": "bf16-mixed"}[config.precision]
+    # Given even to one process, which would take a cluster's job for several otherwise.
+    plugins = [Environment(place)]
+    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
     if place.world_size == 1:
-        devices: Any = 1 if device.index is None else [device.index]
-        return Fabric(accelerator=device.type, devices=devices, precision=precision)
+        devices: Any = 1 if device.index is None or device.type == "cpu" else [device.index]
+        return Fabric(accelerator=device.type, devices=devices, precision=precision, plugins=plugins)
     if device.type == "cuda" and torch.cuda.device_count() < place.world_size:
         raise ValueError(f"{place.world_size} processes need as many GPUs; there are {torch.cuda.device_count()}")
     fabric = Fabric(
         accelerator=device.type,
         devices=place.world_size,
-        strategy="ddp",
+        strategy=DDPStrategy(timeout=_LONGEST_WAIT),
         precision=precision,
-        plugins=[Environment(place)],
+        plugins=plugins,
     )
     fabric.launch()
     return fabric

@@ -142,6 +142,10 @@ def build(dataset: Dataset, config: StreamConfig) -> Stream:
         raise ValueError(f"scenario {config.scenario!r} is not one of {', '.join(SCENARIOS)}")
     if config.tasks < 1:
         raise ValueError(f"a stream needs at least 1 task, not {config.tasks}")
+    for name in ("train_per_class", "train_per_task", "test_per_class"):
+        limit = getattr(config, name)
+        if limit is not None and limit < 1:
+            raise ValueError(f"{name} must be at least 1, not {limit}")
     dataset = _limited(dataset, config)
     order = _class_order(dataset, config)
     if not config.brings_classes:

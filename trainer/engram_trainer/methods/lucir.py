@@ -29,7 +29,7 @@ hshustc/CVPR19_Incremental_Learning at e5a90ae, which wins where they differ:
   come to mean "old class", and clean test images of old classes are taken for new ones.
 - L_dis has no gradient in the balanced fine-tune, whose network is frozen, so it is not computed there.
 - learning-rate drops are fractions of the epochs, so that a short run keeps the schedule's shape.
-- the scores are those of the cosine classifier ("CNN" in the paper's tables); nearest-mean scores are not offered.
+- `classify` chooses the scores: those of the cosine classifier ("CNN" in the paper's tables) or of the nearest mean.
 
 Departures in the defaults, tuned for runs of minutes on held-out seeds and images of the training set: see `Config`.
 """

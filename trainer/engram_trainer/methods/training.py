@@ -38,6 +38,8 @@ class Training:
         for name in ("epochs", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.padding < 0:
+            raise ValueError(f"padding must be at least 0, not {self.padding}")
 
     @property
     def augment(self) -> Augment:
@@ -69,7 +71,7 @@ def replayed(
     """How many of a batch are exemplars where it is drawn from new images and a memory together; 0 if that is empty.
 
     They have the part of the batch that they are of the union, and at least `replay_ratio`. A multiple of the
-    processes; every batch has a new image for each process, too.
+    processes, so several may draw a little less than one would; every batch has a new image for each process, too.
 
     Raises:
         ValueError: a batch has not two images for each process.
