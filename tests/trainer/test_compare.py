@@ -114,6 +114,7 @@ def test_a_comparison_without_a_finished_run_says_only_what_failed(tmp_path: Pat
     assert not (tmp_path / "compare.png").exists()
 
 
+@pytest.mark.slow
 def test_runs_are_compared_and_are_not_run_again(tmp_path: Path) -> None:
     arguments = ["--methods", "gem,finetune", "--memories", "raw", "--budgets", "2000", "--seeds", "0,1", "--jobs", "2"]
     arguments += ["--out", str(tmp_path / "out"), *TINY]
@@ -134,6 +135,7 @@ def test_runs_are_compared_and_are_not_run_again(tmp_path: Path) -> None:
     assert results(tmp_path / "out")["rows"][0]["seeds"] == [0, 1, 2]
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_leaves_the_others_and_its_sentence(tmp_path: Path) -> None:
     arguments = ["--methods", "gem", "--memories", "raw", "--budgets", "20,2000", "--seeds", "0"]
     result = command(*arguments, "--out", str(tmp_path / "out"), *TINY)
@@ -169,6 +171,7 @@ def test_what_cannot_be_compared_is_said_in_one_line(tmp_path: Path, arguments: 
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_a_folder_with_another_run_is_refused_before_anything_is_run(tmp_path: Path) -> None:
     arguments = ["--methods", "finetune", "--seeds", "0", "--out", str(tmp_path / "out")]
     assert command(*arguments, *TINY).exit_code == 0

@@ -289,6 +289,7 @@ def test_two_processes_share_a_buffer_of_a_service(
         torch.testing.assert_close(states[1]["learner"]["model"][name], value, rtol=1e-3, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_what_one_of_several_processes_cannot_do_is_said_once(tmp_path: Path) -> None:
     config = replace(SMALL, options={"epochs": 1, "batch_size": 3, "replay_ratio": 0.9})
     config = replace(config, runtime=RuntimeConfig(processes=2), data="no-such-folder/")

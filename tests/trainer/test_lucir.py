@@ -194,6 +194,7 @@ def test_own_images_are_shown_as_jpeg_only_where_exemplars_are_jpeg(digits: Data
     assert not same(first_task("strips", 0.5), first_task("strips", 0.0))
 
 
+@pytest.mark.slow
 def test_replay_beats_chance_and_no_replay(digits: Dataset) -> None:
     tasks = stream_of(digits, train_per_class=100)
     with_replay, without = (

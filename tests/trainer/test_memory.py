@@ -477,6 +477,7 @@ def test_a_buffer_that_does_not_fit_the_run_is_refused_in_one_sentence(
     open_it(shape=(8, 8, 1), fields={})
 
 
+@pytest.mark.slow
 def test_a_run_waits_for_its_service_and_goes_on_as_if_nothing_had_been(tmp_path: Path) -> None:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))

@@ -81,11 +81,13 @@ def _ends(place: Place) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+@pytest.mark.slow
 def test_a_process_that_is_killed_is_one_sentence() -> None:
     with pytest.raises(Unavailable, match="ended from outside, by signal 9"), beside(_ends, 2):
         raise RuntimeError("the connection was closed by the other process")
 
 
+@pytest.mark.slow
 def test_a_process_that_does_not_come_is_not_waited_for() -> None:
     """A program read from standard input cannot be run once more by the other process."""
     program = (

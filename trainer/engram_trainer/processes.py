@@ -103,7 +103,7 @@ def beside(work: Callable[[Place], object], count: int) -> Iterator[Place]:
             here, there = context.Pipe(duplex=False)
             arguments = (work, Place(rank, count, port), threads, there)
             # Not daemonic: those may not have children, and each reads its images with workers of its own.
-            process = context.Process(target=_work, args=arguments, name=f"engram-train-{rank}")
+            process: BaseProcess = context.Process(target=_work, args=arguments, name=f"engram-train-{rank}")
             process.start()
             there.close()
             others.append((process, here))

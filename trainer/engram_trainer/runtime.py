@@ -25,7 +25,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from lightning_fabric import Fabric
-from lightning_fabric.strategies import DDPStrategy
+from lightning_fabric.strategies.ddp import DDPStrategy
 from torch import nn
 
 from engram.batch import Batch
@@ -441,7 +441,7 @@ def _fabric(config: RuntimeConfig, place: Place) -> Fabric:
     device = torch.device(config.device)
     precision: Any = {"32": "32-true", "bf16": "bf16-mixed"}[config.precision]
     # Given even to one process, which would take a cluster's job for several otherwise.
-    plugins = [Environment(place)]
+    plugins: list[Any] = [Environment(place)]
     logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
     if place.world_size == 1:
         devices: Any = 1 if device.index is None or device.type == "cpu" else [device.index]
