@@ -108,6 +108,7 @@ def test_train_is_what_the_command_does_without_a_name(tmp_path: Path) -> None:
         (["compare"], "Missing option '--methods'"),
         (["--log", "paper"], "'paper' is not one of 'tensorboard', 'wandb'"),
         (["--precision", "8"], "'8' is not one of '32', 'bf16'"),
+        (["--threads", "0"], "Invalid value for '--threads'"),
     ],
 )
 def test_a_slip_in_the_command_line_is_said_with_status_2(arguments: list[str], message: str) -> None:

@@ -160,6 +160,10 @@ def test_a_run_that_fails_leaves_the_others_and_its_sentence(tmp_path: Path) -> 
         (["--methods", "gem", "--resume"], "--resume is not for a comparison"),
         (["--methods", "gem", "--recipe", "x"], "--recipe is not for a comparison"),
         (["--methods", "gem", "--buffer", "x"], "--buffer is not for a comparison"),
+        (["--methods", "gem", "--method", "er"], "--method is not for a comparison: give --methods"),
+        (["--methods", "gem", "--memory=raw"], "--memory is not for a comparison: give --memories"),
+        (["--methods", "gem", "--budget", "4000"], "--budget is not for a comparison: give --budgets"),
+        (["--methods", "gem", "--seed", "3"], "--seed is not for a comparison: give --seeds"),
         (["--methods", "gem,lucir", "--set", "gamma=1"], "method lucir has no setting 'gamma'"),
     ],
 )

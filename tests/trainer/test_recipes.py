@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner, Result
 
-from engram_trainer import datasets, loop, methods, networks, recipes
+from engram_trainer import datasets, display, loop, methods, networks, recipes
 from engram_trainer.cli import app
 from engram_trainer.datasets import Dataset
 from engram_trainer.examples import Examples
@@ -201,6 +201,21 @@ def test_what_cannot_be_started_is_said_in_one_line(tmp_path: Path, arguments: l
     assert message in result.output
     assert "Traceback" not in result.output
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name.startswith(("gem", "er", "derpp"))])
+def test_a_departure_of_initial_weights_is_that_of_the_recipes_network(name: str) -> None:
+    recipe = RECIPES[name]
+    told = [departure for departure in recipe.departures if " start " in departure]
+    assert ["He's rule" in departure for departure in told] == [recipe.config.network != "mlp"]
+
+
+@pytest.mark.parametrize(
+    ("hours", "text"),
+    [(0.1, "10 minutes"), (0.5, "30 minutes"), (1.2, "1 hour"), (1.6, "2 hours"), (47.4, "47 hours"), (48, "2 days")],
+)
+def test_a_duration_is_said_in_the_unit_that_suits_it(hours: float, text: str) -> None:
+    assert display.duration(hours) == text
 
 
 def assert_runs(recipe: Recipe, data: Path, folder: Path) -> None:

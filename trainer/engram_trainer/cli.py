@@ -10,7 +10,7 @@ import os
 from collections.abc import Sequence, Set
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, NoReturn, cast
 
 import torch
 import typer
@@ -45,6 +45,9 @@ BESIDE_A_RECIPE = frozenset({
 })
 # fmt: on
 """The options that leave a recipe the published experiment that it is."""
+
+OF_A_ROW = {"method": "--methods", "memory": "--memories", "budget": "--budgets", "seed": "--seeds"}
+"""What `compare` gives each run, and the option that names all of them."""
 
 UsageError: Any = typer.BadParameter.__bases__[0]
 """Of the click that typer stands on, which is one of its own in later versions."""
@@ -230,7 +233,7 @@ def train(
         int, typer.Option(help="Processes that decode images, for each training process.", rich_help_panel=RUNTIME)
     ] = RuntimeConfig.workers,
     threads: Annotated[
-        int | None, typer.Option(help="CPU threads; without it PyTorch decides.", rich_help_panel=RUNTIME)
+        int | None, typer.Option(min=1, help="CPU threads; without it PyTorch decides.", rich_help_panel=RUNTIME)
     ] = None,
     checkpoint: Annotated[
         float, typer.Option(help="Seconds between checkpoints within a task.", rich_help_panel=RUNTIME)
@@ -333,6 +336,7 @@ def compare(
     """
     console = Console()
     try:
+        _check_common(context.args)
         rows = comparing.cells(
             [word.strip() for word in methods.split(",")],
             [arguments.memory_kind(word.strip()) for word in memories.split(",")],
@@ -372,13 +376,34 @@ def _meant(words: Sequence[str]) -> RunConfig:
     Raises:
         ValueError: they mean none, or one that `compare` cannot make of them.
     """
+    context = _parsed(words)
+    wrong = sorted(_named(context) & {"recipe", "out", "resume", "buffer", "log", "dry_run", "yes"})
+    if wrong:
+        raise ValueError(f"{_option(context, wrong[0])} is not for a comparison")
+    return arguments.configuration(context.params)
+
+
+def _check_common(words: Sequence[str]) -> None:
+    """What is said for all runs leaves open what tells them apart: a row would silently have its own.
+
+    Raises:
+        ValueError: it does not, or is nothing that `engram-train train` knows.
+    """
+    context = _parsed(words)
+    for name in sorted(_named(context) & OF_A_ROW.keys()):
+        raise ValueError(f"{_option(context, name)} is not for a comparison: give {OF_A_ROW[name]}")
+
+
+def _parsed(words: Sequence[str]) -> typer.Context:
+    """Arguments of `engram-train train`, read but not run.
+
+    Raises:
+        ValueError: it has no such options, or not such values.
+    """
     command: Any = typer.main.get_command(app)
     try:
         with command.commands["train"].make_context("train", list(words)) as context:
-            wrong = sorted(_named(context) & {"recipe", "out", "resume", "buffer", "log", "dry_run", "yes"})
-            if wrong:
-                raise ValueError(f"{_option(context, wrong[0])} is not for a comparison")
-            return arguments.configuration(context.params)
+            return cast(typer.Context, context)
     except UsageError as error:
         raise ValueError(error.format_message()) from error
 

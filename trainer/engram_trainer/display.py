@@ -114,6 +114,8 @@ def duration(hours: float) -> str:
         return "10 minutes"
     if hours < 1:
         return f"{60 * hours:.0f} minutes"
+    if hours < 1.5:
+        return "1 hour"
     return f"{hours:.0f} hours" if hours < 48 else f"{hours / 24:.0f} days"
 
 
