@@ -19,7 +19,7 @@ from torch import nn
 
 from engram.batch import Batch
 from engram.fields import KEY
-from engram_trainer import datasets, stream
+from engram_trainer import datasets, methods, stream
 from engram_trainer.evaluation import accuracy
 from engram_trainer.local_memory import LocalConfig, LocalMemory
 from engram_trainer.memory import Learned, NoMemory
@@ -357,3 +357,11 @@ def test_plain_training_keeps_the_last_task_alone(tasks: Stream) -> None:
     run(learner, NoMemory(), tasks)
     found = fmean([accuracy(learner.scores, learner.runtime, task, learned=4) or 0.0 for task in tasks.tasks])
     assert found < FLOOR + 0.02
+
+
+@pytest.mark.parametrize(
+    ("method", "name"), [("er", "compete"), ("lwf", "compete"), ("gem", "fill"), ("lucir", "classify")]
+)
+def test_a_choice_that_there_is_not_is_named_in_a_configuration_made_by_hand(method: str, name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name} 'bogus' is not one of "):
+        methods.config_class(method)(**{name: "bogus"})

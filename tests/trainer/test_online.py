@@ -342,6 +342,40 @@ def test_a_killed_runs_buffer_goes_back_to_its_checkpoint(client: Client, tmp_pa
     assert [each.name for each in client.buffers() if each.name.startswith(name)] == [name]
 
 
+def test_frozen_buffers_that_only_begin_like_a_runs_forks_stay(client: Client, tmp_path: Path) -> None:
+    name = buffer(client)
+    memory = remote(client, name, tmp_path)
+    offer(OnlineWriter(memory, Reservoir(100, seed=4), flush=10), range(1))
+    other = f"{name}-at-home-at-3"
+    client.fork(name, other, frozen=True)
+    memory.state_dict()
+    memory.finish()
+    assert [each.name for each in client.buffers() if each.name.startswith(name)] == [name, other]
+
+
+def test_a_buffer_of_another_run_is_neither_emptied_nor_added_to_on_resume(
+    service: ServiceProcess, tmp_path: Path
+) -> None:
+    config = RunConfig(
+        data="digits",
+        stream=StreamConfig(tasks=5, train_per_class=20, test_per_class=10),
+        method="er",
+        options={"epochs": 1, "fill": "online", "slots": 5},
+        network="mlp",
+        memory=MemoryConfig(budget_bytes=12_000, quality=60, url=service.url, buffer="of-another-run"),
+    )
+    with Client(service.url) as client:
+        options = {"share_by": "none", "quality": 60, "fields": {"key": "utf8"}}
+        client.create_buffer("of-another-run", budget_bytes=12_000, **options)
+        images, class_ids = photos(2), [0, 1]
+        client.wait(client.upload("of-another-run", 0, images, class_ids, fields={"key": ["a", "b"]}))
+        before = client.buffer("of-another-run")
+        for resume in (False, True):
+            with pytest.raises(Conflict, match="already holds 1 tasks"):
+                loop.run(config, tmp_path / "run", pictures=False, resume=resume)
+            assert client.buffer("of-another-run") == before
+
+
 def test_an_upload_that_a_killed_run_left_is_not_taken(client: Client, tmp_path: Path) -> None:
     name = buffer(client)
     memory = remote(client, name, tmp_path)

@@ -5,6 +5,7 @@
     RUN/partial.pt       the same between two epochs of a phase, some time after the last one
     RUN/report.json      results so far, and two pictures (see `report`)
     RUN/mirror/          the local copy of the service's packs
+    RUN/buffer.txt       that the buffer which the configuration names is this run's own
 
 For each task: learn, export the extractor, *checkpoint*, hand the images to the memory, balance, evaluate,
 *checkpoint*, report. A run killed before the first checkpoint of a task learns that task again, when the memory does

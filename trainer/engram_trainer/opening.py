@@ -102,10 +102,12 @@ def open_memory(
             runtime.barrier()
             yield _shared(open_buffer(), runtime, is_remote=True)
             return
-        # What a run wrote before its first checkpoint it will write again.
-        starts_over = learner.fills_memory and not (folder / "checkpoint.pt").is_file()
-        is_own = starts_over and (config.buffer is None or not is_new)
-        is_made = _create_buffer(client, name, config, fields, share_by, is_new=is_new, may_empty=is_own)
+        # What a run wrote before its first checkpoint it will write again, into a buffer that is known to be its own.
+        starts_over, mark = not (folder / "checkpoint.pt").is_file(), folder / "buffer.txt"
+        is_own = config.buffer is None or (not is_new and mark.is_file() and mark.read_text() == run)
+        may_empty = starts_over and is_own and learner.fills_memory
+        is_made = _create_buffer(client, name, config, fields, share_by, is_new=starts_over, may_empty=may_empty)
+        mark.write_text(run)
         try:
             memory = open_buffer()
             runtime.barrier()

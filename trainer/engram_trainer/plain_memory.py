@@ -382,10 +382,11 @@ class PlainMemory(LocalMemory):
         """
         fitting = kept.fit(share[task])
         if len(fitting.class_ids) == 0:
+            heads = np.unique(kept.class_ids, return_index=True)[1]
             raise BudgetExceeded(
-                f"not one exemplar of task {task} fits: its {len(share[task])} classes have "
-                f"{sum(share[task].values())} bytes of a budget of {self.config.budget_bytes}; give the memory more "
-                "bytes"
+                f"not one exemplar of task {task} fits: a class there has at most {max(share[task].values())} bytes of "
+                f"a budget of {self.config.budget_bytes}, and the smallest exemplar at the head of one needs "
+                f"{kept.sizes[heads].min()}; raise the budget"
             )
         self._keep(
             {place: old.fit(share[place]) for place, old in self._kept.items() if place != task} | {task: fitting}

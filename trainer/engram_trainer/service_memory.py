@@ -363,8 +363,9 @@ class ServiceMemory(Drawn):
 
     def _forks(self) -> list[str]:
         """The frozen forks that there are of this buffer."""
-        found = self.patiently(self.client.buffers)
-        return [each.name for each in found if each.name.startswith(self._fork_prefix) and each.is_frozen]
+        found, prefix = self.patiently(self.client.buffers), self._fork_prefix
+        frozen = [each.name for each in found if each.is_frozen and each.name.startswith(prefix)]
+        return [name for name in frozen if name.removeprefix(prefix).isdigit()]
 
     def _freeze(self, name: str) -> None:
         """There is such a fork of the buffer as it is now; done once more it is the same."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -40,8 +40,6 @@ class Filled(Training):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.fill not in get_args(Fill):
-            raise ValueError(f"fill {self.fill!r} is not one of {', '.join(get_args(Fill))}")
         for name in ("slots", "flush"):
             value = getattr(self, name)
             if value is not None and value < 1:
