@@ -365,8 +365,7 @@ def test_a_buffer_of_another_run_is_neither_emptied_nor_added_to_on_resume(
         memory=MemoryConfig(budget_bytes=12_000, quality=60, url=service.url, buffer="of-another-run"),
     )
     with Client(service.url) as client:
-        options = {"share_by": "none", "quality": 60, "fields": {"key": "utf8"}}
-        client.create_buffer("of-another-run", budget_bytes=12_000, **options)
+        client.create_buffer("of-another-run", budget_bytes=12_000, share_by="none", quality=60, fields={"key": "utf8"})
         images, class_ids = photos(2), [0, 1]
         client.wait(client.upload("of-another-run", 0, images, class_ids, fields={"key": ["a", "b"]}))
         before = client.buffer("of-another-run")
