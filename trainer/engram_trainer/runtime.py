@@ -2,8 +2,8 @@
 
 A step of a `Phase` (see `steps`): new images are read by workers, exemplars drawn ahead by the memory's loader, both
 travel as bytes to the device and are varied there; the method's loss; backward; over several processes the gradients'
-mean; the method's correction, if it has one; the optimiser. The next step's images are read before this step's loss is
-looked at, so a GPU computes meanwhile.
+mean; the method's correction, if it has one; the optimiser. A loss is only looked at a few times a second, so a GPU
+computes while the next step's images are read.
 
 Several processes equal one with the whole batch: each has its part of every batch, `mean` divides by the number of all
 values, and what varies an image does not depend on which process has it. BatchNorm does depend on it: it normalises
