@@ -61,6 +61,10 @@ def _described(app: FastAPI, settings: Settings) -> dict[str, Any]:
             del operation["responses"]["default"]
             for error in _errors(path, method, operation, needs_token=settings.admin_token is not None):
                 operation["responses"].setdefault(str(error.status), _problem(error))
+            operation["responses"]["431"] = {
+                **_problem(TooLarge),
+                "description": "The head of the request is too long.",
+            }
     schema["components"]["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}
     schema["security"] = [{"token": []}] if settings.admin_token is not None else [{}, {"token": []}]
     return schema

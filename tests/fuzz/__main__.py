@@ -13,6 +13,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import httpx
 
@@ -93,7 +94,7 @@ def in_paths(held: memory.Held) -> dict[str, list[str | int]]:
 def configuration(held: memory.Held) -> str:
     """What schemathesis takes most values from, so that most requests name something that there is."""
     most, some, few = 0.9, 0.6, 0.3
-    values: dict[str, tuple[list[str | int], float]] = {
+    values: dict[str, tuple[list[Any], float]] = {
         **{f"path.{name}": (known, most) for name, known in in_paths(held).items()},
         "query.buffer": ([memory.UPLOADED, *memory.BUFFERS], most),
         "query.size": ([1, 2, 7], some),
@@ -102,7 +103,7 @@ def configuration(held: memory.Held) -> str:
         "query.limit": ([1, 3, 100], some),
         "query.task": ([*memory.TASKS], some),
         "query.class_id": ([0, 1, 2, 3], some),
-        "query.key": ([*memory.KEYS], some),
+        "query.key": ([[key] for key in memory.KEYS], some),
         "query.generation": ([1, 2], some),
         "query.extractor": ([*held.extractors], most),
         "query.cursor": (["0.0.0", "1.2.1"], some),
@@ -119,6 +120,10 @@ def configuration(held: memory.Held) -> str:
     lines.append("[parameters]")
     for name, (_, probability) in values.items():
         lines.append(f"{json.dumps(name)} = {{dictionary = {json.dumps(name)}, probability = {probability}}}")
+    # 431 is the edge's, before any schema is looked at.
+    refused = [400, 401, 403, 404, 405, 406, 409, 415, 422, 428, 429, 431, "5xx"]
+    lines.append("[checks]")
+    lines.append(f"negative_data_rejection.expected-statuses = {json.dumps([str(status) for status in refused])}")
     for operation in RULES:
         lines += ["[[operations]]", f"include-operation-id = {json.dumps(operation)}"]
         lines.append('checks.positive_data_acceptance.expected-statuses = ["2xx", "404", "409", "413", "422", "429"]')

@@ -86,7 +86,7 @@ def test_every_answer_that_a_route_may_give_is_described(described: dict[str, An
     for path, method, operation in operations(described):
         statuses = operation["responses"].keys()
         assert "default" not in statuses
-        assert {"403", "503"} <= statuses
+        assert {"403", "431", "503"} <= statuses
         assert "404" in statuses or "{" not in path
         assert method == "get" or {"409", "413", "422", "507"} <= statuses
 

@@ -39,8 +39,10 @@ RowPath = Annotated[int, Path(ge=0, lt=2**31, description="The exemplar's row in
 TaskFilter = Annotated[int | None, Query(ge=0, le=MAX_TASK)]
 ClassFilter = Annotated[int | None, Query(ge=0, le=MAX_CLASS_ID)]
 Key = Annotated[str, Field(max_length=4096)]
+MAX_KEYS = 1000
 KeyFilter = Annotated[
-    list[Key] | None, Query(description="A value of the field `key`; given several times, any of them.")
+    list[Key] | None,
+    Query(max_length=MAX_KEYS, description="A value of the field `key`; given several times, any of them."),
 ]
 
 _CURSOR = re.compile(r"([0-9]{1,10})\.([0-9]{1,10})\.([0-9]{1,10})")
