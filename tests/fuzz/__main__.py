@@ -13,7 +13,6 @@ import sys
 from collections import Counter
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import httpx
 
@@ -94,7 +93,7 @@ def in_paths(held: memory.Held) -> dict[str, list[str | int]]:
 def configuration(held: memory.Held) -> str:
     """What schemathesis takes most values from, so that most requests name something that there is."""
     most, some, few = 0.9, 0.6, 0.3
-    values: dict[str, tuple[list[Any], float]] = {
+    values: dict[str, tuple[list[str | int], float]] = {
         **{f"path.{name}": (known, most) for name, known in in_paths(held).items()},
         "query.buffer": ([memory.UPLOADED, *memory.BUFFERS], most),
         "query.size": ([1, 2, 7], some),
@@ -103,7 +102,6 @@ def configuration(held: memory.Held) -> str:
         "query.limit": ([1, 3, 100], some),
         "query.task": ([*memory.TASKS], some),
         "query.class_id": ([0, 1, 2, 3], some),
-        "query.key": ([[key] for key in memory.KEYS], some),
         "query.generation": ([1, 2], some),
         "query.extractor": ([*held.extractors], most),
         "query.cursor": (["0.0.0", "1.2.1"], some),
