@@ -99,8 +99,10 @@ def open_memory(
             watch=_ingest_watch(tell),
         )
         if not runtime.is_first:
+            runtime.barrier()  # there is a buffer
+            memory = open_buffer()
             runtime.barrier()
-            yield _shared(open_buffer(), runtime, is_remote=True)
+            yield _shared(memory, runtime, is_remote=True)
             return
         # What a run wrote before its first checkpoint it will write again, into a buffer that is known to be its own.
         starts_over, mark = not (folder / "checkpoint.pt").is_file(), folder / "buffer.txt"
@@ -111,6 +113,7 @@ def open_memory(
         try:
             memory = open_buffer()
             runtime.barrier()
+            runtime.barrier()  # all have opened it: from here on it may be deleted and made again
             yield _shared(memory, runtime, is_remote=True)
             memory.finish()
         except Exception:
