@@ -37,9 +37,9 @@ from engram_trainer.memory import Memory
 from engram_trainer.methods.linear import LinearLearner
 from engram_trainer.methods.losses import binary_cross_entropy
 from engram_trainer.methods.nearest_mean import class_means, nearest_mean_scores
-from engram_trainer.methods.training import Training, replayed
+from engram_trainer.methods.training import Training, union
 from engram_trainer.runtime import Runtime
-from engram_trainer.steps import LEARN, OnStep, Phase, Replay, Step
+from engram_trainer.steps import LEARN, OnStep, Phase, Step
 from engram_trainer.stream import Task
 
 
@@ -88,14 +88,7 @@ class Icarl(LinearLearner):
             losses_N = binary_cross_entropy(self.model(images_NCHW)[:, :seen], targets_NC)
             return runtime.mean(losses_N) / len(self.stream.class_order)
 
-        drawn = replayed(
-            config.batch_size,
-            config.replay_ratio,
-            len(task.train),
-            memory,
-            exclude_task=task.index,
-            world_size=runtime.world_size,
-        )
+        batch_size, replay = union(config.batch_size, config.replay_ratio, task, memory, world_size=runtime.world_size)
         phase = Phase(
             task=task,
             purpose=LEARN,
@@ -103,10 +96,10 @@ class Icarl(LinearLearner):
             optimizer=optimizer,
             loss=loss,
             epochs=config.epochs,
-            batch_size=config.batch_size - drawn,
+            batch_size=batch_size,
             augment=config.augment,
             examples=task.train,
-            replay=[Replay(drawn, "epoch", exclude_tasks=(task.index,))] if drawn else [],
+            replay=replay,
             schedule=config.schedule(optimizer),
         )
         runtime.fit(phase, memory, progress)

@@ -55,7 +55,7 @@ from engram_trainer import networks
 from engram_trainer.examples import Examples, Images, ImageSet, Joined, Rows, Shape
 from engram_trainer.memory import Memory
 from engram_trainer.methods.nearest_mean import class_means, nearest_mean_scores
-from engram_trainer.methods.training import Training, multistep, replayed
+from engram_trainer.methods.training import Training, multistep, union
 from engram_trainer.networks import CosineClassifier, cosines
 from engram_trainer.runtime import Runtime
 from engram_trainer.steps import BALANCE, CODEC, LEARN, WEIGHTS, OnStep, Phase, Replay, Step
@@ -151,14 +151,7 @@ class Lucir:
                 total = total + config.margin_weight * self._margin_loss(cosines_NC, labels_N, old_count)
             return total
 
-        drawn = replayed(
-            config.batch_size,
-            config.replay_ratio,
-            len(task.train),
-            memory,
-            exclude_task=task.index,
-            world_size=runtime.world_size,
-        )
+        batch_size, replay = union(config.batch_size, config.replay_ratio, task, memory, world_size=runtime.world_size)
         phase = Phase(
             task=task,
             purpose=LEARN,
@@ -166,10 +159,10 @@ class Lucir:
             optimizer=optimizer,
             loss=loss,
             epochs=config.epochs,
-            batch_size=config.batch_size - drawn,
+            batch_size=batch_size,
             augment=config.augment,
             examples=self._clean_and_coded(task) if memory.is_lossy else task.train,
-            replay=[Replay(drawn, "epoch", exclude_tasks=(task.index,))] if drawn else [],
+            replay=replay,
             schedule=config.schedule(optimizer),
             order=partial(self._order, len(task.train)) if memory.is_lossy else None,
         )

@@ -10,6 +10,8 @@ import torch
 
 from engram_trainer.memory import Memory
 from engram_trainer.preparation import Augment
+from engram_trainer.steps import Replay
+from engram_trainer.stream import Task
 
 
 @dataclass(frozen=True)
@@ -90,3 +92,15 @@ def replayed(
     part = max(replay_ratio, kept_count / (new_count + kept_count))
     size = round(part * batch_size / world_size)
     return max(1, min(size, batch_size // world_size - 1)) * world_size
+
+
+def union(
+    batch_size: int, replay_ratio: float, task: Task, memory: Memory, *, world_size: int
+) -> tuple[int, list[Replay]]:
+    """How many of a batch are new images of a task, and what replays the rest from the tasks before: see `replayed`.
+
+    Raises:
+        ValueError: a batch has not two images for each process.
+    """
+    size = replayed(batch_size, replay_ratio, len(task.train), memory, exclude_task=task.index, world_size=world_size)
+    return batch_size - size, [Replay(size, "epoch", exclude_tasks=(task.index,))] if size else []

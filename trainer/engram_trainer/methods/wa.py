@@ -26,9 +26,9 @@ from torch import nn
 from engram_trainer.memory import Memory
 from engram_trainer.methods.linear import LinearLearner
 from engram_trainer.methods.losses import distillation
-from engram_trainer.methods.training import Training, replayed
+from engram_trainer.methods.training import Training, union
 from engram_trainer.runtime import Runtime
-from engram_trainer.steps import LEARN, OnStep, Phase, Replay, Step
+from engram_trainer.steps import LEARN, OnStep, Phase, Step
 from engram_trainer.stream import Task
 
 
@@ -81,14 +81,7 @@ class Wa(LinearLearner):
                 total = total + kept_part * runtime.mean(losses_N)
             return total
 
-        drawn = replayed(
-            config.batch_size,
-            config.replay_ratio,
-            len(task.train),
-            memory,
-            exclude_task=task.index,
-            world_size=runtime.world_size,
-        )
+        batch_size, replay = union(config.batch_size, config.replay_ratio, task, memory, world_size=runtime.world_size)
         phase = Phase(
             task=task,
             purpose=LEARN,
@@ -96,10 +89,10 @@ class Wa(LinearLearner):
             optimizer=optimizer,
             loss=loss,
             epochs=config.epochs,
-            batch_size=config.batch_size - drawn,
+            batch_size=batch_size,
             augment=config.augment,
             examples=task.train,
-            replay=[Replay(drawn, "epoch", exclude_tasks=(task.index,))] if drawn else [],
+            replay=replay,
             schedule=config.schedule(optimizer),
         )
         runtime.fit(phase, memory, progress)
