@@ -78,7 +78,7 @@ WITH_TORCH = "engram.torch"
 
 ORDER = {
     "engram": [
-        "errors names schemas files forks commands amounts etags",
+        "errors names schemas files forks commands amounts etags oversight",
         "fields images npy labelled paths",
         "form shares draw tar transport",
         "strip folder http",
@@ -96,7 +96,7 @@ ORDER = {
         "__main__",
     ],
     "engram_service": [
-        "settings tables problems children extractor_child answers receiving",
+        "settings tables problems children extractor_child answers receiving acting",
         "database storage embedder spooled pages bodies edge head liveness",
         "buffers ingest extractors auth",
         "commit replay heartbeat",

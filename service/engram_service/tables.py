@@ -1,4 +1,4 @@
-"""The database schema: one row per buffer, task, pack, ingest, worker and extractor, never one per exemplar.
+"""The database schema: one row per buffer, task, pack, ingest, worker, extractor, token, change; none per exemplar.
 
 A pack row is live in generations `since` <= g < `until` (`until` NULL: still live), so a manifest of an older
 generation can be answered until the grace period has passed and the row is deleted together with its object.
@@ -25,6 +25,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
+from engram.oversight import TokenScope
 from engram.schemas import Per, QualityState, ShareBy, State, Subsampling
 
 
@@ -131,6 +132,12 @@ class IngestRow(Base):
     pause_s: Mapped[float | None] = mapped_column(Float, default=None)
     problem: Mapped[dict[str, Any] | None] = mapped_column(JSON, default=None)
     generation: Mapped[int | None] = mapped_column(Integer, default=None)
+    # Who uploaded it, and the request that did: the change that its worker makes is theirs.
+    who: Mapped[str | None] = mapped_column(String(100), default=None)
+    token_id: Mapped[str | None] = mapped_column(String(32), default=None)
+    request_id: Mapped[str | None] = mapped_column(String(64), default=None)
+    # When a worker first took it.
+    started_at: Mapped[float | None] = mapped_column(Float, default=None)
     created_at: Mapped[float] = mapped_column(Float)
     updated_at: Mapped[float] = mapped_column(Float)
 
@@ -158,3 +165,71 @@ class ExtractorRow(Base):
     input_shape: Mapped[list[int | None]] = mapped_column(JSON)
     dimensions: Mapped[int] = mapped_column(Integer)
     created_at: Mapped[float] = mapped_column(Float)
+
+
+class TokenRow(Base):
+    """A bearer token, of which only the SHA-256 is kept: it is 256 random bits, which nobody guesses."""
+
+    __tablename__ = "tokens"
+    __table_args__ = (UniqueConstraint("secret_sha256"),)
+
+    id: Mapped[str] = mapped_column(String(32), primary_key=True)
+    name: Mapped[str] = mapped_column(String(100))
+    secret_sha256: Mapped[str] = mapped_column(String(64))
+    scope: Mapped[TokenScope] = mapped_column(String(16))
+    prefix: Mapped[str] = mapped_column(String(63), default="")
+    requests_per_s: Mapped[float | None] = mapped_column(Float, default=None)
+    created_at: Mapped[float] = mapped_column(Float)
+    created_by: Mapped[str] = mapped_column(String(100))
+    expires_at: Mapped[float | None] = mapped_column(Float, default=None)
+    revoked_at: Mapped[float | None] = mapped_column(Float, default=None)
+    last_used_at: Mapped[float | None] = mapped_column(Float, default=None)
+
+
+class SessionRow(Base):
+    """Somebody who is logged in at the console, with the token that `token_sha256` is the digest of.
+
+    That may be a row of `tokens` or the token of the environment; without any token it is "". The session ends when
+    that token does.
+    """
+
+    __tablename__ = "sessions"
+
+    id_sha256: Mapped[str] = mapped_column(String(64), primary_key=True)
+    token_sha256: Mapped[str] = mapped_column(String(64))
+    csrf: Mapped[str] = mapped_column(String(64))
+    created_at: Mapped[float] = mapped_column(Float)
+    expires_at: Mapped[float] = mapped_column(Float)
+
+
+class AuditRow(Base):
+    """One change, written in the transaction that makes it; see `engram.oversight.AuditEntry`."""
+
+    __tablename__ = "audit"
+    __table_args__ = (Index(None, "buffer", "id"), Index(None, "at"))
+
+    id: Mapped[int] = mapped_column(BigInteger().with_variant(Integer, "sqlite"), primary_key=True)
+    at: Mapped[float] = mapped_column(Float)
+    who: Mapped[str] = mapped_column(String(100))
+    token_id: Mapped[str | None] = mapped_column(String(32), default=None)
+    request_id: Mapped[str] = mapped_column(String(64))
+    action: Mapped[str] = mapped_column(String(64))
+    # Not a foreign key: what was done to a buffer outlives it.
+    buffer: Mapped[str | None] = mapped_column(String(63), default=None)
+    subject: Mapped[str] = mapped_column(String(200))
+    before: Mapped[dict[str, Any] | None] = mapped_column(JSON, default=None)
+    after: Mapped[dict[str, Any] | None] = mapped_column(JSON, default=None)
+
+
+class ServedRow(Base):
+    """What somebody has drawn of one class of one task of a buffer so far."""
+
+    __tablename__ = "served"
+
+    buffer: Mapped[str] = mapped_column(ForeignKey("buffers.name", ondelete="CASCADE"), primary_key=True)
+    who: Mapped[str] = mapped_column(String(100), primary_key=True)
+    task: Mapped[int] = mapped_column(BigInteger, primary_key=True)
+    class_id: Mapped[int] = mapped_column(BigInteger, primary_key=True)
+    exemplars: Mapped[int] = mapped_column(BigInteger)
+    bytes: Mapped[int] = mapped_column(BigInteger)
+    last_at: Mapped[float] = mapped_column(Float)

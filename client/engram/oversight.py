@@ -1,0 +1,151 @@
+"""The JSON of what operators see and do, as pydantic models: tokens, audit, disk, forecasts, draws served.
+
+What trainers need is in `schemas`. All sizes are bytes, all times are UTC or seconds as the name says.
+"""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from engram.schemas import Answer, BudgetBytes, Model, Word
+
+TokenScope = Literal["read", "write", "admin"]
+"""What a token allows, each including those before it. read: see what is stored, draw, mirror, export. write: change
+what is in buffers: upload, cancel, remove, relabel, register extractors. admin: make, resize, fork and delete buffers;
+without a prefix also tokens, audit and what concerns the whole service."""
+
+TokenName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9 ._@-]{0,99}$")]
+BufferPrefix = Annotated[str, Field(pattern=r"^([a-z0-9][a-z0-9._-]{0,62})?$")]
+
+
+class TokenCreate(Model):
+    """A new token. `prefix` bounds it to buffers whose names begin so; "" is all. None in `expires_in_s`: never.
+
+    `requests_per_s` None is the setting's.
+    """
+
+    name: TokenName
+    scope: TokenScope = "read"
+    prefix: BufferPrefix = ""
+    expires_in_s: Annotated[float, Field(gt=0, le=10 * 365 * 86400)] | None = None
+    requests_per_s: Annotated[float, Field(gt=0, le=1e6)] | None = None
+
+
+class Token(Answer):
+    """A token as it is known: its secret is not. `last_used_at` is exact to about a minute."""
+
+    id: str
+    name: str
+    scope: Word[TokenScope]
+    prefix: str
+    requests_per_s: float | None
+    created_at: datetime
+    created_by: str
+    expires_at: datetime | None
+    revoked_at: datetime | None
+    last_used_at: datetime | None
+
+
+class TokenMade(Token):
+    """A token that was just made, with its secret, which is told this once."""
+
+    token: str
+
+
+class TokenList(Answer):
+    """Every token, the newest first, also those that are revoked or have expired."""
+
+    tokens: list[Token]
+
+
+class AuditEntry(Answer):
+    """One change: who made it, to what, what was there before and after.
+
+    `action` is the kind of thing and what happened to it, as in "buffer.create", "exemplars.remove", "token.revoke".
+    `subject` names it within its buffer, or among all if it belongs to none.
+    """
+
+    id: int
+    at: datetime
+    who: str
+    token_id: str | None
+    request_id: str
+    action: str
+    buffer: str | None
+    subject: str
+    before: dict[str, Any] | None
+    after: dict[str, Any] | None
+
+
+class AuditPage(Answer):
+    """A page of the audit, the newest first; pass `next` as `cursor` for the following one, None at the end."""
+
+    entries: list[AuditEntry]
+    next: str | None
+
+
+class Disk(Answer):
+    """What the service takes on its disk, in bytes, and what is free there.
+
+    `live_bytes` are packs of current generations, each counted once; `retired_bytes` those that only older ones name.
+    """
+
+    live_bytes: int
+    retired_bytes: int
+    spool_bytes: int
+    extractor_bytes: int
+    database_bytes: int
+    free_bytes: int
+    total_bytes: int
+
+
+class ForecastAsk(Model):
+    """A change that is not made: another budget, so many classes more, or both."""
+
+    budget_bytes: BudgetBytes | None = None
+    new_classes: Annotated[int, Field(ge=0, le=10_000)] = 0
+
+
+class ForecastClass(Answer):
+    """One class of one task, now and then."""
+
+    task: int
+    class_id: int
+    exemplars: int
+    bytes: int
+    exemplars_then: int
+    bytes_then: int
+
+
+class Forecast(Answer):
+    """What a change would leave: nothing was changed. Bytes are those of whole packs; `limit_bytes` is the one then."""
+
+    buffer: str
+    generation: int
+    limit_bytes: int
+    exemplars: int
+    used_bytes: int
+    exemplars_then: int
+    used_bytes_then: int
+    classes: list[ForecastClass]
+
+
+class Served(Answer):
+    """What was drawn of one class of one task by one principal, over requests of all kinds of draws."""
+
+    buffer: str
+    task: int
+    class_id: int
+    who: str
+    exemplars: int
+    bytes: int
+    last_at: datetime
+
+
+class ServedList(Answer):
+    """What draws have served. It is written down every few seconds, so a crash may lose the last of it."""
+
+    served: list[Served]
