@@ -97,7 +97,7 @@ ORDER = {
     ],
     "engram_service": [
         "settings tables problems children extractor_child answers receiving acting",
-        "database storage embedder spooled pages bodies edge head liveness",
+        "database storage embedder spooled pages bodies edge head liveness audit",
         "buffers ingest extractors auth",
         "commit replay heartbeat",
         "collect health",
