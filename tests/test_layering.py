@@ -97,7 +97,8 @@ ORDER = {
     ],
     "engram_service": [
         "settings tables acting children extractor_child answers receiving rates",
-        "database storage embedder spooled pages problems liveness audit",
+        "database storage embedder spooled pages problems liveness",
+        "audit",
         "buffers ingest extractors access tokens bodies edge head",
         "sessions",
         "gate",

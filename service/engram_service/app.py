@@ -23,7 +23,7 @@ from .head import Head
 from .liveness import Liveness
 from .replay import Replay
 from .room import Room
-from .routes import buffers, draw, exemplars, export, extractors, health, ingests, packs, tasks, tokens
+from .routes import audit, buffers, draw, exemplars, export, extractors, health, ingests, packs, tasks, tokens
 from .sessions import Sessions
 from .settings import Settings
 from .storage import PackStore, Reserve
@@ -87,7 +87,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.add_middleware(Head)
     app.add_middleware(problems.LastResort)
     # Routes are tried in order: draws come by the hundred a second, everything else now and then.
-    for resource in (draw, packs, buffers, extractors, ingests, tasks, export, exemplars, tokens, health):
+    for resource in (draw, packs, buffers, extractors, ingests, tasks, export, exemplars, tokens, audit, health):
         app.include_router(resource.router)
     pages.install(app)
     interface.document(app, settings)

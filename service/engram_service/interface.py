@@ -122,4 +122,5 @@ def _maxima(settings: Settings) -> dict[tuple[str, str], int]:
         ("draw", "rank"): settings.max_global_draw - 1,
         ("exemplars", "limit"): settings.max_page,
         ("ingests", "limit"): settings.max_page,
+        ("audit", "limit"): settings.max_page,
     }

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from hashlib import sha256
 from secrets import token_bytes
 
-from sqlalchemy import delete, func, select
+from sqlalchemy import ColumnElement, delete, select
 from sqlalchemy.orm import Session as Transaction
 
 from engram.errors import Unauthorized
@@ -114,12 +114,16 @@ class Sessions:
                 audit.record(session, "session.end", subject=who)
 
 
-def expired(session: Transaction) -> int:
-    """How many sessions are over and can be collected."""
-    return session.scalar(select(func.count()).where(SessionRow.expires_at <= time.time())) or 0
+def have_expired(session: Transaction) -> bool:
+    """Whether some sessions are over and can be collected."""
+    return session.scalars(select(SessionRow.id_sha256).where(_is_over()).limit(1)).first() is not None
 
 
 def collect(session: Transaction) -> int:
     """Sessions that are over have no row; returns how many."""
-    gone = session.execute(delete(SessionRow).where(SessionRow.expires_at <= time.time()))
+    gone = session.execute(delete(SessionRow).where(_is_over()))
     return int(gone.rowcount)  # type: ignore[attr-defined]
+
+
+def _is_over() -> ColumnElement[bool]:
+    return SessionRow.expires_at <= time.time()

@@ -219,7 +219,8 @@ def test_when_a_token_was_used_is_written_down_beside_the_requests(guarded: Serv
 
     def used_at() -> float | None:
         with guarded.state.database.reading() as session:
-            return session.scalar(select(TokenRow.last_used_at).where(TokenRow.id == made["id"]))
+            found: float | None = session.scalar(select(TokenRow.last_used_at).where(TokenRow.id == made["id"]))
+            return found
 
     get(guarded, made["token"])
     assert used_at() is None
