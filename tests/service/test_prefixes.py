@@ -67,7 +67,8 @@ def test_a_buffer_beside_the_prefix_is_forbidden_whether_there_is_one_or_not(lab
 
 
 def test_an_ingest_beside_the_prefix_is_not_there(admin: httpx.Client, lab: httpx.Client) -> None:
-    by_buffer = {found["buffer"]: found["id"] for found in admin.get("/v1/ingests").json()["ingests"]}
+    ingests = admin.get("/v1/ingests").json()["ingests"]
+    by_buffer = {found["buffer"]: found["id"] for found in ingests if found["state"] == "received"}
     for method in ("GET", "DELETE"):
         assert problem(lab.request(method, f"/v1/ingests/{by_buffer['other']}")) == (404, "not-found")
         assert lab.request(method, f"/v1/ingests/{by_buffer['lab-1']}").status_code == 200
@@ -107,11 +108,6 @@ def test_a_budget_is_for_administrators_and_names_are_for_writers(guarded: Servi
 
 
 def test_an_encoded_slash_or_line_end_leads_past_no_check(lab: httpx.Client) -> None:
-    for path in (
-        "/v1/buffers/other%2Fmanifest",
-        "/v1/buffers/lab-1%2F..%2Fother",
-        "/v1/buffers%0A",
-        "/v1/buffers/other%0A",
-    ):
-        assert lab.get(path).status_code in (403, 404)
+    for path in ("/buffers/other%2Fmanifest", "/buffers/lab-1%2F..%2Fother", "/buffers%0A", "/buffers/other%0A"):
+        assert lab.get(f"/v1{path}").status_code in (403, 404)
     assert lab.get("//v1/buffers/other").status_code in (403, 404)
