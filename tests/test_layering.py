@@ -48,6 +48,7 @@ IMPORT_NAMES = {
     "fastapi": ["fastapi", "starlette", "anyio"],
     "pydantic": ["pydantic", "pydantic_core"],
     "pydantic-settings": ["pydantic_settings"],
+    "python-multipart": ["python_multipart"],
     "typer": ["typer", "click"],
     "scikit-learn": ["sklearn"],
 }
@@ -103,6 +104,7 @@ ORDER = {
         "collect health",
         "room work",
         "routes interface",
+        "console",
         "worker app",
         "supervisor",
         "cli",

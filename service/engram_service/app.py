@@ -12,10 +12,11 @@ from fastapi.routing import APIRoute
 from engram.errors import StorageFull, Unavailable
 from engram.packs import PackCache, raise_handles
 
-from . import __version__, interface, pages, problems
+from . import __version__, console, interface, pages, problems
 from .answers import Answers
 from .auth import Gate, require_token_beyond_loopback
 from .bodies import Bodies
+from .console.page import Frame
 from .database import Database
 from .extractors import Turns
 from .head import Head
@@ -77,9 +78,11 @@ def create_app(settings: Settings) -> FastAPI:
     app.add_middleware(Gate, settings=settings)
     app.add_middleware(Head)
     app.add_middleware(problems.LastResort)
+    app.add_middleware(Frame)
     # Routes are tried in order: draws come by the hundred a second, everything else now and then.
     for resource in (draw, packs, buffers, extractors, ingests, tasks, export, exemplars, health):
         app.include_router(resource.router)
+    console.install(app)
     pages.install(app)
     interface.document(app, settings)
     return app
