@@ -20,9 +20,11 @@ from .database import Database
 from .extractors import Turns
 from .head import Head
 from .liveness import Liveness
+from .metrics import Metered, Metrics, Requests
 from .replay import Replay
 from .room import Room
-from .routes import buffers, draw, exemplars, export, extractors, health, ingests, packs, tasks
+from .routes import buffers, draw, draws, exemplars, export, extractors, health, ingests, metrics, packs, tasks
+from .served import Served
 from .settings import Settings
 from .storage import PackStore, Reserve
 
@@ -44,13 +46,16 @@ def create_app(settings: Settings) -> FastAPI:
     store = PackStore(settings.packs_dir)
     raise_handles()
     cache = PackCache(store, settings.cache_bytes)
-    replay = Replay(database, cache, settings)
+    served, requests = Served(database), Requests()
+    replay = Replay(database, cache, settings, served.note)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         # In the thread pool, so that its first thread is there too.
         await run_sync(replay.warm)
+        served.start()
         yield
+        await run_sync(served.stop)
         cache.close()
         database.close()
 
@@ -72,13 +77,15 @@ def create_app(settings: Settings) -> FastAPI:
     app.state.extractor_turns = Turns(settings)
     app.state.liveness = Liveness(settings)
     app.state.answers = Answers(settings.answer_memory_bytes)
+    app.state.metrics = Metrics(requests, served, database, cache, settings)
     problems.install(app)
     app.add_middleware(Bodies, settings=settings, answers=app.state.answers)
     app.add_middleware(Gate, settings=settings)
     app.add_middleware(Head)
     app.add_middleware(problems.LastResort)
+    app.add_middleware(Metered, requests=requests, settings=settings)
     # Routes are tried in order: draws come by the hundred a second, everything else now and then.
-    for resource in (draw, packs, buffers, extractors, ingests, tasks, export, exemplars, health):
+    for resource in (draw, packs, buffers, extractors, ingests, tasks, export, exemplars, draws, health, metrics):
         app.include_router(resource.router)
     pages.install(app)
     interface.document(app, settings)

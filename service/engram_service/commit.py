@@ -39,6 +39,7 @@ from engram.memory import Where
 from engram.schemas import Buffer, BufferChange, Decision, ForkCreate
 from engram.strip import Exemplars
 
+from . import tallies
 from .buffers import (
     Expected,
     add_row,
@@ -482,6 +483,7 @@ def _end(session: Session, ingest: Claim, generation: int, now: float) -> None:
     committed = committed.values(images_done=IngestRow.images_total, lease_owner=None)
     if _changed(session, committed.values(updated_at=now)) != 1:
         raise LeaseLost(ingest.id)
+    tallies.ingest_ended(session, ingest.id)
 
 
 def _changed(session: Session, statement: Any) -> int:

@@ -37,7 +37,7 @@ from sqlalchemy.sql.elements import ColumnElement
 from engram.errors import BadUpload, Conflict, EngramError, NotFound, TooLarge
 from engram.schemas import Ingest, IngestOptions, IngestPage, State
 
-from . import buffers
+from . import buffers, tallies
 from .database import Database
 from .receiving import ReceivedFile, fill
 from .settings import Settings
@@ -267,11 +267,13 @@ def cancel(session: Session, ingest_id: str) -> Ingest:
         NotFound: no such ingest.
         Conflict: it has committed.
     """
-    session.execute(
+    ended = session.execute(
         update(IngestRow)
         .where(IngestRow.id == ingest_id, IngestRow.state.in_(ACTIVE))
         .values(state="cancelled", lease_owner=None, **_changed())
     )
+    if ended.rowcount == 1:  # type: ignore[attr-defined]
+        tallies.ingest_ended(session, ingest_id)
     row = _row(session, ingest_id)
     if row.state == "committed":
         raise Conflict(
@@ -340,8 +342,11 @@ def claim(database: Database, settings: Settings, *, owner: str, watch: Watch | 
                     f"it is given up. The service's log tells more; a smaller upload may pass",
                     attempts=row.attempts,
                 ).to_problem()
+                session.flush()
+                tallies.ingest_ended(session, row.id)
                 continue
             row.attempts += 1
+            row.started_at = row.started_at or row.updated_at
             row.images_done = 0
             row.state, row.lease_owner = "selecting", owner
             return Claim(
@@ -456,3 +461,5 @@ def _change(database: Database, held: Lease, **values: Any) -> None:
         changed = session.execute(update(IngestRow).where(holds(held)).values(**values, **_changed()))
         if changed.rowcount != 1:  # type: ignore[attr-defined]
             raise LeaseLost(held.id)
+        if values.get("state") in FINAL:
+            tallies.ingest_ended(session, held.id)

@@ -26,6 +26,9 @@ logger = logging.getLogger(__name__)
 
 MEDIA_TYPE = "application/problem+json"
 
+STATUS = "engram.status"
+"""Where the scope of a request has the status of its answer once that has begun."""
+
 _API = (API_HEADER.lower().encode(), str(API_NUMBER).encode())
 
 RETRY_AFTER_S = 1
@@ -108,6 +111,7 @@ class LastResort:
             if not has_begun and message["type"] == "http.response.start":
                 has_begun = True
                 message["headers"] = [*message["headers"], _API]
+                scope[STATUS] = message["status"]
             await send(message)
 
         try:
