@@ -142,7 +142,11 @@ class Forecast(Answer):
 
 
 class Served(Answer):
-    """What was drawn of one class of one task by one principal, over requests of all kinds of draws."""
+    """What was drawn of one class of one task by one principal.
+
+    `bytes` counts each exemplar at the mean of its class in its pack. Mirrors fetch packs and exports send files: none
+    of these are draws.
+    """
 
     buffer: str
     task: int
@@ -154,6 +158,10 @@ class Served(Answer):
 
 
 class ServedList(Answer):
-    """What draws have served. It is written down every few seconds, so a crash may lose the last of it."""
+    """A page of what draws have served; pass `next` as `cursor` for the following one, None at the end.
+
+    It is written down every few seconds, so a crash may lose the last of it.
+    """
 
     served: list[Served]
+    next: str | None

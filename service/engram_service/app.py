@@ -13,17 +13,34 @@ from fastapi.routing import APIRoute
 from engram.errors import StorageFull, Unavailable
 from engram.packs import PackCache, raise_handles
 
-from . import __version__, interface, pages, problems
+from . import __version__, console, interface, pages, problems
 from .answers import Answers
 from .bodies import Bodies
+from .console.page import Frame
 from .database import Database
 from .extractors import Turns
 from .gate import Gate, require_token_beyond_loopback
 from .head import Head
 from .liveness import Liveness
+from .metrics import Metered, Metrics, Requests
 from .replay import Replay
 from .room import Room
-from .routes import audit, buffers, draw, exemplars, export, extractors, health, ingests, packs, tasks, tokens
+from .routes import (
+    audit,
+    buffers,
+    draw,
+    draws,
+    exemplars,
+    export,
+    extractors,
+    health,
+    ingests,
+    metrics,
+    packs,
+    tasks,
+    tokens,
+)
+from .served import Served
 from .sessions import Sessions
 from .settings import Settings
 from .storage import PackStore, Reserve
@@ -47,7 +64,8 @@ def create_app(settings: Settings) -> FastAPI:
     store = PackStore(settings.packs_dir)
     raise_handles()
     cache = PackCache(store, settings.cache_bytes)
-    replay = Replay(database, cache, settings)
+    served, requests = Served(database), Requests()
+    replay = Replay(database, cache, settings, served.note)
     known = Tokens(database, settings)
 
     @asynccontextmanager
@@ -55,9 +73,11 @@ def create_app(settings: Settings) -> FastAPI:
         # In the thread pool, so that its first thread is there too.
         await run_sync(replay.warm)
         writing = asyncio.create_task(_write_down_uses(known))
+        served.start()
         yield
         writing.cancel()
         await run_sync(known.write_down)
+        await run_sync(served.stop)
         cache.close()
         database.close()
 
@@ -81,14 +101,19 @@ def create_app(settings: Settings) -> FastAPI:
     app.state.answers = Answers(settings.answer_memory_bytes)
     app.state.tokens = known
     app.state.sessions = Sessions(database, known, settings)
+    app.state.metrics = Metrics(requests, served, database, cache, settings)
     problems.install(app)
     app.add_middleware(Bodies, settings=settings, answers=app.state.answers)
     app.add_middleware(Gate, tokens=app.state.tokens, sessions=app.state.sessions)
     app.add_middleware(Head)
     app.add_middleware(problems.LastResort)
+    app.add_middleware(Frame)
+    app.add_middleware(Metered, requests=requests, settings=settings)
     # Routes are tried in order: draws come by the hundred a second, everything else now and then.
-    for resource in (draw, packs, buffers, extractors, ingests, tasks, export, exemplars, tokens, audit, health):
+    rest = (buffers, extractors, ingests, tasks, export, exemplars, draws, tokens, audit, health, metrics)
+    for resource in (draw, packs, *rest):
         app.include_router(resource.router)
+    console.install(app)
     pages.install(app)
     interface.document(app, settings)
     return app

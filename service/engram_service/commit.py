@@ -39,7 +39,7 @@ from engram.memory import Where
 from engram.schemas import Buffer, BufferChange, Decision, ForkCreate
 from engram.strip import Exemplars
 
-from . import audit
+from . import audit, tallies
 from .acting import principal
 from .buffers import (
     Expected,
@@ -534,6 +534,7 @@ def _end(session: Session, ingest: Claim, generation: int, now: float) -> None:
     committed = committed.values(images_done=IngestRow.images_total, lease_owner=None)
     if _changed(session, committed.values(updated_at=now)) != 1:
         raise LeaseLost(ingest.id)
+    tallies.ingest_ended(session, ingest.id)
 
 
 def _changed(session: Session, statement: Any) -> int:

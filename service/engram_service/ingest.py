@@ -37,7 +37,7 @@ from sqlalchemy.sql.elements import ColumnElement
 from engram.errors import BadUpload, Conflict, EngramError, NotFound, TooLarge
 from engram.schemas import Ingest, IngestOptions, IngestPage, State
 
-from . import audit, buffers
+from . import audit, buffers, tallies
 from .acting import ACTING, SERVICE, Acting, Principal, on_behalf, principal
 from .database import Database
 from .receiving import ReceivedFile, fill
@@ -293,6 +293,7 @@ def cancel(session: Session, ingest_id: str) -> Ingest:
     )
     row = _row(session, ingest_id)
     if changed.rowcount:  # type: ignore[attr-defined]
+        tallies.ingest_ended(session, ingest_id)
         audit.record(session, "ingest.cancel", buffer=row.buffer, subject=row.id, before={"task": row.task})
     if row.state == "committed":
         raise Conflict(
@@ -361,7 +362,9 @@ def claim(database: Database, settings: Settings, *, owner: str, watch: Watch | 
                     f"it is given up. The service's log tells more; a smaller upload may pass",
                     attempts=row.attempts,
                 ).to_problem()
+                session.flush()
                 _record_failure(session, row)
+                tallies.ingest_ended(session, row.id)
                 continue
             row.attempts += 1
             row.started_at = row.started_at or row.updated_at
@@ -490,3 +493,5 @@ def _change(session: Session, held: Lease, **values: Any) -> None:
     changed = session.execute(update(IngestRow).where(holds(held)).values(**values, **_changed()))
     if changed.rowcount != 1:  # type: ignore[attr-defined]
         raise LeaseLost(held.id)
+    if values.get("state") in FINAL:
+        tallies.ingest_ended(session, held.id)

@@ -31,6 +31,9 @@ logger = logging.getLogger(__name__)
 
 MEDIA_TYPE = "application/problem+json"
 
+STATUS = "engram.status"
+"""Where the scope of a request has the status of its answer once that has begun."""
+
 _API = (API_HEADER.lower().encode(), str(API_NUMBER).encode())
 
 RETRY_AFTER_S = 1
@@ -127,6 +130,7 @@ class LastResort:
             if not has_begun and message["type"] == "http.response.start":
                 has_begun = True
                 message["headers"] = [*message["headers"], _API, its_id]
+                scope[STATUS] = message["status"]
             await send(message)
 
         outside = ACTING.set(Acting(NOBODY, request_id))

@@ -19,6 +19,8 @@ from sqlalchemy.exc import ArgumentError
 from engram.amounts import Bytes
 from engram.files import disk_errors
 
+from .logs import LogFormat
+
 
 class Settings(BaseSettings):
     """Where the service keeps things, where it listens, and what it refuses."""
@@ -56,6 +58,9 @@ class Settings(BaseSettings):
 
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """The least severe messages that are logged (to standard error)."""
+
+    log_format: LogFormat = "text"
+    """How log messages are written: `text` for people, `json` for programs, an object per line."""
 
     access_log: bool = False
     """Log a line per request. Off: at replay rates it would cost more than the replay."""

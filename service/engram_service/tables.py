@@ -231,3 +231,13 @@ class ServedRow(Base):
     exemplars: Mapped[int] = mapped_column(BigInteger)
     bytes: Mapped[int] = mapped_column(BigInteger)
     last_at: Mapped[float] = mapped_column(Float)
+
+
+class TallyRow(Base):
+    """How often something has happened, or for how long, in whatever process; see `tallies`."""
+
+    __tablename__ = "tallies"
+
+    name: Mapped[str] = mapped_column(String(32), primary_key=True)
+    label: Mapped[str] = mapped_column(String(64), primary_key=True)
+    value: Mapped[float] = mapped_column(Float)
