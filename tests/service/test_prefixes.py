@@ -22,6 +22,7 @@ def guarded(serve_thread: Callable[..., ServiceThread]) -> ServiceThread:
     for seed, name in enumerate(("lab-1", "other")):
         create(service.state.database, name, budget_bytes=5000)
         fill(service.state.database, service.settings, 0, {seed: 3}, name=name, seed=seed)
+    for name in ("lab-1", "other"):
         queue(service.state.database, service.settings, b"a tar", buffer=name)
     return service
 
