@@ -97,10 +97,10 @@ ORDER = {
     ],
     "engram_service": [
         "settings tables problems children extractor_child answers receiving acting",
-        "database storage embedder spooled pages bodies edge head liveness audit",
+        "database storage embedder spooled pages bodies edge head liveness audit filters",
         "buffers ingest extractors auth",
         "commit replay heartbeat",
-        "collect health",
+        "collect health listing recoding decisions",
         "room work",
         "routes interface",
         "worker app",

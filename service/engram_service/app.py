@@ -80,6 +80,7 @@ def create_app(settings: Settings) -> FastAPI:
     # Routes are tried in order: draws come by the hundred a second, everything else now and then.
     for resource in (draw, packs, buffers, extractors, ingests, tasks, export, exemplars, health):
         app.include_router(resource.router)
+    app.include_router(exemplars.counts)
     pages.install(app)
     interface.document(app, settings)
     return app
