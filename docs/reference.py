@@ -1,4 +1,4 @@
-"""Write the page of every operation of the HTTP API, from the description that the service gives of itself (OpenAPI)."""
+"""Write the page of every operation of the HTTP API, from the service's own description of itself (OpenAPI)."""
 
 from __future__ import annotations
 
