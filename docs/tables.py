@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -157,7 +157,7 @@ def one_line(text: str) -> str:
 
 def render(text: str) -> str:
     """A page with its tables as the code has them now."""
-    tables = {
+    tables: dict[str, Callable[[], str]] = {
         "settings": settings_table,
         "routes": routes_table,
         "errors": errors_table,

@@ -38,8 +38,8 @@ LANGUAGES = {".py": "python", ".yml": "yaml", ".yaml": "yaml", ".toml": "toml", 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """The site has the pages outside docs/, the API reference, and every file of the repository that a page names."""
-    for path, place in OUTSIDE.items():
-        files.append(File.generated(config, place, content=(ROOT / path).read_text(encoding="utf-8")))
+    for outside, place in OUTSIDE.items():
+        files.append(File.generated(config, place, content=(ROOT / outside).read_text(encoding="utf-8")))
     files.append(File.generated(config, "reference.md", content=reference.page()))
     named = {
         path
@@ -86,9 +86,9 @@ def repository_path(page: str, target: str) -> str | None:
 
 def place_of(path: str) -> str:
     """Where the site has a file or folder of the repository."""
-    path = OUTSIDE.get(path) or FOLDERS.get(path) or path
-    if path in OUTSIDE.values() or path in FOLDERS.values():
-        return path
+    page = OUTSIDE.get(path) or FOLDERS.get(path)
+    if page is not None:
+        return page
     return path.removeprefix("docs/") if path.startswith("docs/") and not path.endswith(".py") else f"source/{path}.md"
 
 
