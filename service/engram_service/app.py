@@ -113,6 +113,7 @@ def create_app(settings: Settings) -> FastAPI:
     rest = (buffers, extractors, ingests, tasks, export, exemplars, draws, tokens, audit, health, metrics)
     for resource in (draw, packs, *rest):
         app.include_router(resource.router)
+    app.include_router(exemplars.counts)
     console.install(app)
     pages.install(app)
     interface.document(app, settings)
