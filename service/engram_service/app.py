@@ -77,6 +77,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.state.extractor_turns = Turns(settings)
     app.state.liveness = Liveness(settings)
     app.state.answers = Answers(settings.answer_memory_bytes)
+    app.state.served = served
     app.state.metrics = Metrics(requests, served, database, cache, settings)
     problems.install(app)
     app.add_middleware(Bodies, settings=settings, answers=app.state.answers)
