@@ -21,6 +21,14 @@ TokenName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9 ._@-]{0,99}$")
 BufferPrefix = Annotated[str, Field(pattern=r"^([a-z0-9][a-z0-9._-]{0,62})?$")]
 
 
+class WhoAmI(Answer):
+    """Whose token a request carries: "admin" is that of the environment; "local" is none, where none is needed."""
+
+    who: str
+    scope: Word[TokenScope] | None
+    prefix: str
+
+
 class TokenCreate(Model):
     """A new token. `prefix` bounds it to buffers whose names begin so; "" is all. None in `expires_in_s`: never.
 

@@ -35,7 +35,6 @@ def upgrade() -> None:
         "sessions",
         sa.Column("id_sha256", sa.String(length=64), nullable=False),
         sa.Column("token_sha256", sa.String(length=64), nullable=False),
-        sa.Column("csrf", sa.String(length=64), nullable=False),
         sa.Column("created_at", sa.Float(), nullable=False),
         sa.Column("expires_at", sa.Float(), nullable=False),
         sa.PrimaryKeyConstraint("id_sha256", name=op.f("pk_sessions")),
