@@ -100,9 +100,9 @@ def create_app(settings: Settings) -> FastAPI:
     app.state.liveness = Liveness(settings)
     app.state.answers = Answers(settings.answer_memory_bytes)
     app.state.served = served
-    app.state.metrics = Metrics(requests, served, database, cache, settings)
     app.state.tokens = known
     app.state.sessions = Sessions(database, known, settings)
+    app.state.metrics = Metrics(requests, served, database, cache, settings)
     problems.install(app)
     app.add_middleware(Bodies, settings=settings, answers=app.state.answers)
     app.add_middleware(Gate, tokens=app.state.tokens, sessions=app.state.sessions)
@@ -111,9 +111,10 @@ def create_app(settings: Settings) -> FastAPI:
     app.add_middleware(Frame)
     app.add_middleware(Metered, requests=requests, settings=settings)
     # Routes are tried in order: draws come by the hundred a second, everything else now and then.
-    operators = (tokens, audit, draws, health, metrics)
-    for resource in (draw, packs, buffers, extractors, ingests, tasks, export, exemplars, *operators):
+    rest = (buffers, extractors, ingests, tasks, export, exemplars, draws, tokens, audit, health, metrics)
+    for resource in (draw, packs, *rest):
         app.include_router(resource.router)
+    app.include_router(exemplars.counts)
     console.install(app)
     pages.install(app)
     interface.document(app, settings)

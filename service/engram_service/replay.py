@@ -12,10 +12,9 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
@@ -24,9 +23,9 @@ import numpy.typing as npt
 from engram import batch, packs, strip, tar
 from engram.draw import STRATEGIES, IntArray, Layout, Plan, Request, plan
 from engram.errors import InvalidRequest, NotFound, Unavailable
-from engram.fields import KEY, Cell
+from engram.fields import KEY, Cell, Schema
 from engram.packs import LoadedPack, PackCache
-from engram.schemas import Exemplar, ExemplarPage, PackEntry
+from engram.schemas import PackEntry
 from engram.strip import Exemplars, Loose
 
 from . import buffers
@@ -66,7 +65,14 @@ _PACK_BYTES = 137
 class View:
     """One generation, ready to draw from."""
 
-    def __init__(self, buffer: str, generation: int, created_at: float, held: Sequence[DrawnFrom | PackEntry]) -> None:
+    def __init__(
+        self,
+        buffer: str,
+        generation: int,
+        created_at: float,
+        held: Sequence[DrawnFrom | PackEntry],
+        fields: Mapping[str, str] | None = None,
+    ) -> None:
         self.buffer = buffer
         self.generation = generation
         self.created_at = created_at
@@ -77,6 +83,9 @@ class View:
         """Bytes of the largest exemplar that was met in its packs so far."""
         self._rest = [(pack.task, pack.quality, pack.bytes) for pack in held]
         self._class_bytes = [size for pack in held if isinstance(pack, DrawnFrom) for size in pack.class_bytes]
+        self.schema = Schema.declare(fields or {})
+        self.remembered: dict[object, object] = {}
+        """What was computed of the generation once: see `listing`, `maps`."""
         self.used_at = time.monotonic()
 
     @property
@@ -90,9 +99,9 @@ class View:
         counts = self.layout.run_counts
         return sizes / np.maximum(counts, 1) if len(sizes) == len(counts) else np.zeros(len(counts))
 
-    def tasks(self) -> list[int]:
-        """The task of each pack."""
-        return [task for task, _, _ in self._rest]
+    def quality(self, place: int) -> int:
+        """That of a pack's exemplars."""
+        return self._rest[place][1]
 
     def entry(self, place: int) -> PackEntry:
         """A pack as the manifest lists it."""
@@ -186,7 +195,7 @@ class Replay:
             known = self._views.get((buffer, wanted))
             if known is None or known.created_at != row.created_at:
                 held = buffers.packs_to_draw_from(session, buffer, wanted)
-                known = View(buffer, wanted, row.created_at, held)
+                known = View(buffer, wanted, row.created_at, held, row.fields)
         known.used_at = time.monotonic()
         self._keep(known)
         self._let_go(buffer, row.oldest_generation)
@@ -296,29 +305,6 @@ class Replay:
         """
         return tar.write_encoded(_files(self._every_piece(view)))
 
-    def page(
-        self, view: View, *, task: int | None, class_id: int | None, limit: int, after: tuple[int, int, int] | None
-    ) -> ExemplarPage:
-        """Exemplars in order of task, class and rank, those after `after` (task, class id, rank).
-
-        The cursor names a place in that order and not a row, so that paging goes on when a new generation comes.
-
-        Raises:
-            Unavailable: the disk does not answer.
-        """
-        found: list[Exemplar] = []
-        for place, of_task in enumerate(view.tasks()):
-            if (task is not None and of_task != task) or (after is not None and of_task < after[0]):
-                continue
-            entry = view.entry(place)
-            rows = _rows_after(entry, class_id, after if after is not None and entry.task == after[0] else None)
-            # One more than the page holds tells whether there is another page.
-            found += self._describe(entry, rows, limit + 1 - len(found))
-            if len(found) > limit:
-                last = found[limit - 1]
-                return ExemplarPage(exemplars=found[:limit], next=f"{last.task}.{last.class_id}.{last.rank}")
-        return ExemplarPage(exemplars=found, next=None)
-
     def jpeg(self, entry: PackEntry, row: int) -> bytes:
         """One exemplar as a stand-alone JPEG.
 
@@ -326,7 +312,7 @@ class Replay:
             NotFound: the pack has no such row.
             Unavailable: the row is damaged, or the disk does not answer.
         """
-        return next(self._one(entry, row).files())
+        return next(self.one(entry, row).files())
 
     def fields(self, entry: PackEntry, row: int) -> dict[str, Cell]:
         """What one exemplar has in each field.
@@ -335,9 +321,9 @@ class Replay:
             NotFound: the pack has no such row.
             Unavailable: the row is damaged, or the disk does not answer.
         """
-        return {name: column[0] for name, column in self._one(entry, row).fields().items()}
+        return {name: column[0] for name, column in self.one(entry, row).fields().items()}
 
-    def _one(self, entry: PackEntry, row: int) -> Loose:
+    def one(self, entry: PackEntry, row: int) -> Loose:
         """One exemplar."""
         if not 0 <= row < entry.exemplars:
             raise NotFound(f"pack {entry.digest} has rows 0..{entry.exemplars - 1}, not {row}", row=row)
@@ -419,31 +405,6 @@ class Replay:
             finally:
                 self.cache.release([digest])
 
-    def _describe(self, entry: PackEntry, rows: Iterator[tuple[int, int, int]], limit: int) -> list[Exemplar]:
-        wanted = list(islice(rows, limit))
-        if not wanted:
-            return []
-
-        def describe(loaded: list[LoadedPack]) -> list[Exemplar]:
-            exemplars, rows = loaded[0].exemplars, np.array([row for row, _, _ in wanted], np.int64)
-            places = loaded[0].places(rows).tolist()
-            keys = {} if exemplars is None else _keys(exemplars, [place for place in places if place >= 0])
-            return [
-                Exemplar(
-                    pack=entry.digest,
-                    row=row,
-                    task=entry.task,
-                    class_id=class_id,
-                    rank=rank,
-                    bytes=0 if exemplars is None or place < 0 else exemplars.sizes.item(place),
-                    quality=entry.quality,
-                    key=keys.get(place),
-                )
-                for (row, class_id, rank), place in zip(wanted, places, strict=True)
-            ]
-
-        return self.cache.read([(entry.digest, entry.exemplars)], describe)
-
 
 def _draw(
     view: View, chosen: Plan, touched: list[int], loaded: list[LoadedPack], collect: Collect
@@ -503,23 +464,9 @@ def _files(packs: Iterable[Loose]) -> Iterator[tuple[str, bytes, int, dict[str, 
             yield "jpg", file, class_id, {name: column[index] for name, column in columns.items()}
 
 
-def _keys(exemplars: Exemplars, places: list[int]) -> dict[int, str]:
+def keys_of(exemplars: Exemplars, places: list[int]) -> dict[int, str]:
     """The keys of some exemplars, if their buffer keeps keys."""
     if not exemplars.schema.has_key:
         return {}
     keys = packs.pick(exemplars, np.array(places, np.int64)).fields(frozenset({KEY}))[KEY]
     return {place: str(key) for place, key in zip(places, keys, strict=True)}
-
-
-def _rows_after(
-    entry: PackEntry, class_id: int | None, after: tuple[int, int, int] | None
-) -> Iterator[tuple[int, int, int]]:
-    """(row, class id, rank) of a pack's exemplars in order, those after (task, class id, rank)."""
-    start = 0
-    for run_class, count in entry.runs:
-        first = 0
-        if after is not None and run_class <= after[1]:
-            first = count if run_class < after[1] else min(after[2] + 1, count)
-        if class_id is None or class_id == run_class:
-            yield from ((start + rank, run_class, rank) for rank in range(first, count))
-        start += count
