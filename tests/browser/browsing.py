@@ -22,11 +22,21 @@ MISSING = "install Debian's packages chromium and chromium-driver to run this"
 
 WIDE, NARROW = (1280, 900), (390, 844)
 
-_FLAGS = (
-    "--headless=new --no-sandbox --disable-gpu --disable-dev-shm-usage --disable-background-networking "
-    "--disable-component-update --disable-sync --disable-extensions --no-first-run --no-default-browser-check "
-    "--hide-scrollbars --force-color-profile=srgb --lang=en-US"
-).split()
+_FLAGS = [
+    "--headless=new",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-dev-shm-usage",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--disable-extensions",
+    "--no-first-run",
+    "--no-default-browser-check",
+    "--hide-scrollbars",
+    "--force-color-profile=srgb",
+    "--lang=en-US",
+]
 
 _AXE = Path(__file__).with_name("axe.min.js")
 _SERIOUS = frozenset({"serious", "critical"})
@@ -191,7 +201,8 @@ class Browser:
 @contextmanager
 def chromium(url: str) -> Iterator[Browser]:
     """A browser for the service at this address."""
-    assert CHROMIUM is not None and DRIVER is not None, MISSING
+    assert CHROMIUM is not None, MISSING
+    assert DRIVER is not None, MISSING
     options = ChromeOptions()
     options.binary_location = CHROMIUM
     for flag in _FLAGS:
