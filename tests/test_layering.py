@@ -106,7 +106,7 @@ ORDER = {
         "sessions",
         "gate",
         "commit replay heartbeat",
-        "collect health served listing recoding decisions",
+        "collect health served listing recoding decisions forecast",
         "room work metrics",
         "routes interface",
         "console",

@@ -69,6 +69,9 @@ class BufferRow(Base):
     # Above every class id ever seen or named: what the next new name gets.
     next_class_id: Mapped[int] = mapped_column(BigInteger, server_default="0", default=0)
     is_frozen: Mapped[bool] = mapped_column(Boolean, server_default=false(), default=False)
+    # Which buffer at which generation this one was forked from; that one may be gone.
+    forked_from: Mapped[str | None] = mapped_column(String(63), default=None)
+    forked_generation: Mapped[int | None] = mapped_column(Integer, default=None)
     created_at: Mapped[float] = mapped_column(Float)
 
 
