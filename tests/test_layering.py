@@ -97,7 +97,7 @@ ORDER = {
     ],
     "engram_service": [
         "settings tables problems children extractor_child answers receiving acting",
-        "database storage embedder spooled pages bodies edge head liveness audit filters",
+        "database storage embedder spooled pages bodies edge head liveness audit filters samples",
         "buffers ingest extractors auth",
         "commit replay heartbeat",
         "collect health listing recoding decisions",

@@ -15,6 +15,7 @@ def upgrade() -> None:
     op.add_column("ingests", sa.Column("token_id", sa.String(length=32), nullable=True))
     op.add_column("ingests", sa.Column("request_id", sa.String(length=64), nullable=True))
     op.add_column("ingests", sa.Column("started_at", sa.Float(), nullable=True))
+    op.add_column("tasks", sa.Column("sample", sa.String(length=64), nullable=True))
     op.create_table(
         "tokens",
         sa.Column("id", sa.String(length=32), nullable=False),
@@ -75,3 +76,4 @@ def downgrade() -> None:
         op.drop_table(table)
     for column in "started_at", "request_id", "token_id", "who":
         op.drop_column("ingests", column)
+    op.drop_column("tasks", "sample")

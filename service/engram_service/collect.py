@@ -1,12 +1,13 @@
 """Removes what no row of the database names, and never what one will.
 
-Four kinds of leftovers:
+Five kinds of leftovers:
 
 - packs of generations whose grace period is over, and of the oldest ones if retired packs take more than
   `retired_bytes`: the rows first, then the files that no row names any more;
 - packs of commits that never happened (a crash, a lost race): files older than the grace period without a row;
 - uploads whose ingest is final, or that nobody finished (a crash between rename and commit);
-- extractors that nothing names any more (`extractors.collect`).
+- extractors that nothing names any more (`extractors.collect`);
+- originals that no task has any more (`samples`), and those of commits that never happened.
 
 On a full disk removing rows needs room first: it is taken from the reserve (`storage.Reserve`).
 
@@ -34,11 +35,12 @@ from sqlalchemy.orm import Session
 
 from engram.errors import EngramError, StorageFull
 
-from . import extractors
+from . import extractors, samples
 from .commit import exclusive
 from .database import Database
 from .ingest import ACTIVE
 from .receiving import abandoned
+from .samples import SampleFolder
 from .settings import Settings
 from .storage import PackStore, Reserve
 from .tables import BufferRow, IngestRow, PackRow
@@ -63,12 +65,13 @@ class Collected:
     packs: int
     uploads: int
     extractors: int
+    samples: int = 0
     stuck: Stuck = field(default_factory=dict)
 
     @property
-    def counts(self) -> tuple[int, int, int, int]:
+    def counts(self) -> tuple[int, int, int, int, int]:
         """What was removed of each kind."""
-        return self.rows, self.packs, self.uploads, self.extractors
+        return self.rows, self.packs, self.uploads, self.extractors, self.samples
 
 
 class Collector:
@@ -88,7 +91,9 @@ class Collector:
             logger.error("leftovers cannot be collected; this is a defect of Engram", exc_info=error)
         else:
             if any(found.counts):
-                logger.info("collected %d old pack rows, %d packs, %d uploads, %d extractors", *found.counts)
+                logger.info(
+                    "collected %d old pack rows, %d packs, %d uploads, %d extractors, %d samples", *found.counts
+                )
             self._tell(found.stuck)
 
     def _tell(self, stuck: Stuck) -> None:
@@ -152,7 +157,8 @@ def collect_rows(
     packs = _unnamed_packs(database, store, list(unwanted), stuck, pulse)
     uploads = _uploads(database, settings.spool_dir, stuck, pulse)
     models = extractors.collect(database, settings, stuck=stuck, pulse=pulse)
-    return Collected(len(retired), packs, uploads, models, stuck)
+    originals = _samples(database, SampleFolder(settings.samples_dir), settings.grace_s, stuck)
+    return Collected(len(retired), packs, uploads, models, originals, stuck)
 
 
 @contextmanager
@@ -223,6 +229,21 @@ def _unnamed_packs(
             for digest in set(some) - set(session.scalars(named_by)):
                 with _passing_over(store.path(digest), stuck):
                     store.delete(digest)
+                    removed += 1
+    return removed
+
+
+def _samples(database: Database, folder: SampleFolder, grace_s: float, stuck: Stuck) -> int:
+    """Originals that no task has, and no commit is about to give one, are gone; returns how many files had them."""
+    paths = list(folder.old(grace_s))
+    removed = 0
+    for some in (paths[at : at + BATCH] for at in range(0, len(paths), BATCH)):
+        with database.reading() as session:
+            held = samples.named(session, [path.name for path in some])
+        for path in some:
+            if path.name not in held:
+                with _passing_over(path, stuck):
+                    path.unlink(missing_ok=True)
                     removed += 1
     return removed
 

@@ -20,7 +20,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
@@ -39,6 +39,7 @@ from engram.memory import Where
 from engram.schemas import Buffer, BufferChange, Decision, ForkCreate
 from engram.strip import Exemplars
 
+from . import samples
 from .buffers import (
     Expected,
     add_row,
@@ -55,6 +56,8 @@ from .buffers import (
 )
 from .database import Database
 from .ingest import Claim, LeaseLost, holds
+from .samples import Resample, SampleFolder
+from .settings import SAMPLES
 from .storage import PackStore
 from .tables import BufferRow, IngestRow, PackRow, TaskRow
 
@@ -87,6 +90,7 @@ def commit(
     ingest: Claim | None = None,
     expected: Expected | None = None,
     emergency: Emergency | None = None,
+    resample: Resample | None = None,
 ) -> int:
     """The buffer's content is what `change` makes of it; returns the new generation.
 
@@ -95,6 +99,7 @@ def commit(
         ingest: ends as committed in the same transaction.
         expected: the state of the buffer that `change` is meant for.
         emergency: what to do if the disk is full and `change` frees room. The change may then take several generations.
+        resample: what becomes of the originals that are kept for maps; without it they stay as they are.
 
     Raises:
         NotFound: no such buffer.
@@ -104,7 +109,7 @@ def commit(
         Unavailable: lost too many races; nothing changed.
     """
     try:
-        return _commit(database, store, buffer, change, ingest, expected)
+        return _commit(database, store, buffer, change, ingest, expected, resample)
     except StorageFull:
         if emergency is None:
             raise
@@ -112,7 +117,7 @@ def commit(
         while True:
             collect()
             step = _Step(change, _free_bytes(store))
-            generation = _commit(database, store, buffer, step, None, expected)
+            generation = _commit(database, store, buffer, step, None, expected, resample)
             if step.is_last:
                 collect()
                 return generation
@@ -126,17 +131,22 @@ def _commit(
     change: Callable[[Content], Content],
     ingest: Claim | None,
     expected: Expected | None,
+    resample: Resample | None,
 ) -> int:
+    originals = SampleFolder(store.folder.parent / SAMPLES)
     for _ in range(MAX_RACES):
         with database.reading() as session:
             row = find(session, buffer)
             before = read_content(session, store, row)
+            held = {} if resample is None else samples.of_buffer(session, originals, buffer)
         check_thawed(row)
         check_expected(row, expected)
         after = change(before)
         packs = _put_changed(store, row.name, before, after)
+        changed = {} if resample is None else resample(before, after, held)
+        kept = {task: originals.put(sample) for task, sample in changed.items()}
         try:
-            return _write(database, store, row, before, after, packs, ingest)
+            return _write(database, store, row, before, after, packs, ingest, kept)
         except _Raced:
             continue
     raise _overtaken(buffer)
@@ -259,8 +269,14 @@ def remove(
         NotFound: no such buffer, or nothing that `where` names.
         Conflict, StorageFull, Unavailable: as `commit`.
     """
-    change = partial(memory.remove, where=where)
-    return commit(database, store, buffer, change, expected=expected, emergency=emergency)
+    asked: dict[str, Any] = {"expected": expected, "emergency": emergency}
+    resample = partial(samples.without, where=where)
+    try:
+        return commit(database, store, buffer, partial(memory.remove, where=where), resample=resample, **asked)
+    except NotFound as error:
+        # What found no room may still be among the originals.
+        resample = partial(resample, otherwise=error)
+        return commit(database, store, buffer, lambda content: content, resample=resample, **asked)
 
 
 def relabel(
@@ -279,7 +295,8 @@ def relabel(
         Conflict, StorageFull, Unavailable: as `commit`.
     """
     change = partial(memory.relabel, where=where, class_id=class_id)
-    return commit(database, store, buffer, change, expected=expected)
+    resample = partial(samples.relabelled, where=where, class_id=class_id)
+    return commit(database, store, buffer, change, expected=expected, resample=resample)
 
 
 def place_of(session: Session, buffer: str, digest: str, row: int) -> tuple[Where, Expected]:
@@ -370,6 +387,7 @@ def _write(
     after: Content,
     packs: list[PackRow],
     ingest: Claim | None,
+    kept: Mapping[int, str | None],
 ) -> int:
     """Step 4 of the module docstring, all or nothing."""
     generation, now = buffer.generation + 1, time.time()
@@ -394,6 +412,10 @@ def _write(
         for number in touched:
             if number in after.tasks:
                 session.merge(_task_row(buffer.name, number, after.tasks[number]))
+        session.flush()
+        for number, sample in kept.items():
+            of_task = (TaskRow.buffer == buffer.name, TaskRow.task == number)
+            session.execute(update(TaskRow).where(*of_task).values(sample=sample))
         if ingest is not None:
             _end(session, ingest, generation, now)
     return generation
@@ -430,8 +452,13 @@ def _write_fork(
         for row in [*packs, *(_copy(row, wanted.name) for row in shared)]:
             row.since = source.generation
             session.add(row)
+        originals = dict(
+            session.execute(select(TaskRow.task, TaskRow.sample).where(TaskRow.buffer == source.name)).all()
+        )
         for number, task in after.tasks.items():
-            session.add(_task_row(wanted.name, number, task))
+            made_task = _task_row(wanted.name, number, task)
+            made_task.sample = originals[number]
+            session.add(made_task)
         session.flush()
         return describe(session, made)
 
