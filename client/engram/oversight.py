@@ -24,6 +24,14 @@ TokenName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9 ._@-]{0,99}$")
 BufferPrefix = Annotated[str, Field(pattern=r"^([a-z0-9][a-z0-9._-]{0,62})?$")]
 
 
+class WhoAmI(Answer):
+    """Whose token a request carries: "admin" is that of the environment; "local" is none, where none is needed."""
+
+    who: str
+    scope: Word[TokenScope] | None
+    prefix: str
+
+
 class TokenCreate(Model):
     """A new token. `prefix` bounds it to buffers whose names begin so; "" is all. None in `expires_in_s`: never.
 
@@ -254,7 +262,11 @@ class TaskMap(Answer):
 
 
 class Served(Answer):
-    """What was drawn of one class of one task by one principal, over requests of all kinds of draws."""
+    """What was drawn of one class of one task by one principal.
+
+    `bytes` counts each exemplar at the mean of its class in its pack. Mirrors fetch packs and exports send files: none
+    of these are draws.
+    """
 
     buffer: str
     task: int
@@ -266,6 +278,10 @@ class Served(Answer):
 
 
 class ServedList(Answer):
-    """What draws have served. It is written down every few seconds, so a crash may lose the last of it."""
+    """A page of what draws have served; pass `next` as `cursor` for the following one, None at the end.
+
+    It is written down every few seconds, so a crash may lose the last of it.
+    """
 
     served: list[Served]
+    next: str | None

@@ -1,13 +1,14 @@
 """Removes what no row of the database names, and never what one will.
 
-Five kinds of leftovers:
+Six kinds of leftovers:
 
 - packs of generations whose grace period is over, and of the oldest ones if retired packs take more than
   `retired_bytes`: the rows first, then the files that no row names any more;
 - packs of commits that never happened (a crash, a lost race): files older than the grace period without a row;
 - uploads whose ingest is final, or that nobody finished (a crash between rename and commit);
 - extractors that nothing names any more (`extractors.collect`);
-- originals that no task has any more (`samples`), and those of commits that never happened.
+- originals that no task has any more (`samples`), and those of commits that never happened;
+- rows of the audit that were kept for long enough, and of logins that are over.
 
 On a full disk removing rows needs room first: it is taken from the reserve (`storage.Reserve`).
 
@@ -35,7 +36,7 @@ from sqlalchemy.orm import Session
 
 from engram.errors import EngramError, StorageFull
 
-from . import extractors, samples
+from . import audit, extractors, samples, sessions
 from .commit import exclusive
 from .database import Database
 from .ingest import ACTIVE
@@ -65,13 +66,14 @@ class Collected:
     packs: int
     uploads: int
     extractors: int
+    records: int
     samples: int = 0
     stuck: Stuck = field(default_factory=dict)
 
     @property
-    def counts(self) -> tuple[int, int, int, int, int]:
+    def counts(self) -> tuple[int, int, int, int, int, int]:
         """What was removed of each kind."""
-        return self.rows, self.packs, self.uploads, self.extractors, self.samples
+        return self.rows, self.packs, self.uploads, self.extractors, self.records, self.samples
 
 
 class Collector:
@@ -92,7 +94,8 @@ class Collector:
         else:
             if any(found.counts):
                 logger.info(
-                    "collected %d old pack rows, %d packs, %d uploads, %d extractors, %d samples", *found.counts
+                    "collected %d old pack rows, %d packs, %d uploads, %d extractors, %d old records, %d samples",
+                    *found.counts,
                 )
             self._tell(found.stuck)
 
@@ -157,8 +160,9 @@ def collect_rows(
     packs = _unnamed_packs(database, store, list(unwanted), stuck, pulse)
     uploads = _uploads(database, settings.spool_dir, stuck, pulse)
     models = extractors.collect(database, settings, stuck=stuck, pulse=pulse)
+    records = _records(database, settings, pulse)
     originals = _samples(database, SampleFolder(settings.samples_dir), settings.grace_s, stuck)
-    return Collected(len(retired), packs, uploads, models, originals, stuck)
+    return Collected(len(retired), packs, uploads, models, records, originals, stuck)
 
 
 @contextmanager
@@ -259,6 +263,18 @@ def _uploads(database: Database, folder: Path, stuck: Stuck, pulse: Callable[[],
             with _passing_over(path, stuck):
                 removed += _remove_if_abandoned(database, path)
     return removed
+
+
+def _records(database: Database, settings: Settings, pulse: Callable[[], None]) -> int:
+    """Rows of the audit and of sessions whose time is over are gone; returns how many."""
+    removed = 0
+    while True:
+        pulse()
+        with database.reading() as session:
+            if not (audit.has_expired(session, settings) or sessions.have_expired(session)):
+                return removed
+        with database.session() as session:
+            removed += audit.collect(session, settings) + sessions.collect(session)
 
 
 def _remove_if_abandoned(database: Database, path: Path) -> bool:

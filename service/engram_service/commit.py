@@ -22,7 +22,7 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import accumulate
 from typing import Any
@@ -39,7 +39,8 @@ from engram.memory import Where
 from engram.schemas import Buffer, BufferChange, Decision, ForkCreate
 from engram.strip import Exemplars
 
-from . import samples
+from . import audit, samples, tallies
+from .acting import principal
 from .buffers import (
     Expected,
     add_row,
@@ -77,6 +78,18 @@ Emergency = Callable[[], AbstractContextManager[Callable[[], object]]]
 """See `room.Room.emergency`."""
 
 
+@dataclass(frozen=True)
+class Deed:
+    """What the audit calls a change, and says of it beside what every change has: generation, budget, exemplars, bytes.
+
+    See `audit.record`.
+    """
+
+    action: str
+    subject: str = ""
+    after: Mapping[str, Any] = field(default_factory=dict)
+
+
 class _Raced(Exception):
     """Another commit made the generation that this one was computed for, or a pack of this one was collected."""
 
@@ -87,6 +100,7 @@ def commit(
     buffer: str,
     change: Callable[[Content], Content],
     *,
+    deed: Deed | None = None,
     ingest: Claim | None = None,
     expected: Expected | None = None,
     emergency: Emergency | None = None,
@@ -96,6 +110,7 @@ def commit(
 
     Args:
         change: called again if another commit came first; what it raises leaves everything as it was.
+        deed: what the change is called; None is what an ingest does.
         ingest: ends as committed in the same transaction.
         expected: the state of the buffer that `change` is meant for.
         emergency: what to do if the disk is full and `change` frees room. The change may then take several generations.
@@ -108,8 +123,10 @@ def commit(
         StorageFull: the disk is full; nothing changed, or in an emergency only some of the tasks.
         Unavailable: lost too many races; nothing changed.
     """
+    if deed is None:
+        deed = Deed("ingest.commit", ingest.id, {"task": ingest.task}) if ingest else Deed("buffer.change")
     try:
-        return _commit(database, store, buffer, change, ingest, expected, resample)
+        return _commit(database, store, buffer, change, deed, ingest, expected, resample)
     except StorageFull:
         if emergency is None:
             raise
@@ -117,7 +134,7 @@ def commit(
         while True:
             collect()
             step = _Step(change, _free_bytes(store))
-            generation = _commit(database, store, buffer, step, None, expected, resample)
+            generation = _commit(database, store, buffer, step, deed, None, expected, resample)
             if step.is_last:
                 collect()
                 return generation
@@ -129,6 +146,7 @@ def _commit(
     store: PackStore,
     buffer: str,
     change: Callable[[Content], Content],
+    deed: Deed,
     ingest: Claim | None,
     expected: Expected | None,
     resample: Resample | None,
@@ -146,7 +164,7 @@ def _commit(
         changed = {} if resample is None else resample(before, after, held)
         kept = {task: originals.put(sample) for task, sample in changed.items()}
         try:
-            return _write(database, store, row, before, after, packs, ingest, kept)
+            return _write(database, store, row, before, after, packs, deed, ingest, kept)
         except _Raced:
             continue
     raise _overtaken(buffer)
@@ -195,7 +213,9 @@ def change(
             content = memory.rename(content, wanted.class_names)
         return content if wanted.budget_bytes is None else memory.reshare(content, budget_bytes=wanted.budget_bytes)
 
-    return commit(database, store, buffer, make, expected=expected, emergency=emergency)
+    names = {str(class_id): name for class_id, name in wanted.class_names.items()}
+    deed = Deed("buffer.change", after={"class_names": names} if names else {})
+    return commit(database, store, buffer, make, deed=deed, expected=expected, emergency=emergency)
 
 
 def reshare(
@@ -215,7 +235,8 @@ def reshare(
         Conflict, StorageFull, Unavailable: as `commit`.
     """
     make = partial(memory.reshare, budget_bytes=budget_bytes, without_task=without_task)
-    return commit(database, store, buffer, make, expected=expected, emergency=emergency)
+    deed = Deed("buffer.change") if without_task is None else Deed("task.delete", f"task {without_task}")
+    return commit(database, store, buffer, make, deed=deed, expected=expected, emergency=emergency)
 
 
 def fork(database: Database, store: PackStore, source: str, wanted: ForkCreate) -> Buffer:
@@ -224,10 +245,12 @@ def fork(database: Database, store: PackStore, source: str, wanted: ForkCreate) 
     It counts generations on from the one that it was made of. Uploads to the source may go on meanwhile.
 
     Raises:
+        Forbidden: whoever asks may not make a buffer of this name.
         NotFound: no such buffer.
         Conflict: the name is taken, or the source is not at `wanted.generation`.
         StorageFull, Unavailable: as `commit`.
     """
+    principal().need("admin", wanted.name)
     for _ in range(MAX_RACES):
         with database.reading() as session:
             row = find(session, source)
@@ -269,7 +292,8 @@ def remove(
         NotFound: no such buffer, or nothing that `where` names.
         Conflict, StorageFull, Unavailable: as `commit`.
     """
-    asked: dict[str, Any] = {"expected": expected, "emergency": emergency}
+    deed = Deed("exemplars.remove", str(where))
+    asked: dict[str, Any] = {"deed": deed, "expected": expected, "emergency": emergency}
     resample = partial(samples.without, where=where)
     try:
         return commit(database, store, buffer, partial(memory.remove, where=where), resample=resample, **asked)
@@ -296,7 +320,8 @@ def relabel(
     """
     change = partial(memory.relabel, where=where, class_id=class_id)
     resample = partial(samples.relabelled, where=where, class_id=class_id)
-    return commit(database, store, buffer, change, expected=expected, resample=resample)
+    deed = Deed("exemplars.relabel", str(where), {"class_id": class_id})
+    return commit(database, store, buffer, change, deed=deed, expected=expected, resample=resample)
 
 
 def place_of(session: Session, buffer: str, digest: str, row: int) -> tuple[Where, Expected]:
@@ -386,6 +411,7 @@ def _write(
     before: Content,
     after: Content,
     packs: list[PackRow],
+    deed: Deed,
     ingest: Claim | None,
     kept: Mapping[int, str | None],
 ) -> int:
@@ -418,7 +444,25 @@ def _write(
             session.execute(update(TaskRow).where(*of_task).values(sample=sample))
         if ingest is not None:
             _end(session, ingest, generation, now)
+        audit.record(
+            session,
+            deed.action,
+            buffer=buffer.name,
+            subject=deed.subject,
+            before=_figures(buffer.generation, before),
+            after={**_figures(generation, after), **deed.after},
+        )
     return generation
+
+
+def _figures(generation: int, content: Content) -> dict[str, Any]:
+    """What the audit says of a content."""
+    return {
+        "generation": generation,
+        "budget_bytes": content.policy.budget_bytes,
+        "exemplars": sum(sum(task.kept.values()) for task in content.tasks.values()),
+        "used_bytes": sum(task.pack_bytes for task in content.tasks.values()),
+    }
 
 
 def _write_fork(
@@ -460,6 +504,13 @@ def _write_fork(
             made_task.sample = originals[number]
             session.add(made_task)
         session.flush()
+        audit.record(
+            session,
+            "buffer.fork",
+            buffer=wanted.name,
+            subject=f"of {source.name} at generation {source.generation}",
+            after={**_figures(source.generation, after), "frozen": wanted.frozen},
+        )
         return describe(session, made)
 
 
@@ -509,6 +560,7 @@ def _end(session: Session, ingest: Claim, generation: int, now: float) -> None:
     committed = committed.values(images_done=IngestRow.images_total, lease_owner=None)
     if _changed(session, committed.values(updated_at=now)) != 1:
         raise LeaseLost(ingest.id)
+    tallies.ingest_ended(session, ingest.id)
 
 
 def _changed(session: Session, statement: Any) -> int:

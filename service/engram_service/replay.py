@@ -18,6 +18,7 @@ from functools import partial
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from engram import batch, packs, strip, tar
 from engram.draw import STRATEGIES, IntArray, Layout, Plan, Request, plan
@@ -50,6 +51,7 @@ EXPORT_BYTES = 2**20
 """Of exemplars that an export holds at once; its answer takes a few times that."""
 
 Write = Callable[[Sequence[batch.Part]], bytes]
+FloatArray = npt.NDArray[np.float64]
 Collect = Callable[[dict[int, strip.Exemplars], Plan, batch.IntArray], list[batch.Part]]
 
 _PIECE_ROWS = 4096
@@ -80,6 +82,7 @@ class View:
         self.largest = 0
         """Bytes of the largest exemplar that was met in its packs so far."""
         self._rest = [(pack.task, pack.quality, pack.bytes) for pack in held]
+        self._class_bytes = [size for pack in held if isinstance(pack, DrawnFrom) for size in pack.class_bytes]
         self.schema = Schema.declare(fields or {})
         self.remembered: dict[object, object] = {}
         """What was computed of the generation once: see `listing`, `maps`."""
@@ -89,6 +92,12 @@ class View:
     def bytes(self) -> int:
         """Memory it takes, roughly."""
         return self.layout.bytes + _PACK_BYTES * len(self.digests)
+
+    def run_bytes(self) -> FloatArray:
+        """The mean bytes of an exemplar of each run of the layout; zeros where that is not known."""
+        sizes = np.array(self._class_bytes, np.float64)
+        counts = self.layout.run_counts
+        return sizes / np.maximum(counts, 1) if len(sizes) == len(counts) else np.zeros(len(counts))
 
     def quality(self, place: int) -> int:
         """That of a pack's exemplars."""
@@ -126,10 +135,21 @@ class Drawn:
     damaged: int
 
 
-class Replay:
-    """Draws from the generations of all buffers. Safe to call from any thread."""
+Note = Callable[[View, IntArray, int, int], None]
+"""Called with the runs of the layout that an answer's exemplars are of, its bytes, and how many were damaged."""
 
-    def __init__(self, database: Database, cache: PackCache, settings: Settings) -> None:
+
+class Replay:
+    """Draws from the generations of all buffers. Safe to call from any thread; `note` learns of every draw."""
+
+    def __init__(
+        self,
+        database: Database,
+        cache: PackCache,
+        settings: Settings,
+        note: Note = lambda view, runs, size, damaged: None,
+    ) -> None:
+        self._note = note
         self.database = database
         self.cache = cache
         self.settings = settings
@@ -211,7 +231,7 @@ class Replay:
         loaded = self.cache.peek([view.digests[index] for index in touched])
         if loaded is None or len(chosen.rows) * max([found.largest for found in loaded], default=0) > self._small_bytes:
             return self.make(self._weigh(view, chosen, write)) if may_load else None
-        return self._drawn(view, chosen, write, _draw(view, chosen, touched, loaded, batch.collect))
+        return self._drawn(view, _draw(view, chosen, touched, loaded, batch.collect), write)
 
     def pick(self, view: View, request: Request, write: Write = batch.assemble) -> Picked:
         """What the request asks for, to be made by `make` when there is room for so much.
@@ -237,15 +257,17 @@ class Replay:
         else:
             wanted = [(view.digests[index], view.counts[index]) for index in touched]
             drawn = self.cache.read(wanted, lambda opened: _draw(view, chosen, touched, opened, packs.collect))
-        return self._drawn(view, chosen, write, drawn)
+        return self._drawn(view, drawn, write)
 
-    def _drawn(self, view: View, chosen: Plan, write: Write, drawn: tuple[list[batch.Part], int]) -> Drawn:
-        parts, missing = drawn
+    def _drawn(self, view: View, drawn: tuple[list[batch.Part], Plan, int], write: Write) -> Drawn:
+        parts, intact, missing = drawn
         if missing:
             self._check_stands(view)
         if missing and not parts:
             raise Unavailable(f"all {missing} exemplars of this draw are damaged on disk; /healthz names the packs")
-        return Drawn(write(parts), view.generation, len(chosen.rows) - missing, missing)
+        body = write(parts)
+        self._note(view, intact.runs, len(body), missing)
+        return Drawn(body, view.generation, len(intact.rows), missing)
 
     def _weigh(self, view: View, chosen: Plan, write: Write) -> Picked:
         """The draw, weighed before a byte of it is read.
@@ -386,7 +408,7 @@ class Replay:
 
 def _draw(
     view: View, chosen: Plan, touched: list[int], loaded: list[LoadedPack], collect: Collect
-) -> tuple[list[batch.Part], int]:
+) -> tuple[list[batch.Part], Plan, int]:
     """What is intact of the chosen exemplars, and how many are not; `touched` are the places of the packs `loaded`."""
     places, lost = chosen.rows, 0
     if any(found.rows is not None for found in loaded):
@@ -397,7 +419,7 @@ def _draw(
         lost = len(places) - int(intact.sum())
         chosen, places = Plan(*(column[intact] for column in chosen)), places[intact]
     held = {at: found.exemplars for at, found in zip(touched, loaded, strict=True) if found.exemplars is not None}
-    return (collect(held, chosen, places) if len(places) else []), lost
+    return (collect(held, chosen, places) if len(places) else []), chosen, lost
 
 
 def _bytes_of(loaded: LoadedPack, rows: IntArray, extra_bytes: int) -> int:

@@ -155,6 +155,12 @@ def of_buffer(session: Session, folder: SampleFolder, buffer: str) -> dict[int, 
     return {task: sample for task, sample in found.items() if sample is not None}
 
 
+def of_task(session: Session, folder: SampleFolder, buffer: str, task: int) -> Sample | None:
+    """The originals that are kept of a task, None if there are none."""
+    row = session.get(TaskRow, (buffer, task))
+    return None if row is None or row.sample is None else folder.get(row.sample)
+
+
 def draw(images: Images, per_class: int, seed: str) -> Sample | None:
     """Some originals of each class of an upload, always the same of one seed; None if none are wanted.
 
