@@ -19,6 +19,7 @@ def upgrade() -> None:
     op.add_column("ingests", sa.Column("started_at", sa.Float(), nullable=True))
     op.add_column("ingests", sa.Column("is_kept", sa.Boolean(), server_default=sa.false(), nullable=False))
     op.add_column("ingests", sa.Column("failures", sa.JSON(), server_default="[]", nullable=False))
+    op.add_column("tasks", sa.Column("sample", sa.String(length=64), nullable=True))
     op.create_table(
         "tokens",
         sa.Column("id", sa.String(length=32), nullable=False),
@@ -87,3 +88,4 @@ def downgrade() -> None:
         op.drop_column("buffers", column)
     for column in "failures", "is_kept", "started_at", "request_id", "token_id", "who":
         op.drop_column("ingests", column)
+    op.drop_column("tasks", "sample")

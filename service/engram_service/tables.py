@@ -78,7 +78,8 @@ class BufferRow(Base):
 class TaskRow(Base):
     """One step of a buffer's stream. `seen` maps class id (a string: JSON) to images uploaded so far.
 
-    `means` is what herding goes toward, as `engram.content.Means.to_bytes` writes it.
+    `means` is what herding goes toward, as `engram.content.Means.to_bytes` writes it. `sample` names the originals that
+    are kept for a map: see `samples`.
     """
 
     __tablename__ = "tasks"
@@ -88,6 +89,7 @@ class TaskRow(Base):
     seen: Mapped[dict[str, int]] = mapped_column(JSON)
     decision: Mapped[dict[str, Any] | None] = mapped_column(JSON, default=None)
     means: Mapped[bytes | None] = mapped_column(LargeBinary, default=None)
+    sample: Mapped[str | None] = mapped_column(String(64), default=None)
 
 
 class PackRow(Base):
