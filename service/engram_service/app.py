@@ -22,7 +22,7 @@ from .head import Head
 from .liveness import Liveness
 from .replay import Replay
 from .room import Room
-from .routes import buffers, draw, exemplars, export, extractors, health, ingests, packs, tasks
+from .routes import buffers, disk, draw, exemplars, export, extractors, health, ingests, packs, tasks
 from .settings import Settings
 from .storage import PackStore, Reserve
 
@@ -78,7 +78,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.add_middleware(Head)
     app.add_middleware(problems.LastResort)
     # Routes are tried in order: draws come by the hundred a second, everything else now and then.
-    for resource in (draw, packs, buffers, extractors, ingests, tasks, export, exemplars, health):
+    for resource in (draw, packs, buffers, extractors, ingests, tasks, export, exemplars, disk, health):
         app.include_router(resource.router)
     pages.install(app)
     interface.document(app, settings)

@@ -512,6 +512,11 @@ def release_all(database: Database, owner: str, *, counts: bool = True) -> None:
         session.execute(update(IngestRow).where(*own).values(**_FREE, **_changed(), attempts=attempts))
 
 
+def release_everything(session: Session) -> None:
+    """All that is not final waits for a worker: those that were at it are not there any more."""
+    session.execute(update(IngestRow).where(IngestRow.state.in_(ACTIVE)).values(**_FREE, **_changed(), pause_s=None))
+
+
 def held_by(session: Session, leases: Iterable[Lease]) -> set[Lease]:
     """Those of these leases that are still held, or whose ingests their workers brought to an end."""
     by_id = {lease.id: lease for lease in leases}
