@@ -27,7 +27,7 @@ from typer.testing import CliRunner
 from engram.client import Client
 from engram.errors import Unauthorized
 from engram_service import cli
-from engram_service.auth import OPEN_PATHS
+from engram_service.access import OPEN_PATHS
 from engram_service.settings import Settings
 
 ROOT = Path(__file__).parent.parent

@@ -134,19 +134,22 @@ class Groups(NamedTuple):
 class Plan(NamedTuple):
     """The exemplars to return, by pack and row ascending; the arrays are aligned by exemplar.
 
-    `packs` are places in the manifest, `rows` count within the pack.
+    `packs` are places in the manifest, `rows` count within the pack, `runs` are places in the layout's runs (none if
+    the plan is not from a layout).
     """
 
     packs: IntArray
     rows: IntArray
     tasks: IntArray
     class_ids: IntArray
+    runs: IntArray = np.empty(0, np.int64)
 
 
 class Layout:
     """The index of one generation that draws are planned on: a run for each class of each pack.
 
-    Global rows number the exemplars of all packs in manifest order.
+    Global rows number the exemplars of all packs in manifest order. `run_tasks`, `run_classes` and `run_counts` say
+    what each run holds.
     """
 
     def __init__(self, packs: Sequence[Held]) -> None:
@@ -157,11 +160,11 @@ class Layout:
         numbers = chain.from_iterable(chain.from_iterable(pack.runs) for pack in packs)
         runs = np.fromiter(numbers, np.int64, 2 * sum(lengths)).reshape(-1, 2)
         self._run_packs = np.repeat(np.arange(len(packs)), lengths)
-        self._run_tasks = np.repeat(np.array([pack.task for pack in packs], np.int64), lengths)
-        self._run_classes, self._run_counts = runs.T.copy()
-        self._run_starts = np.cumsum(self._run_counts) - self._run_counts
-        if int(self._run_counts.sum()) != self.count:
-            raise ValueError(f"the packs' runs sum to {self._run_counts.sum()} exemplars, the packs to {self.count}")
+        self.run_tasks = np.repeat(np.array([pack.task for pack in packs], np.int64), lengths)
+        self.run_classes, self.run_counts = runs.T.copy()
+        self._run_starts = np.cumsum(self.run_counts) - self.run_counts
+        if int(self.run_counts.sum()) != self.count:
+            raise ValueError(f"the packs' runs sum to {self.run_counts.sum()} exemplars, the packs to {self.count}")
         self._groups: dict[tuple[str, Sequence[int] | None, Sequence[int]], Groups] = {}
 
     @property
@@ -172,7 +175,31 @@ class Layout:
     def runs(self, pack: int) -> list[tuple[int, int]]:
         """(class id, count) of each class of the pack at this place in the manifest."""
         first, end = np.searchsorted(self._run_packs, [pack, pack + 1]).tolist()
-        return list(zip(self._run_classes[first:end].tolist(), self._run_counts[first:end].tolist(), strict=True))
+        return list(zip(self.run_classes[first:end].tolist(), self.run_counts[first:end].tolist(), strict=True))
+
+    def stretches(self, task: int | None, class_id: int | None, first: int = 0) -> tuple[IntArray, IntArray]:
+        """Global rows of a task or a class or both, from row `first` on: where each run begins, and how many it has."""
+        begins = np.maximum(self._run_starts, first)
+        counts = self._run_starts + self._run_counts - begins
+        is_wanted = counts > 0
+        if task is not None:
+            is_wanted &= self._run_tasks == task
+        if class_id is not None:
+            is_wanted &= self._run_classes == class_id
+        return begins[is_wanted], counts[is_wanted]
+
+    def after(self, task: int, class_id: int, rank: int) -> int:
+        """The first global row that comes after this place in the order of tasks, classes and ranks."""
+        first, end = np.searchsorted(self._run_tasks, [task, task + 1]).tolist()
+        run = first + int(np.searchsorted(self._run_classes[first:end], class_id))
+        if run == len(self._run_starts):
+            return self.count
+        is_there = run < end and int(self._run_classes[run]) == class_id
+        return int(self._run_starts[run]) + (min(rank + 1, int(self._run_counts[run])) if is_there else 0)
+
+    def ranks(self, rows: IntArray) -> IntArray:
+        """The places of these global rows in their classes, from 0."""
+        return rows - self._run_starts[np.searchsorted(self._run_starts, rows, side="right") - 1]
 
     def groups(self, by: str, tasks: Sequence[int] | None, exclude_tasks: Sequence[int]) -> Groups:
         """The groups by "all", "class" or "task" of the tasks that pass the filters; remembered for the next step.
@@ -196,7 +223,7 @@ class Layout:
         """Where these global rows, ascending, are."""
         runs = np.searchsorted(self._run_starts, rows, side="right") - 1
         packs = self._run_packs[runs]
-        return Plan(packs, rows - self.pack_starts[packs], self._run_tasks[runs], self._run_classes[runs])
+        return Plan(packs, rows - self.pack_starts[packs], self.run_tasks[runs], self.run_classes[runs], runs)
 
     def _make_groups(self, by: str, tasks: Sequence[int] | None, exclude_tasks: Sequence[int]) -> Groups:
         known = set(self.tasks)
@@ -205,16 +232,16 @@ class Layout:
         if missing:
             raise NotFound(f"task {missing[0]} holds no exemplars; tasks with exemplars: {self.tasks}")
         chosen = (known if tasks is None else set(tasks)) - set(exclude_tasks)
-        runs = np.flatnonzero(np.isin(self._run_tasks, list(chosen)))
+        runs = np.flatnonzero(np.isin(self.run_tasks, list(chosen)))
         if len(runs) == 0:
             raise Conflict(
                 f"no exemplars to draw from: tasks with exemplars {self.tasks}, excluded {list(exclude_tasks)}"
             )
-        label = {"all": np.zeros_like(self._run_tasks), "class": self._run_classes, "task": self._run_tasks}[by][runs]
+        label = {"all": np.zeros_like(self.run_tasks), "class": self.run_classes, "task": self.run_tasks}[by][runs]
         order = np.argsort(label, kind="stable")
         runs, label = runs[order], label[order]
         firsts = np.flatnonzero(np.concatenate([[True], label[1:] != label[:-1]]))
-        counts = self._run_counts[runs]
+        counts = self.run_counts[runs]
         sizes = np.add.reduceat(counts, firsts)
         return Groups(sizes, np.cumsum(sizes) - sizes, np.cumsum(counts) - counts, self._run_starts[runs])
 

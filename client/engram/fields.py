@@ -42,6 +42,7 @@ from engram.errors import BadUpload, InvalidRequest, StripCorrupt
 Bytes = bytes | memoryview
 Array = npt.NDArray[Any]
 IntArray = npt.NDArray[np.int64]
+UInt8Array = npt.NDArray[np.uint8]
 Column = Array | list[Array] | list[str]
 """Of N exemplars: [N, ...] of a field of fixed size, N arrays of a ragged one, N texts."""
 Cell = Array | str
@@ -287,6 +288,35 @@ class Schema:
                     found[each.name] = _texts(each, parts) if each.dtype == TEXT else _arrays(each, parts)
         return {each.name: found[each.name] for each in self.fields if each.name in found}
 
+    def find(self, name: str, data: UInt8Array, starts: IntArray, lengths: IntArray) -> tuple[IntArray, IntArray]:
+        """Where the value of one field lies in `data` for each of the records there, and how many bytes it has.
+
+        The place is -1 where a record ends before its value does.
+
+        Args:
+            name: of the field.
+            data: bytes that hold the records, uint8.
+            starts: of each record in them.
+            lengths: of each record.
+        """
+        each = next(each for each in self.fields if each.name == name)
+        at, ends = starts.astype(np.int64), starts.astype(np.int64) + lengths
+        if not each.is_ragged:
+            before = self.fixed[: self.fixed.index(each)]
+            first, size = at + sum(other.row_bytes for other in before), each.row_bytes
+            return np.where(first + size <= ends, first, -1), np.full(len(at), size, np.int64)
+        at += self.packed.itemsize
+        for ragged in self.ragged:
+            first = at + _COUNT.size
+            sizes = np.zeros(len(at), np.int64)
+            is_there = first <= ends
+            sizes[is_there] = cut(data, at[is_there], _COUNT.size).view("<u4")[:, 0].astype(np.int64) * ragged.row_bytes
+            is_there &= first + sizes <= ends
+            if ragged is each:
+                return np.where(is_there, first, -1), np.where(is_there, sizes, 0)
+            at = np.where(is_there, first + sizes, ends)
+        raise AssertionError("a ragged field is one of the ragged ones")
+
     def _cut_ragged(self, records: Sequence[Bytes]) -> list[list[Bytes]]:
         """The bytes of every ragged field of every record, their counts checked.
 
@@ -368,6 +398,12 @@ class Columns:
 
 NO_COLUMNS: Final = Columns(NO_FIELDS, {}, 0)
 """What images have that came without fields."""
+
+
+def cut(data: UInt8Array, starts: IntArray, size: int) -> UInt8Array:
+    """As many stretches of `size` bytes of `data` as there are starts, [n, size]."""
+    found: UInt8Array = data[starts[:, None] + np.arange(size)]
+    return found
 
 
 def array_key(number: int) -> str:

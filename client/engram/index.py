@@ -61,6 +61,23 @@ class Indexed(Exemplars):
         class_ids, lengths = self.index.runs
         return np.repeat(class_ids.astype(np.int64), lengths)
 
+    def select(self, rows: npt.ArrayLike) -> Exemplars:
+        """As that of `Exemplars`, in a time that does not grow with the pack."""
+        wanted = np.asarray(rows, np.int64)
+        starts, lengths, checksums = self.starts[wanted], self.lengths[wanted], self.checksums[wanted]
+        class_ids, counts = self.index.runs
+        places = np.searchsorted(np.cumsum(counts), wanted % max(1, len(self)), side="right")
+        return Exemplars(
+            self.form,
+            self.data,
+            starts,
+            lengths,
+            class_ids[places].astype(np.int64),
+            checksums,
+            None if self.record_starts is None else self.record_starts[wanted],
+            None if self.record_lengths is None else self.record_lengths[wanted],
+        )
+
 
 @dataclass(frozen=True, eq=False)
 class Index:

@@ -10,15 +10,26 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from engram.schemas import Answer, BudgetBytes, Model, Word
+from engram.schemas import Answer, BudgetBytes, Definition, Model, QualityState, Rule, Word
 
 TokenScope = Literal["read", "write", "admin"]
 """What a token allows, each including those before it. read: see what is stored, draw, mirror, export. write: change
 what is in buffers: upload, cancel, remove, relabel, register extractors. admin: make, resize, fork and delete buffers;
 without a prefix also tokens, audit and what concerns the whole service."""
 
+MapMethod = Literal["pca", "tsne", "umap"]
+"""How a map is laid out. pca is exact and always there; tsne and umap are for whoever installs their libraries."""
+
 TokenName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9 ._@-]{0,99}$")]
 BufferPrefix = Annotated[str, Field(pattern=r"^([a-z0-9][a-z0-9._-]{0,62})?$")]
+
+
+class WhoAmI(Answer):
+    """Whose token a request carries: "admin" is that of the environment; "local" is none, where none is needed."""
+
+    who: str
+    scope: Word[TokenScope] | None
+    prefix: str
 
 
 class TokenCreate(Model):
@@ -133,8 +144,129 @@ class Forecast(Answer):
     classes: list[ForecastClass]
 
 
+class Bin(Answer):
+    """How many exemplars have this value, or one from `low` to below `high`."""
+
+    value: bool | int | float | str | None = None
+    low: float | None = None
+    high: float | None = None
+    exemplars: int
+
+
+class Histogram(Answer):
+    """How the exemplars that pass some filters are spread over classes, tasks, bytes or the values of a field.
+
+    `exemplars` are those of the tasks and classes asked for. `counted` are those of them that were looked at and pass:
+    of many, evenly spread ones where a field is counted. `others` of these are in no bin: NaN and infinities, rare
+    texts, the smallest of very many classes.
+    """
+
+    of: str
+    bins: list[Bin]
+    exemplars: int
+    counted: int
+    others: int
+
+
+class Recoded(Answer):
+    """One exemplar at one quality: the bytes that it adds to a strip, with its fields."""
+
+    quality: int
+    bytes: int
+
+
+class Qualities(Answer):
+    """One exemplar as it is stored, and encoded again from that at each lower candidate quality."""
+
+    pack: str
+    row: int
+    stored: Recoded
+    lower: list[Recoded]
+
+
+class WhatIfAsk(Model):
+    """How a decision might have been made; what is None is as it was."""
+
+    definition: Definition | None = None
+    rule: Rule | None = None
+    epsilon: Annotated[float, Field(gt=0, le=100)] | None = None
+    budget_bytes: BudgetBytes | None = None
+
+
+class WhatIfCandidate(Answer):
+    """One candidate quality, looked at again.
+
+    `ratio` is R of pixels of this task, `pooled_ratio` that over all tasks, which is what chooses; `passes` says if
+    it is near enough to 1. `exemplars` fitted when the task was uploaded; `exemplars_then` would fit the task's share
+    of the budget now, an estimate from the mean bytes of those.
+    """
+
+    quality: int
+    ratio: float | None
+    pooled_ratio: float | None
+    passes: bool
+    exemplars: int
+    bytes: int
+    exemplars_then: int
+
+
+class WhatIf(Answer):
+    """What selection would choose from what it measured, under other settings: nothing is changed.
+
+    `quality` None: nothing was measured, because the quality was fixed with the buffer. `says` is one sentence on the
+    choice. `is_now` is the buffer's quality and `now_is` how it came to have that; `share_bytes` is the task's part of
+    the budget that was asked for.
+    """
+
+    buffer: str
+    task: int
+    definition: Word[Definition]
+    rule: Word[Rule]
+    epsilon: float
+    budget_bytes: int
+    share_bytes: int
+    quality: int | None
+    says: str
+    is_now: int | None
+    now_is: Word[QualityState]
+    candidates: list[WhatIfCandidate]
+
+
+class MapPoint(Answer):
+    """An exemplar on a map, by its pack and row; or an original, by its number in the sample of its task."""
+
+    x: float
+    y: float
+    class_id: int
+    pack: str | None = None
+    row: int | None = None
+    original: int | None = None
+
+
+class TaskMap(Answer):
+    """Exemplars of a task, and the originals that were kept for comparison, laid out so that what looks alike is near.
+
+    `points` are at most so many of the `exemplars`, drawn at random but always the same. `methods` are those that this
+    service can use. `explained_ratio` is the part of the variance that the two axes of `pca` show.
+    """
+
+    buffer: str
+    generation: int
+    task: int
+    method: Word[MapMethod]
+    methods: list[Word[MapMethod]]
+    explained_ratio: float | None
+    exemplars: int
+    points: list[MapPoint]
+    originals: list[MapPoint]
+
+
 class Served(Answer):
-    """What was drawn of one class of one task by one principal, over requests of all kinds of draws."""
+    """What was drawn of one class of one task by one principal.
+
+    `bytes` counts each exemplar at the mean of its class in its pack. Mirrors fetch packs and exports send files: none
+    of these are draws.
+    """
 
     buffer: str
     task: int
@@ -146,6 +278,10 @@ class Served(Answer):
 
 
 class ServedList(Answer):
-    """What draws have served. It is written down every few seconds, so a crash may lose the last of it."""
+    """A page of what draws have served; pass `next` as `cursor` for the following one, None at the end.
+
+    It is written down every few seconds, so a crash may lose the last of it.
+    """
 
     served: list[Served]
+    next: str | None

@@ -161,9 +161,13 @@ class Exemplars:
     @property
     def sizes(self) -> IntArray:
         """Bytes that each exemplar adds to a strip: segment, marker, CRC; its record and what says how long."""
+        return self.sizes_of(slice(None))
+
+    def sizes_of(self, rows: IntArray | slice) -> IntArray:
+        """As `sizes`, of these rows alone."""
         if self.record_lengths is None:
-            return self.lengths + 6
-        return self.lengths + self.record_lengths + (10 if self.schema.ragged else 6)
+            return self.lengths[rows] + 6
+        return self.lengths[rows] + self.record_lengths[rows] + (10 if self.schema.ragged else 6)
 
     def select(self, rows: npt.ArrayLike) -> Exemplars:
         """These rows, in this order, without copying or re-encoding anything.
@@ -223,6 +227,10 @@ class Loose(NamedTuple):
             StripCorrupt: a record is not what the schema says.
         """
         return {} if self.records is None else self.form.schema.decode(self.records, names)
+
+    def together(self) -> Exemplars:
+        """The same exemplars in one piece of memory."""
+        return _exemplars(self.form, self.segments, self.class_ids, self.checksums, self.records)
 
     def is_intact(self) -> bool:
         """Whether the bytes of each are those that its checksum is of."""

@@ -1,4 +1,4 @@
-"""Tokens, sessions, the audit, what draws have served, and who uploaded what."""
+"""Tokens, sessions, the audit, what draws have served, tallies, and who uploaded what."""
 
 from __future__ import annotations
 
@@ -37,7 +37,6 @@ def upgrade() -> None:
         "sessions",
         sa.Column("id_sha256", sa.String(length=64), nullable=False),
         sa.Column("token_sha256", sa.String(length=64), nullable=False),
-        sa.Column("csrf", sa.String(length=64), nullable=False),
         sa.Column("created_at", sa.Float(), nullable=False),
         sa.Column("expires_at", sa.Float(), nullable=False),
         sa.PrimaryKeyConstraint("id_sha256", name=op.f("pk_sessions")),
@@ -70,10 +69,17 @@ def upgrade() -> None:
         sa.ForeignKeyConstraint(["buffer"], ["buffers.name"], name=op.f("fk_served_buffer"), ondelete="CASCADE"),
         sa.PrimaryKeyConstraint("buffer", "who", "task", "class_id", name=op.f("pk_served")),
     )
+    op.create_table(
+        "tallies",
+        sa.Column("name", sa.String(length=32), nullable=False),
+        sa.Column("label", sa.String(length=64), nullable=False),
+        sa.Column("value", sa.Float(), nullable=False),
+        sa.PrimaryKeyConstraint("name", "label", name=op.f("pk_tallies")),
+    )
 
 
 def downgrade() -> None:
-    for table in "served", "audit", "sessions", "tokens":
+    for table in "tallies", "served", "audit", "sessions", "tokens":
         op.drop_table(table)
     for column in "failures", "is_kept", "started_at", "request_id", "token_id", "who":
         op.drop_column("ingests", column)

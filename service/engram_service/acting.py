@@ -6,6 +6,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import get_args
@@ -24,19 +26,19 @@ class Principal:
     Args:
         who: the name of the token; "admin" for that of the environment, "local" for requests from this machine to a
             service without tokens, "service" for the service itself.
-        scope: see `SCOPES`.
+        scope: see `SCOPES`; None allows nothing.
         prefix: what the names of the buffers begin with that the principal may see and change; "" is all.
         token_id: None if there is no row of its token.
     """
 
     who: str
-    scope: TokenScope
+    scope: TokenScope | None
     prefix: str = ""
     token_id: str | None = None
 
     def may(self, scope: TokenScope) -> bool:
         """Whether what needs this scope is allowed."""
-        return SCOPES.index(self.scope) >= SCOPES.index(scope)
+        return self.scope is not None and SCOPES.index(self.scope) >= SCOPES.index(scope)
 
     def reaches(self, buffer: str) -> bool:
         """Whether a buffer of this name is the principal's to see."""
@@ -70,6 +72,12 @@ class Principal:
 
 SERVICE = Principal("service", "admin")
 LOCAL = Principal("local", "admin")
+ADMIN = Principal("admin", "admin")
+NOBODY = Principal("", None)
+"""Whoever asks for what is open to all."""
+
+RESERVED = frozenset({SERVICE.who, LOCAL.who, ADMIN.who})
+"""Names that no token gets."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +89,16 @@ class Acting:
 
 
 ACTING: ContextVar[Acting] = ContextVar("acting", default=Acting())  # noqa: B039 (frozen)
+
+
+@contextmanager
+def on_behalf(acting: Acting) -> Iterator[None]:
+    """What the block changes is changed by this principal."""
+    before = ACTING.set(acting)
+    try:
+        yield
+    finally:
+        ACTING.reset(before)
 
 
 def principal() -> Principal:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -12,19 +13,39 @@ from fastapi.routing import APIRoute
 from engram.errors import StorageFull, Unavailable
 from engram.packs import PackCache, raise_handles
 
-from . import __version__, interface, pages, problems
+from . import __version__, console, interface, pages, problems
 from .answers import Answers
-from .auth import Gate, require_token_beyond_loopback
 from .bodies import Bodies
+from .console.page import Frame
 from .database import Database
 from .extractors import Turns
+from .gate import Gate, require_token_beyond_loopback
 from .head import Head
 from .liveness import Liveness
+from .metrics import Metered, Metrics, Requests
 from .replay import Replay
 from .room import Room
-from .routes import buffers, disk, draw, exemplars, export, extractors, health, ingests, packs, tasks
+from .routes import (
+    audit,
+    buffers,
+    disk,
+    draw,
+    draws,
+    exemplars,
+    export,
+    extractors,
+    health,
+    ingests,
+    metrics,
+    packs,
+    tasks,
+    tokens,
+)
+from .served import Served
+from .sessions import Sessions
 from .settings import Settings
 from .storage import PackStore, Reserve
+from .tokens import USED_S, Tokens
 
 DESCRIPTION = """A compressed replay memory for continual learning.
 
@@ -44,13 +65,20 @@ def create_app(settings: Settings) -> FastAPI:
     store = PackStore(settings.packs_dir)
     raise_handles()
     cache = PackCache(store, settings.cache_bytes)
-    replay = Replay(database, cache, settings)
+    served, requests = Served(database), Requests()
+    replay = Replay(database, cache, settings, served.note)
+    known = Tokens(database, settings)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         # In the thread pool, so that its first thread is there too.
         await run_sync(replay.warm)
+        writing = asyncio.create_task(_write_down_uses(known))
+        served.start()
         yield
+        writing.cancel()
+        await run_sync(known.write_down)
+        await run_sync(served.stop)
         cache.close()
         database.close()
 
@@ -72,14 +100,22 @@ def create_app(settings: Settings) -> FastAPI:
     app.state.extractor_turns = Turns(settings)
     app.state.liveness = Liveness(settings)
     app.state.answers = Answers(settings.answer_memory_bytes)
+    app.state.tokens = known
+    app.state.sessions = Sessions(database, known, settings)
+    app.state.metrics = Metrics(requests, served, database, cache, settings)
     problems.install(app)
     app.add_middleware(Bodies, settings=settings, answers=app.state.answers)
-    app.add_middleware(Gate, settings=settings)
+    app.add_middleware(Gate, tokens=app.state.tokens, sessions=app.state.sessions)
     app.add_middleware(Head)
     app.add_middleware(problems.LastResort)
+    app.add_middleware(Frame)
+    app.add_middleware(Metered, requests=requests, settings=settings)
     # Routes are tried in order: draws come by the hundred a second, everything else now and then.
-    for resource in (draw, packs, buffers, extractors, ingests, tasks, export, exemplars, disk, health):
+    rest = (buffers, extractors, ingests, tasks, export, exemplars, draws, tokens, audit, disk, health, metrics)
+    for resource in (draw, packs, *rest):
         app.include_router(resource.router)
+    app.include_router(exemplars.counts)
+    console.install(app)
     pages.install(app)
     interface.document(app, settings)
     return app
@@ -119,6 +155,12 @@ def _opened(settings: Settings) -> Database:
         database.close()
         raise
     return database
+
+
+async def _write_down_uses(known: Tokens) -> None:
+    while True:
+        await asyncio.sleep(USED_S / 2)
+        await run_sync(known.write_down)
 
 
 def _operation_id(route: APIRoute) -> str:

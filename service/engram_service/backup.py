@@ -75,7 +75,7 @@ class Backup(Answer):
     packs: dict[Digest, int]
     extractors: dict[Digest, int]
     uploads: dict[Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")], tuple[Digest, int]]
-    damaged: list[str] = []
+    damaged: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -243,7 +243,7 @@ def _attempt(database: Database, copying: _Copying) -> tuple[str, Backup] | None
             logger.info("%s was removed before it could be copied; the rows are copied again", gone)
             shutil.rmtree(place)
             return None
-    made = wanted.model_copy(update={"damaged": sorted(copying.damaged)})
+    made = wanted.model_copy(update={"damaged": tuple(sorted(copying.damaged))})
     write_durably(place / _LIST, made.model_dump_json(indent=2).encode())
     fsync_path(folder)
     return name, made

@@ -12,16 +12,18 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
-from sqlalchemy import Select, Text, cast, or_, select
+from sqlalchemy import ColumnElement, Select, Text, cast, func, or_, select, true
 from sqlalchemy import delete as delete_from
 from sqlalchemy.exc import IntegrityError
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import InstrumentedAttribute, Session
 
 from engram import etags, shares
 from engram.errors import Conflict, NotFound
 from engram.fields import Schema
 from engram.schemas import Buffer, BufferCreate, ClassSummary, Decision, Manifest, PackEntry, QualityState, Task
 
+from . import audit
+from .acting import principal
 from .tables import BufferRow, PackRow, TaskRow
 
 Expected = frozenset[str]
@@ -32,9 +34,11 @@ def create(session: Session, wanted: BufferCreate) -> Buffer:
     """A new, empty buffer at generation 0.
 
     Raises:
+        Forbidden: whoever asks may not make a buffer of this name.
         Conflict: there is one of that name.
         InvalidRequest: it declares fields that there cannot be.
     """
+    principal().need("admin", wanted.name)
     fields = Schema.declare(wanted.fields).declared
     check_free(session, wanted.name)
     state: QualityState = "provisional" if wanted.quality is None else "fixed"
@@ -45,7 +49,9 @@ def create(session: Session, wanted: BufferCreate) -> Buffer:
         oldest_generation=0,
         created_at=time.time(),
     )
-    return describe(session, add_row(session, row))
+    add_row(session, row)
+    audit.record(session, "buffer.create", buffer=row.name, after=wanted.model_dump(mode="json", exclude={"name"}))
+    return describe(session, row)
 
 
 def add_row(session: Session, row: BufferRow) -> BufferRow:
@@ -90,8 +96,16 @@ def check_thawed(row: BufferRow) -> None:
 
 
 def read_all(session: Session) -> list[Buffer]:
-    """Every buffer, by name."""
-    return [describe(session, row) for row in session.scalars(select(BufferRow).order_by(BufferRow.name)).all()]
+    """Every buffer that whoever asks may see, by name."""
+    rows = session.scalars(select(BufferRow).where(reached(BufferRow.name)).order_by(BufferRow.name)).all()
+    return [describe(session, row) for row in rows]
+
+
+def reached(name: InstrumentedAttribute[Any]) -> ColumnElement[bool]:
+    """The condition under which a row is of a buffer that whoever asks may see."""
+    prefix = principal().prefix
+    # Exact in every database, as LIKE is not: that of SQLite takes capitals for small letters.
+    return func.substr(name, 1, len(prefix)) == prefix if prefix else true()
 
 
 def read(session: Session, name: str) -> Buffer:
@@ -114,10 +128,19 @@ def delete(session: Session, name: str, *, expected: Expected | None = None) -> 
     if row is None:
         raise _unknown(name)
     check_expected(row, expected)
+    packs, tasks = live_packs(session, name), classes_by_task(session, name)
     # By its name and not as a row that was read: another transaction may be deleting it at this moment.
     gone = session.execute(delete_from(BufferRow).where(BufferRow.name == name).returning(BufferRow.name))
     if gone.first() is None:
         raise _unknown(name)
+    before = {
+        "generation": row.generation,
+        "budget_bytes": row.budget_bytes,
+        "exemplars": sum(pack.exemplars for pack in packs),
+        "used_bytes": sum(pack.bytes for pack in packs),
+        "tasks": len(tasks),
+    }
+    audit.record(session, "buffer.delete", buffer=name, before=before)
 
 
 def created_at(row: BufferRow) -> datetime:
@@ -215,16 +238,18 @@ class DrawnFrom(NamedTuple):
     quality: int
     bytes: int
     runs: list[list[int]]
+    class_bytes: Sequence[int] = ()
 
 
 def packs_to_draw_from(session: Session, name: str, generation: int) -> list[DrawnFrom]:
     """The packs of a generation in the order of its manifest."""
     columns = (PackRow.digest, PackRow.task, PackRow.exemplars, PackRow.quality, PackRow.bytes)
     # Runs as text, to be read at once: a thousand packs take 4 ms and not 20.
-    query: Select[Any] = select(*columns, cast(PackRow.runs, Text))  # type: ignore[assignment]  # its Any is one column
+    texts = cast(PackRow.runs, Text), cast(PackRow.class_bytes, Text)
+    query: Select[Any] = select(*columns, *texts)  # type: ignore[assignment]  # its Any is one column
     rows = session.execute(_live(query, name, generation)).all()
-    runs = json.loads(f"[{','.join(row[-1] for row in rows)}]")
-    return [DrawnFrom._make((*row[:-1], held)) for row, held in zip(rows, runs, strict=True)]
+    read = json.loads(f"[{','.join(f'[{runs},{sizes}]' for *_, runs, sizes in rows)}]")
+    return [DrawnFrom(*row[:-2], *texts) for row, texts in zip(rows, read, strict=True)]
 
 
 def named_packs(session: Session, digests: Sequence[str]) -> set[str]:
@@ -324,12 +349,13 @@ def pack_of(session: Session, name: str, digest: str) -> PackEntry:
 
 
 def exemplars_of_pack(session: Session, digest: str) -> int:
-    """How many exemplars a pack of any buffer holds.
+    """How many exemplars a pack of any buffer holds that whoever asks may see.
 
     Raises:
-        NotFound: no generation that still answers has such a pack.
+        NotFound: no generation of such a buffer that still answers has such a pack.
     """
-    found = session.scalar(select(PackRow.exemplars).where(PackRow.digest == digest).limit(1))
+    named = select(PackRow.exemplars).where(PackRow.digest == digest, reached(PackRow.buffer))
+    found = session.scalar(named.limit(1))
     if found is None:
         raise NotFound(f"there is no pack {digest}", digest=digest)
     return found

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import logging
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -20,7 +19,7 @@ from rich.progress import Progress
 
 from engram.errors import EngramError
 
-from . import __version__, backup
+from . import __version__, backup, logs
 from . import restore as restoring
 from .app import create_app, open_database
 from .database import Database
@@ -208,11 +207,8 @@ def _settings(**given: Any) -> Settings:
         settings = Settings(**{name: value for name, value in given.items() if value is not None})
     except ValidationError as error:
         _die("\n".join(f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors()))
-    logging.basicConfig(
-        level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr
-    )
-    # Alembic tells every step at INFO, and what matters is said by whoever asked for a migration.
-    logging.getLogger("alembic").setLevel(logging.WARNING)
+    token = settings.admin_token
+    logs.set_up(settings.log_level, settings.log_format, secret="" if token is None else token.get_secret_value())
     return settings
 
 

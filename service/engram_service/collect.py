@@ -1,13 +1,14 @@
 """Removes what no row of the database names, and never what one will.
 
-Four kinds of leftovers:
+Five kinds of leftovers:
 
 - packs of generations whose grace period is over, and of the oldest ones if retired packs take more than
   `retired_bytes`: the rows first, then the files that no row names any more;
 - packs of commits that never happened (a crash, a lost race): files older than the grace period without a row;
 - uploads whose ingest is committed, those of failed and cancelled ones when their time is over or their room is needed
   (`failed_s`, `failed_bytes`), and those that nobody finished (a crash between rename and commit);
-- extractors that nothing names any more (`extractors.collect`).
+- extractors that nothing names any more (`extractors.collect`);
+- rows of the audit that were kept for long enough, and of logins that are over.
 
 On a full disk removing rows needs room first: it is taken from the reserve (`storage.Reserve`).
 
@@ -37,7 +38,7 @@ from sqlalchemy.orm import Session
 
 from engram.errors import EngramError, StorageFull
 
-from . import extractors, ingest
+from . import audit, extractors, ingest, sessions
 from .commit import exclusive
 from .database import Database
 from .ingest import ACTIVE
@@ -68,12 +69,13 @@ class Collected:
     packs: int
     uploads: int
     extractors: int
+    records: int
     stuck: Stuck = field(default_factory=dict)
 
     @property
-    def counts(self) -> tuple[int, int, int, int]:
+    def counts(self) -> tuple[int, int, int, int, int]:
         """What was removed of each kind."""
-        return self.rows, self.packs, self.uploads, self.extractors
+        return self.rows, self.packs, self.uploads, self.extractors, self.records
 
 
 class Collector:
@@ -93,7 +95,9 @@ class Collector:
             logger.error("leftovers cannot be collected; this is a defect of Engram", exc_info=error)
         else:
             if any(found.counts):
-                logger.info("collected %d old pack rows, %d packs, %d uploads, %d extractors", *found.counts)
+                logger.info(
+                    "collected %d old pack rows, %d packs, %d uploads, %d extractors, %d old records", *found.counts
+                )
             self._tell(found.stuck)
 
     def _tell(self, stuck: Stuck) -> None:
@@ -157,7 +161,8 @@ def collect_rows(
     packs = _unnamed_packs(database, store, list(unwanted), stuck, pulse)
     uploads = collect_uploads(database, settings, stuck=stuck, pulse=pulse)
     models = extractors.collect(database, settings, stuck=stuck, pulse=pulse)
-    return Collected(len(retired), packs, uploads, models, stuck)
+    records = _records(database, settings, pulse)
+    return Collected(len(retired), packs, uploads, models, records, stuck)
 
 
 @contextmanager
@@ -274,6 +279,18 @@ def _uploads(database: Database, folder: Path, stuck: Stuck, pulse: Callable[[],
             with _passing_over(path, stuck):
                 removed += _remove_if_abandoned(database, path)
     return removed
+
+
+def _records(database: Database, settings: Settings, pulse: Callable[[], None]) -> int:
+    """Rows of the audit and of sessions whose time is over are gone; returns how many."""
+    removed = 0
+    while True:
+        pulse()
+        with database.reading() as session:
+            if not (audit.has_expired(session, settings) or sessions.have_expired(session)):
+                return removed
+        with database.session() as session:
+            removed += audit.collect(session, settings) + sessions.collect(session)
 
 
 def _remove_if_abandoned(database: Database, path: Path) -> bool:

@@ -20,9 +20,9 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import accumulate
 from typing import Any
@@ -39,6 +39,8 @@ from engram.memory import Where
 from engram.schemas import Buffer, BufferChange, Decision, ForkCreate
 from engram.strip import Exemplars
 
+from . import audit, tallies
+from .acting import principal
 from .buffers import (
     Expected,
     add_row,
@@ -74,6 +76,18 @@ Emergency = Callable[[], AbstractContextManager[Callable[[], object]]]
 """See `room.Room.emergency`."""
 
 
+@dataclass(frozen=True)
+class Deed:
+    """What the audit calls a change, and says of it beside what every change has: generation, budget, exemplars, bytes.
+
+    See `audit.record`.
+    """
+
+    action: str
+    subject: str = ""
+    after: Mapping[str, Any] = field(default_factory=dict)
+
+
 class _Raced(Exception):
     """Another commit made the generation that this one was computed for, or a pack of this one was collected."""
 
@@ -84,6 +98,7 @@ def commit(
     buffer: str,
     change: Callable[[Content], Content],
     *,
+    deed: Deed | None = None,
     ingest: Claim | None = None,
     expected: Expected | None = None,
     emergency: Emergency | None = None,
@@ -92,6 +107,7 @@ def commit(
 
     Args:
         change: called again if another commit came first; what it raises leaves everything as it was.
+        deed: what the change is called; None is what an ingest does.
         ingest: ends as committed in the same transaction.
         expected: the state of the buffer that `change` is meant for.
         emergency: what to do if the disk is full and `change` frees room. The change may then take several generations.
@@ -103,8 +119,10 @@ def commit(
         StorageFull: the disk is full; nothing changed, or in an emergency only some of the tasks.
         Unavailable: lost too many races; nothing changed.
     """
+    if deed is None:
+        deed = Deed("ingest.commit", ingest.id, {"task": ingest.task}) if ingest else Deed("buffer.change")
     try:
-        return _commit(database, store, buffer, change, ingest, expected)
+        return _commit(database, store, buffer, change, deed, ingest, expected)
     except StorageFull:
         if emergency is None:
             raise
@@ -112,7 +130,7 @@ def commit(
         while True:
             collect()
             step = _Step(change, _free_bytes(store))
-            generation = _commit(database, store, buffer, step, None, expected)
+            generation = _commit(database, store, buffer, step, deed, None, expected)
             if step.is_last:
                 collect()
                 return generation
@@ -124,6 +142,7 @@ def _commit(
     store: PackStore,
     buffer: str,
     change: Callable[[Content], Content],
+    deed: Deed,
     ingest: Claim | None,
     expected: Expected | None,
 ) -> int:
@@ -136,7 +155,7 @@ def _commit(
         after = change(before)
         packs = _put_changed(store, row.name, before, after)
         try:
-            return _write(database, store, row, before, after, packs, ingest)
+            return _write(database, store, row, before, after, packs, deed, ingest)
         except _Raced:
             continue
     raise _overtaken(buffer)
@@ -185,7 +204,9 @@ def change(
             content = memory.rename(content, wanted.class_names)
         return content if wanted.budget_bytes is None else memory.reshare(content, budget_bytes=wanted.budget_bytes)
 
-    return commit(database, store, buffer, make, expected=expected, emergency=emergency)
+    names = {str(class_id): name for class_id, name in wanted.class_names.items()}
+    deed = Deed("buffer.change", after={"class_names": names} if names else {})
+    return commit(database, store, buffer, make, deed=deed, expected=expected, emergency=emergency)
 
 
 def reshare(
@@ -205,7 +226,8 @@ def reshare(
         Conflict, StorageFull, Unavailable: as `commit`.
     """
     make = partial(memory.reshare, budget_bytes=budget_bytes, without_task=without_task)
-    return commit(database, store, buffer, make, expected=expected, emergency=emergency)
+    deed = Deed("buffer.change") if without_task is None else Deed("task.delete", f"task {without_task}")
+    return commit(database, store, buffer, make, deed=deed, expected=expected, emergency=emergency)
 
 
 def fork(database: Database, store: PackStore, source: str, wanted: ForkCreate) -> Buffer:
@@ -214,10 +236,12 @@ def fork(database: Database, store: PackStore, source: str, wanted: ForkCreate) 
     It counts generations on from the one that it was made of. Uploads to the source may go on meanwhile.
 
     Raises:
+        Forbidden: whoever asks may not make a buffer of this name.
         NotFound: no such buffer.
         Conflict: the name is taken, or the source is not at `wanted.generation`.
         StorageFull, Unavailable: as `commit`.
     """
+    principal().need("admin", wanted.name)
     for _ in range(MAX_RACES):
         with database.reading() as session:
             row = find(session, source)
@@ -260,7 +284,8 @@ def remove(
         Conflict, StorageFull, Unavailable: as `commit`.
     """
     change = partial(memory.remove, where=where)
-    return commit(database, store, buffer, change, expected=expected, emergency=emergency)
+    deed = Deed("exemplars.remove", str(where))
+    return commit(database, store, buffer, change, deed=deed, expected=expected, emergency=emergency)
 
 
 def relabel(
@@ -279,7 +304,8 @@ def relabel(
         Conflict, StorageFull, Unavailable: as `commit`.
     """
     change = partial(memory.relabel, where=where, class_id=class_id)
-    return commit(database, store, buffer, change, expected=expected)
+    deed = Deed("exemplars.relabel", str(where), {"class_id": class_id})
+    return commit(database, store, buffer, change, deed=deed, expected=expected)
 
 
 def place_of(session: Session, buffer: str, digest: str, row: int) -> tuple[Where, Expected]:
@@ -369,6 +395,7 @@ def _write(
     before: Content,
     after: Content,
     packs: list[PackRow],
+    deed: Deed,
     ingest: Claim | None,
 ) -> int:
     """Step 4 of the module docstring, all or nothing."""
@@ -396,7 +423,25 @@ def _write(
                 session.merge(_task_row(buffer.name, number, after.tasks[number]))
         if ingest is not None:
             _end(session, ingest, generation, now)
+        audit.record(
+            session,
+            deed.action,
+            buffer=buffer.name,
+            subject=deed.subject,
+            before=_figures(buffer.generation, before),
+            after={**_figures(generation, after), **deed.after},
+        )
     return generation
+
+
+def _figures(generation: int, content: Content) -> dict[str, Any]:
+    """What the audit says of a content."""
+    return {
+        "generation": generation,
+        "budget_bytes": content.policy.budget_bytes,
+        "exemplars": sum(sum(task.kept.values()) for task in content.tasks.values()),
+        "used_bytes": sum(task.pack_bytes for task in content.tasks.values()),
+    }
 
 
 def _write_fork(
@@ -433,6 +478,13 @@ def _write_fork(
         for number, task in after.tasks.items():
             session.add(_task_row(wanted.name, number, task))
         session.flush()
+        audit.record(
+            session,
+            "buffer.fork",
+            buffer=wanted.name,
+            subject=f"of {source.name} at generation {source.generation}",
+            after={**_figures(source.generation, after), "frozen": wanted.frozen},
+        )
         return describe(session, made)
 
 
@@ -482,6 +534,7 @@ def _end(session: Session, ingest: Claim, generation: int, now: float) -> None:
     committed = committed.values(images_done=IngestRow.images_total, lease_owner=None)
     if _changed(session, committed.values(updated_at=now)) != 1:
         raise LeaseLost(ingest.id)
+    tallies.ingest_ended(session, ingest.id)
 
 
 def _changed(session: Session, statement: Any) -> int:

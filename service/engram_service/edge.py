@@ -274,7 +274,8 @@ class Server(uvicorn.Server):
                 http=cast(type[asyncio.Protocol], partial(Connection, edge=self.edge)),
                 ws="none",
                 log_config=None,
-                access_log=settings.access_log,
+                # `metrics.Metered` writes it, with what it knows of the request.
+                access_log=False,
                 server_header=False,
                 timeout_keep_alive=KEEP_ALIVE_S,
                 timeout_graceful_shutdown=SHUTDOWN_S,
@@ -288,6 +289,8 @@ class Server(uvicorn.Server):
         if not sockets or not self.started:
             return
         connections = cast(set[Connection], self.server_state.connections)
+        if (state := getattr(self.config.app, "state", None)) is not None and hasattr(state, "metrics"):
+            state.metrics.connections = connections.__len__
         self._watch = asyncio.create_task(self.edge.watch(connections))
         host, port = sockets[0].getsockname()[:2]
         if self.port_file is not None:

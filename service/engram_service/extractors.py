@@ -29,6 +29,7 @@ from engram.errors import BadUpload, Conflict, NotFound, RateLimited, TooLarge
 from engram.files import disk_errors
 from engram.schemas import Extractor
 
+from . import audit
 from .database import Database
 from .embedder import ExtractorInfo, ExtractorLimits, inspect
 from .ingest import ACTIVE
@@ -143,6 +144,7 @@ def remove(database: Database, settings: Settings, sha256: str) -> None:
         if needed is not None:
             raise Conflict(f"ingest {needed} needs extractor {sha256}; wait for it or cancel it", ingest=needed)
         session.execute(delete(ExtractorRow).where(ExtractorRow.sha256 == sha256))
+        audit.record(session, "extractor.delete", subject=sha256)
     with disk_errors(path(settings, sha256), 0):
         _unname(database, settings, sha256)
 
@@ -226,6 +228,7 @@ def _keep(database: Database, settings: Settings, file: ReceivedFile, info: Extr
         )
         session.add(row)
         session.flush()
+        audit.record(session, "extractor.register", subject=sha256, after={"bytes": row.bytes})
         return _describe(row), True
 
 
@@ -261,6 +264,7 @@ def _forget_unused(database: Database, settings: Settings) -> None:
         _alone(session)
         for row in _unused(session, settings):
             session.delete(row)
+            audit.record(session, "extractor.collect", subject=row.sha256, before={"bytes": row.bytes})
 
 
 def _unused(session: Session, settings: Settings) -> list[ExtractorRow]:

@@ -34,5 +34,10 @@ class Head:
             is_answered = True
             await send({"type": "http.response.body", "body": b"", "more_body": False})
 
-        with suppress(_Answered):
-            await self.app({**scope, "method": "GET"}, receive, without_body)
+        inner = {**scope, "method": "GET"}
+        try:
+            with suppress(_Answered):
+                await self.app(inner, receive, without_body)
+        finally:
+            # What was found out about the request is for those outside, too.
+            scope.update(inner, method="HEAD")

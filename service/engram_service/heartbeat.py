@@ -11,6 +11,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from contextvars import copy_context
 from types import TracebackType
 
 from engram.errors import EngramError, TooLarge
@@ -64,7 +65,9 @@ class Heartbeat:
         self._is_lost = False
         self._due = time.monotonic() + settings.max_ingest_s
         self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
+        # In the context of whoever works: what it logs is about the same upload.
+        context = copy_context()
+        self._thread = threading.Thread(target=context.run, args=(self._beat,), name="heartbeat", daemon=True)
 
     def __enter__(self) -> Heartbeat:
         self._thread.start()

@@ -26,7 +26,7 @@ from __future__ import annotations
 import time
 from base64 import b64encode
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -42,8 +42,8 @@ from sqlalchemy.sql.elements import ColumnElement
 from engram.errors import BadUpload, Conflict, EngramError, NotFound, TooLarge
 from engram.schemas import Ingest, IngestOptions, IngestPage, State
 
-from . import audit, buffers
-from .acting import ACTING
+from . import audit, buffers, tallies
+from .acting import ACTING, SERVICE, Acting, Principal, on_behalf, principal
 from .database import Database
 from .receiving import ReceivedFile, fill
 from .settings import Settings
@@ -82,6 +82,7 @@ class Claim(Lease):
     body_sha256: str
     attempts: int
     spool: Path
+    acting: Acting = field(default_factory=Acting)
 
 
 class Watch:
@@ -216,6 +217,7 @@ def _insert(
         images_total=0,
         images_done=0,
         attempts=0,
+        **_from(ACTING.get()),
     )
     with database.session() as session:
         buffers.check_thawed(buffers.find(session, buffer))
@@ -230,6 +232,8 @@ def _insert(
         wanted.created_at = wanted.updated_at = _arrival(session, buffer)
         session.add(wanted)
         session.flush()
+        after = {"task": task, "body_bytes": wanted.body_bytes, "body_sha256": wanted.body_sha256}
+        audit.record(session, "ingest.receive", buffer=buffer, subject=wanted.id, after=after)
         return to_model(wanted), True
 
 
@@ -240,6 +244,18 @@ def _arrival(session: Session, buffer: str) -> float:
     """
     latest = session.scalar(select(func.max(IngestRow.created_at)).where(IngestRow.buffer == buffer))
     return max(time.time(), (latest or 0.0) + 1e-6)
+
+
+def _from(acting: Acting) -> dict[str, Any]:
+    """The columns that say who uploaded it."""
+    return {"who": acting.principal.who, "token_id": acting.principal.token_id, "request_id": acting.request_id}
+
+
+def acting_of(row: IngestRow) -> Acting:
+    """Whoever uploaded it: what its worker does is done on their behalf."""
+    if row.who is None:
+        return Acting(SERVICE)
+    return Acting(Principal(row.who, "write", token_id=row.token_id), row.request_id or "")
 
 
 def _earlier(session: Session, wanted: IngestRow) -> IngestRow | None:
@@ -272,14 +288,16 @@ def read(session: Session, ingest_id: str) -> Ingest:
 
 
 def page(session: Session, buffer: str | None, *, limit: int, before: str | None) -> IngestPage:
-    """Ingests of a buffer, or of all, the newest first, from the one that is older than this on.
+    """Ingests of a buffer, or of all that whoever asks may see, the newest first, from the one older than this on.
 
     Raises:
+        Forbidden: the buffer is not one of those.
         NotFound: no such buffer.
     """
     if buffer is not None:
+        principal().need("read", buffer)
         buffers.find(session, buffer)
-    wanted = select(IngestRow).order_by(IngestRow.id.desc()).limit(limit + 1)
+    wanted = select(IngestRow).where(buffers.reached(IngestRow.buffer)).order_by(IngestRow.id.desc()).limit(limit + 1)
     if buffer is not None:
         wanted = wanted.where(IngestRow.buffer == buffer)
     if before is not None:
@@ -295,12 +313,15 @@ def cancel(session: Session, ingest_id: str) -> Ingest:
         NotFound: no such ingest.
         Conflict: it has committed.
     """
-    session.execute(
+    changed = session.execute(
         update(IngestRow)
-        .where(IngestRow.id == ingest_id, IngestRow.state.in_(ACTIVE))
+        .where(IngestRow.id == ingest_id, IngestRow.state.in_(ACTIVE), buffers.reached(IngestRow.buffer))
         .values(state="cancelled", lease_owner=None, is_kept=True, **_changed())
     )
     row = _row(session, ingest_id)
+    if changed.rowcount:  # type: ignore[attr-defined]
+        tallies.ingest_ended(session, ingest_id)
+        audit.record(session, "ingest.cancel", buffer=row.buffer, subject=row.id, before={"task": row.task})
     if row.state == "committed":
         raise Conflict(
             f"ingest {ingest_id} has committed as generation {row.generation} of buffer {row.buffer!r} and cannot be "
@@ -317,9 +338,7 @@ def retry(session: Session, ingest_id: str) -> Ingest:
         NotFound: no such ingest.
         Conflict: it has not ended or has committed, its upload is not kept any more, or the buffer is frozen.
     """
-    row = session.get(IngestRow, ingest_id, with_for_update=True)
-    if row is None:
-        raise _not_found(ingest_id)
+    row = _row(session, ingest_id, is_locked=True)
     if row.state not in ("failed", "cancelled"):
         raise Conflict(
             f"ingest {ingest_id} is {row.state}; only one that failed or was cancelled can be tried again",
@@ -338,8 +357,8 @@ def retry(session: Session, ingest_id: str) -> Ingest:
     row.state, row.is_kept, row.problem = "received", False, None
     row.images_done, row.attempts, row.pause_s, row.started_at = 0, 0, None, None
     row.beat += 1
-    acting = ACTING.get()
-    row.who, row.token_id, row.request_id = acting.principal.who, acting.principal.token_id, acting.request_id
+    for name, value in _from(ACTING.get()).items():
+        setattr(row, name, value)
     row.created_at = row.updated_at = _arrival(session, row.buffer)
     audit.record(session, "ingest.retry", buffer=row.buffer, subject=ingest_id, before=was, after={"state": row.state})
     session.flush()
@@ -361,14 +380,10 @@ def let_go(session: Session, ingest_ids: Iterable[str]) -> None:
     session.execute(update(IngestRow).where(*ended).values(is_kept=False))
 
 
-def _not_found(ingest_id: str) -> NotFound:
-    return NotFound(f"no ingest {ingest_id!r}", ingest=ingest_id)
-
-
-def _row(session: Session, ingest_id: str) -> IngestRow:
-    row = session.get(IngestRow, ingest_id)
-    if row is None:
-        raise _not_found(ingest_id)
+def _row(session: Session, ingest_id: str, *, is_locked: bool = False) -> IngestRow:
+    row = session.get(IngestRow, ingest_id, with_for_update=True if is_locked else None)
+    if row is None or not principal().reaches(row.buffer):
+        raise NotFound(f"no ingest {ingest_id!r}", ingest=ingest_id)
     return row
 
 
@@ -425,8 +440,12 @@ def claim(database: Database, settings: Settings, *, owner: str, watch: Watch | 
                     f"it is given up. The service's log tells more; a smaller upload may pass",
                     attempts=row.attempts,
                 ).to_problem()
+                session.flush()
+                _record_failure(session, row)
+                tallies.ingest_ended(session, row.id)
                 continue
             row.attempts += 1
+            row.started_at = row.started_at or row.updated_at
             row.images_done = 0
             row.state, row.lease_owner = "selecting", owner
             return Claim(
@@ -438,6 +457,7 @@ def claim(database: Database, settings: Settings, *, owner: str, watch: Watch | 
                 body_sha256=row.body_sha256,
                 attempts=row.attempts,
                 spool=spool_path(settings.spool_dir, row.id),
+                acting=acting_of(row),
             )
     return None
 
@@ -481,7 +501,8 @@ def heartbeat(database: Database, held: Lease, *, state: State, images_done: int
     Raises:
         LeaseLost: the ingest is no longer this worker's.
     """
-    _change(database, held, state=state, images_done=images_done, images_total=images_total)
+    with database.session() as session:
+        _change(session, held, state=state, images_done=images_done, images_total=images_total)
 
 
 def fail(database: Database, held: Lease, error: EngramError) -> None:
@@ -491,7 +512,16 @@ def fail(database: Database, held: Lease, error: EngramError) -> None:
         LeaseLost: the ingest is no longer this worker's.
     """
     problem = error.to_problem(instance=f"/v1/ingests/{held.id}")
-    _change(database, held, state="failed", problem=problem, lease_owner=None, is_kept=True)
+    with database.session() as session:
+        _change(session, held, state="failed", problem=problem, lease_owner=None, is_kept=True)
+        _record_failure(session, session.get_one(IngestRow, held.id))
+
+
+def _record_failure(session: Session, row: IngestRow) -> None:
+    problem = row.problem or {}
+    after = {"task": row.task, "problem": problem.get("type", "").rpartition("/")[2], "detail": problem.get("detail")}
+    with on_behalf(acting_of(row)):
+        audit.record(session, "ingest.fail", buffer=row.buffer, subject=row.id, after=after)
 
 
 def release(database: Database, held: Claim, *, after_s: float, counts: bool = True) -> None:
@@ -501,7 +531,8 @@ def release(database: Database, held: Claim, *, after_s: float, counts: bool = T
         LeaseLost: the ingest is no longer this worker's.
     """
     attempts = held.attempts if counts else held.attempts - 1
-    _change(database, held, **_FREE, attempts=attempts, pause_s=after_s if after_s > 0 else None)
+    with database.session() as session:
+        _change(session, held, **_FREE, attempts=attempts, pause_s=after_s if after_s > 0 else None)
 
 
 def release_all(database: Database, owner: str, *, counts: bool = True) -> None:
@@ -541,8 +572,9 @@ def _changed() -> dict[str, Any]:
     return {"beat": IngestRow.beat + 1, "updated_at": time.time()}
 
 
-def _change(database: Database, held: Lease, **values: Any) -> None:
-    with database.session() as session:
-        changed = session.execute(update(IngestRow).where(holds(held)).values(**values, **_changed()))
-        if changed.rowcount != 1:  # type: ignore[attr-defined]
-            raise LeaseLost(held.id)
+def _change(session: Session, held: Lease, **values: Any) -> None:
+    changed = session.execute(update(IngestRow).where(holds(held)).values(**values, **_changed()))
+    if changed.rowcount != 1:  # type: ignore[attr-defined]
+        raise LeaseLost(held.id)
+    if values.get("state") in FINAL:
+        tallies.ingest_ended(session, held.id)

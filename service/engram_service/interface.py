@@ -27,7 +27,7 @@ from engram.errors import (
 )
 
 from . import problems
-from .auth import OPEN_PATHS
+from .access import OPEN_PATHS
 from .settings import Settings
 
 _RETRY_AFTER = {"Retry-After": {"description": "Seconds.", "schema": {"type": "integer", "minimum": 0}}}
@@ -59,7 +59,7 @@ def _described(app: FastAPI, settings: Settings) -> dict[str, Any]:
                 if maximum is not None:
                     parameter["schema"]["maximum"] = maximum
             del operation["responses"]["default"]
-            for error in _errors(path, method, operation, needs_token=settings.admin_token is not None):
+            for error in _errors(path, method, operation):
                 operation["responses"].setdefault(str(error.status), _problem(error))
             operation["responses"]["431"] = {
                 **_problem(TooLarge),
@@ -70,11 +70,10 @@ def _described(app: FastAPI, settings: Settings) -> dict[str, Any]:
     return schema
 
 
-def _errors(path: str, method: str, operation: Operation, *, needs_token: bool) -> Iterator[type[EngramError]]:
+def _errors(path: str, method: str, operation: Operation) -> Iterator[type[EngramError]]:
     """What an operation may answer instead, whatever it does: see the errors for what each means."""
-    if not needs_token:
-        yield Forbidden
-    elif path not in OPEN_PATHS:
+    yield Forbidden
+    if path not in OPEN_PATHS:
         yield Unauthorized
     parameters = operation.get("parameters", ())
     if "{" in path or "buffer" in {parameter["name"] for parameter in parameters}:
@@ -123,4 +122,5 @@ def _maxima(settings: Settings) -> dict[tuple[str, str], int]:
         ("draw", "rank"): settings.max_global_draw - 1,
         ("exemplars", "limit"): settings.max_page,
         ("ingests", "limit"): settings.max_page,
+        ("audit", "limit"): settings.max_page,
     }

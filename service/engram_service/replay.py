@@ -12,20 +12,20 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from engram import batch, packs, strip, tar
 from engram.draw import STRATEGIES, IntArray, Layout, Plan, Request, plan
 from engram.errors import InvalidRequest, NotFound, Unavailable
-from engram.fields import KEY, Cell
+from engram.fields import KEY, Cell, Schema
 from engram.packs import LoadedPack, PackCache
-from engram.schemas import Exemplar, ExemplarPage, PackEntry
+from engram.schemas import PackEntry
 from engram.strip import Exemplars, Loose
 
 from . import buffers
@@ -51,6 +51,7 @@ EXPORT_BYTES = 2**20
 """Of exemplars that an export holds at once; its answer takes a few times that."""
 
 Write = Callable[[Sequence[batch.Part]], bytes]
+FloatArray = npt.NDArray[np.float64]
 Collect = Callable[[dict[int, strip.Exemplars], Plan, batch.IntArray], list[batch.Part]]
 
 _PIECE_ROWS = 4096
@@ -64,7 +65,14 @@ _PACK_BYTES = 137
 class View:
     """One generation, ready to draw from."""
 
-    def __init__(self, buffer: str, generation: int, created_at: float, held: Sequence[DrawnFrom | PackEntry]) -> None:
+    def __init__(
+        self,
+        buffer: str,
+        generation: int,
+        created_at: float,
+        held: Sequence[DrawnFrom | PackEntry],
+        fields: Mapping[str, str] | None = None,
+    ) -> None:
         self.buffer = buffer
         self.generation = generation
         self.created_at = created_at
@@ -74,6 +82,10 @@ class View:
         self.largest = 0
         """Bytes of the largest exemplar that was met in its packs so far."""
         self._rest = [(pack.task, pack.quality, pack.bytes) for pack in held]
+        self._class_bytes = [size for pack in held if isinstance(pack, DrawnFrom) for size in pack.class_bytes]
+        self.schema = Schema.declare(fields or {})
+        self.remembered: dict[object, object] = {}
+        """What was computed of the generation once: see `listing`, `maps`."""
         self.used_at = time.monotonic()
 
     @property
@@ -81,9 +93,15 @@ class View:
         """Memory it takes, roughly."""
         return self.layout.bytes + _PACK_BYTES * len(self.digests)
 
-    def tasks(self) -> list[int]:
-        """The task of each pack."""
-        return [task for task, _, _ in self._rest]
+    def run_bytes(self) -> FloatArray:
+        """The mean bytes of an exemplar of each run of the layout; zeros where that is not known."""
+        sizes = np.array(self._class_bytes, np.float64)
+        counts = self.layout.run_counts
+        return sizes / np.maximum(counts, 1) if len(sizes) == len(counts) else np.zeros(len(counts))
+
+    def quality(self, place: int) -> int:
+        """That of a pack's exemplars."""
+        return self._rest[place][1]
 
     def entry(self, place: int) -> PackEntry:
         """A pack as the manifest lists it."""
@@ -117,10 +135,21 @@ class Drawn:
     damaged: int
 
 
-class Replay:
-    """Draws from the generations of all buffers. Safe to call from any thread."""
+Note = Callable[[View, IntArray, int, int], None]
+"""Called with the runs of the layout that an answer's exemplars are of, its bytes, and how many were damaged."""
 
-    def __init__(self, database: Database, cache: PackCache, settings: Settings) -> None:
+
+class Replay:
+    """Draws from the generations of all buffers. Safe to call from any thread; `note` learns of every draw."""
+
+    def __init__(
+        self,
+        database: Database,
+        cache: PackCache,
+        settings: Settings,
+        note: Note = lambda view, runs, size, damaged: None,
+    ) -> None:
+        self._note = note
         self.database = database
         self.cache = cache
         self.settings = settings
@@ -166,7 +195,7 @@ class Replay:
             known = self._views.get((buffer, wanted))
             if known is None or known.created_at != row.created_at:
                 held = buffers.packs_to_draw_from(session, buffer, wanted)
-                known = View(buffer, wanted, row.created_at, held)
+                known = View(buffer, wanted, row.created_at, held, row.fields)
         known.used_at = time.monotonic()
         self._keep(known)
         self._let_go(buffer, row.oldest_generation)
@@ -202,7 +231,7 @@ class Replay:
         loaded = self.cache.peek([view.digests[index] for index in touched])
         if loaded is None or len(chosen.rows) * max([found.largest for found in loaded], default=0) > self._small_bytes:
             return self.make(self._weigh(view, chosen, write)) if may_load else None
-        return self._drawn(view, chosen, write, _draw(view, chosen, touched, loaded, batch.collect))
+        return self._drawn(view, _draw(view, chosen, touched, loaded, batch.collect), write)
 
     def pick(self, view: View, request: Request, write: Write = batch.assemble) -> Picked:
         """What the request asks for, to be made by `make` when there is room for so much.
@@ -228,15 +257,17 @@ class Replay:
         else:
             wanted = [(view.digests[index], view.counts[index]) for index in touched]
             drawn = self.cache.read(wanted, lambda opened: _draw(view, chosen, touched, opened, packs.collect))
-        return self._drawn(view, chosen, write, drawn)
+        return self._drawn(view, drawn, write)
 
-    def _drawn(self, view: View, chosen: Plan, write: Write, drawn: tuple[list[batch.Part], int]) -> Drawn:
-        parts, missing = drawn
+    def _drawn(self, view: View, drawn: tuple[list[batch.Part], Plan, int], write: Write) -> Drawn:
+        parts, intact, missing = drawn
         if missing:
             self._check_stands(view)
         if missing and not parts:
             raise Unavailable(f"all {missing} exemplars of this draw are damaged on disk; /healthz names the packs")
-        return Drawn(write(parts), view.generation, len(chosen.rows) - missing, missing)
+        body = write(parts)
+        self._note(view, intact.runs, len(body), missing)
+        return Drawn(body, view.generation, len(intact.rows), missing)
 
     def _weigh(self, view: View, chosen: Plan, write: Write) -> Picked:
         """The draw, weighed before a byte of it is read.
@@ -274,29 +305,6 @@ class Replay:
         """
         return tar.write_encoded(_files(self._every_piece(view)))
 
-    def page(
-        self, view: View, *, task: int | None, class_id: int | None, limit: int, after: tuple[int, int, int] | None
-    ) -> ExemplarPage:
-        """Exemplars in order of task, class and rank, those after `after` (task, class id, rank).
-
-        The cursor names a place in that order and not a row, so that paging goes on when a new generation comes.
-
-        Raises:
-            Unavailable: the disk does not answer.
-        """
-        found: list[Exemplar] = []
-        for place, of_task in enumerate(view.tasks()):
-            if (task is not None and of_task != task) or (after is not None and of_task < after[0]):
-                continue
-            entry = view.entry(place)
-            rows = _rows_after(entry, class_id, after if after is not None and entry.task == after[0] else None)
-            # One more than the page holds tells whether there is another page.
-            found += self._describe(entry, rows, limit + 1 - len(found))
-            if len(found) > limit:
-                last = found[limit - 1]
-                return ExemplarPage(exemplars=found[:limit], next=f"{last.task}.{last.class_id}.{last.rank}")
-        return ExemplarPage(exemplars=found, next=None)
-
     def jpeg(self, entry: PackEntry, row: int) -> bytes:
         """One exemplar as a stand-alone JPEG.
 
@@ -304,7 +312,7 @@ class Replay:
             NotFound: the pack has no such row.
             Unavailable: the row is damaged, or the disk does not answer.
         """
-        return next(self._one(entry, row).files())
+        return next(self.one(entry, row).files())
 
     def fields(self, entry: PackEntry, row: int) -> dict[str, Cell]:
         """What one exemplar has in each field.
@@ -313,9 +321,9 @@ class Replay:
             NotFound: the pack has no such row.
             Unavailable: the row is damaged, or the disk does not answer.
         """
-        return {name: column[0] for name, column in self._one(entry, row).fields().items()}
+        return {name: column[0] for name, column in self.one(entry, row).fields().items()}
 
-    def _one(self, entry: PackEntry, row: int) -> Loose:
+    def one(self, entry: PackEntry, row: int) -> Loose:
         """One exemplar."""
         if not 0 <= row < entry.exemplars:
             raise NotFound(f"pack {entry.digest} has rows 0..{entry.exemplars - 1}, not {row}", row=row)
@@ -397,35 +405,10 @@ class Replay:
             finally:
                 self.cache.release([digest])
 
-    def _describe(self, entry: PackEntry, rows: Iterator[tuple[int, int, int]], limit: int) -> list[Exemplar]:
-        wanted = list(islice(rows, limit))
-        if not wanted:
-            return []
-
-        def describe(loaded: list[LoadedPack]) -> list[Exemplar]:
-            exemplars, rows = loaded[0].exemplars, np.array([row for row, _, _ in wanted], np.int64)
-            places = loaded[0].places(rows).tolist()
-            keys = {} if exemplars is None else _keys(exemplars, [place for place in places if place >= 0])
-            return [
-                Exemplar(
-                    pack=entry.digest,
-                    row=row,
-                    task=entry.task,
-                    class_id=class_id,
-                    rank=rank,
-                    bytes=0 if exemplars is None or place < 0 else exemplars.sizes.item(place),
-                    quality=entry.quality,
-                    key=keys.get(place),
-                )
-                for (row, class_id, rank), place in zip(wanted, places, strict=True)
-            ]
-
-        return self.cache.read([(entry.digest, entry.exemplars)], describe)
-
 
 def _draw(
     view: View, chosen: Plan, touched: list[int], loaded: list[LoadedPack], collect: Collect
-) -> tuple[list[batch.Part], int]:
+) -> tuple[list[batch.Part], Plan, int]:
     """What is intact of the chosen exemplars, and how many are not; `touched` are the places of the packs `loaded`."""
     places, lost = chosen.rows, 0
     if any(found.rows is not None for found in loaded):
@@ -436,7 +419,7 @@ def _draw(
         lost = len(places) - int(intact.sum())
         chosen, places = Plan(*(column[intact] for column in chosen)), places[intact]
     held = {at: found.exemplars for at, found in zip(touched, loaded, strict=True) if found.exemplars is not None}
-    return (collect(held, chosen, places) if len(places) else []), lost
+    return (collect(held, chosen, places) if len(places) else []), chosen, lost
 
 
 def _bytes_of(loaded: LoadedPack, rows: IntArray, extra_bytes: int) -> int:
@@ -481,23 +464,9 @@ def _files(packs: Iterable[Loose]) -> Iterator[tuple[str, bytes, int, dict[str, 
             yield "jpg", file, class_id, {name: column[index] for name, column in columns.items()}
 
 
-def _keys(exemplars: Exemplars, places: list[int]) -> dict[int, str]:
+def keys_of(exemplars: Exemplars, places: list[int]) -> dict[int, str]:
     """The keys of some exemplars, if their buffer keeps keys."""
     if not exemplars.schema.has_key:
         return {}
     keys = packs.pick(exemplars, np.array(places, np.int64)).fields(frozenset({KEY}))[KEY]
     return {place: str(key) for place, key in zip(places, keys, strict=True)}
-
-
-def _rows_after(
-    entry: PackEntry, class_id: int | None, after: tuple[int, int, int] | None
-) -> Iterator[tuple[int, int, int]]:
-    """(row, class id, rank) of a pack's exemplars in order, those after (task, class id, rank)."""
-    start = 0
-    for run_class, count in entry.runs:
-        first = 0
-        if after is not None and run_class <= after[1]:
-            first = count if run_class < after[1] else min(after[2] + 1, count)
-        if class_id is None or class_id == run_class:
-            yield from ((start + rank, run_class, rank) for rank in range(first, count))
-        start += count

@@ -19,6 +19,8 @@ from sqlalchemy.exc import ArgumentError
 from engram.amounts import Bytes
 from engram.files import disk_errors
 
+from .logs import LogFormat
+
 
 class Settings(BaseSettings):
     """Where the service keeps things, where it listens, and what it refuses."""
@@ -41,10 +43,24 @@ class Settings(BaseSettings):
     """The port to listen on; 0 takes a free one."""
 
     admin_token: SecretStr | None = None
-    """The bearer token that every `/v1` request must carry. Without one the service only listens on loopback."""
+    """The first bearer token, which may do everything and makes the others. Without one the service only listens on
+    loopback, where whoever names no token may do everything."""
+
+    requests_per_s: Annotated[float | None, Field(gt=0)] = None
+    """How many requests a second each token may make that has no rate of its own, in each service process; twice as
+    many at once. None: any number."""
+
+    session_s: Annotated[float, Field(gt=0)] = 12 * 3600.0
+    """How long a login at the console lasts. It ends sooner with its token."""
+
+    audit_s: Annotated[float, Field(gt=0)] = 400 * 86400.0
+    """How long the audit keeps what it says."""
 
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """The least severe messages that are logged (to standard error)."""
+
+    log_format: LogFormat = "text"
+    """How log messages are written: `text` for people, `json` for programs, an object per line."""
 
     access_log: bool = False
     """Log a line per request. Off: at replay rates it would cost more than the replay."""

@@ -193,15 +193,13 @@ class TokenRow(Base):
 class SessionRow(Base):
     """Somebody who is logged in at the console, with the token that `token_sha256` is the digest of.
 
-    That may be a row of `tokens` or the token of the environment; without any token it is "". The session ends when
-    that token does.
+    That may be a row of `tokens` or the token of the environment. The session ends when that token does.
     """
 
     __tablename__ = "sessions"
 
     id_sha256: Mapped[str] = mapped_column(String(64), primary_key=True)
     token_sha256: Mapped[str] = mapped_column(String(64))
-    csrf: Mapped[str] = mapped_column(String(64))
     created_at: Mapped[float] = mapped_column(Float)
     expires_at: Mapped[float] = mapped_column(Float)
 
@@ -237,3 +235,13 @@ class ServedRow(Base):
     exemplars: Mapped[int] = mapped_column(BigInteger)
     bytes: Mapped[int] = mapped_column(BigInteger)
     last_at: Mapped[float] = mapped_column(Float)
+
+
+class TallyRow(Base):
+    """How often something has happened, or for how long, in whatever process; see `tallies`."""
+
+    __tablename__ = "tallies"
+
+    name: Mapped[str] = mapped_column(String(32), primary_key=True)
+    label: Mapped[str] = mapped_column(String(64), primary_key=True)
+    value: Mapped[float] = mapped_column(Float)

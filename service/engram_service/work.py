@@ -17,6 +17,7 @@ from engram.errors import EngramError, NotFound, StorageFull, Unavailable
 from engram.selection.embedding import BuiltinEmbedder, Embedder
 
 from . import buffers, extractors, ingest
+from .acting import on_behalf
 from .commit import commit
 from .database import Database
 from .embedder import OnnxEmbedder
@@ -43,7 +44,8 @@ def attempt(
         Unavailable: the database does not answer; the lease will run out.
     """
     try:
-        generation = perform(database, store, settings, held, Heartbeat(database, settings, held, stop, is_alive))
+        with on_behalf(held.acting):
+            generation = perform(database, store, settings, held, Heartbeat(database, settings, held, stop, is_alive))
         logger.info("ingest %s: committed as generation %d of buffer %s", held.id, generation, held.buffer)
     except LeaseLost:
         logger.info("ingest %s: cancelled, deleted or taken over", held.id)

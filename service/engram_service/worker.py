@@ -23,7 +23,7 @@ from secrets import token_hex
 
 from engram.errors import EngramError
 
-from . import ingest
+from . import ingest, logs
 from .collect import Collector
 from .database import Database
 from .ingest import Watch
@@ -82,7 +82,8 @@ def run(
                     continue
                 is_busy = partial(is_alive, held.id)
                 is_busy()
-                attempt(database, store, settings, held, stop, is_busy)
+                with logs.about(held.id):
+                    attempt(database, store, settings, held, stop, is_busy)
             except EngramError as error:
                 logger.warning("the worker cannot work: %s", error)
                 stop.wait(1.0)
@@ -115,11 +116,7 @@ def main() -> None:
     """A supervised worker; see `supervisor` for its arguments and pipes."""
     settings = Settings.model_validate_json(sys.stdin.readline())
     name, number, of = sys.argv[1:]
-    logging.basicConfig(
-        level=settings.log_level.upper(),
-        format="%(asctime)s %(levelname)s worker %(process)d: %(message)s",
-        stream=sys.stderr,
-    )
+    logs.set_up(settings.log_level, settings.log_format, worker=name)
     # Standard output is for signs alone: what libraries print there goes where the log goes.
     signs = Signs(os.dup(1))
     os.dup2(2, 1)

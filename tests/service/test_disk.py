@@ -4,15 +4,10 @@ from __future__ import annotations
 
 import shutil
 
-import pytest
-
-from engram.errors import Forbidden
 from engram.oversight import Disk
 from engram.schemas import ForkCreate
 from engram_service import commit, disk
-from engram_service.acting import ACTING, Acting, Principal
 from engram_service.database import Database
-from engram_service.routes import disk as route
 from engram_service.settings import Settings
 from engram_service.storage import PackStore
 from tests.contents import create, fill
@@ -58,16 +53,6 @@ def test_waiting_uploads_and_the_state_of_the_disk_are_told(served: ServiceThrea
     total = shutil.disk_usage(served.settings.data_dir).total
     assert (found.spool_bytes, found.extractor_bytes, found.total_bytes) == (1244, 77, total)
     assert 0 < found.free_bytes < total
-
-
-def test_nobody_is_told_who_is_not_an_admin_of_everything(database: Database, settings: Settings) -> None:
-    for who in (Principal("w", "write"), Principal("p", "admin", prefix="mine-")):
-        token = ACTING.set(Acting(who))
-        try:
-            with pytest.raises(Forbidden):
-                route.usage(database, settings)
-        finally:
-            ACTING.reset(token)
 
 
 def test_a_folder_that_is_gone_takes_nothing(database: Database, settings: Settings) -> None:

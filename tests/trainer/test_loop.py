@@ -79,7 +79,7 @@ def test_replay_beats_chance_and_no_replay(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("method", ["finetune", "joint", "gem", "lucir"])
-@pytest.mark.parametrize("scenario", ["class-incremental", "task-incremental"])
+@pytest.mark.parametrize("scenario", ["class-incremental", pytest.param("task-incremental", marks=pytest.mark.slow)])
 def test_every_method_runs_and_two_runs_with_one_seed_are_equal(tmp_path: Path, method: str, scenario: Any) -> None:
     config = replace(
         SMALL,
@@ -166,11 +166,11 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     ("kind", "task", "phase"),
     [
         ("raw", 0, "learn"),
-        ("raw", 1, "learn"),
-        ("raw", 2, "evaluate"),
-        ("raw", 4, "evaluate"),
-        ("files", 1, "balance"),
-        ("strips", 1, "balance"),
+        pytest.param("raw", 1, "learn", marks=pytest.mark.slow),
+        pytest.param("raw", 2, "evaluate", marks=pytest.mark.slow),
+        pytest.param("raw", 4, "evaluate", marks=pytest.mark.slow),
+        pytest.param("files", 1, "balance", marks=pytest.mark.slow),
+        pytest.param("strips", 1, "balance", marks=pytest.mark.slow),
         ("selected", 1, "learn"),
         ("selected", 3, "balance"),
     ],
@@ -219,7 +219,7 @@ IN_EPOCHS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize(
     "method",
-    [pytest.param(name, marks=() if name in ("lucir", "derpp") else pytest.mark.slow) for name in IN_EPOCHS],
+    [pytest.param(name, marks=() if name == "derpp" else pytest.mark.slow) for name in IN_EPOCHS],
 )
 def test_a_run_that_is_stopped_between_two_epochs_goes_on_with_the_next(
     tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch

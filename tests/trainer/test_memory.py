@@ -565,7 +565,9 @@ def uploads_of(count: int) -> list[tuple[int, Images, ClassIds]]:
     ]
 
 
-@pytest.mark.parametrize("ranking", ["herding", "reservoir", "greedy_dpp"])
+@pytest.mark.parametrize(
+    "ranking", ["herding", *(pytest.param(name, marks=pytest.mark.slow) for name in ("reservoir", "greedy_dpp"))]
+)
 def test_strips_in_the_trainer_are_byte_for_byte_those_of_a_service(
     ranking: Any, database: Database, settings: Settings, store: PackStore
 ) -> None:

@@ -286,7 +286,7 @@ def buffer(client: Client, **more: Any) -> str:
     return name
 
 
-@pytest.mark.parametrize("via", ["mirror", "draw"])
+@pytest.mark.parametrize("via", [pytest.param("mirror", marks=pytest.mark.slow), "draw"])
 def test_a_services_buffer_holds_what_strips_in_this_process_do(client: Client, tmp_path: Path, via: Any) -> None:
     memory = remote(client, buffer(client), tmp_path, via=via)
     local = online("strips")

@@ -91,7 +91,7 @@ def measure(
                 bytes=pack.size(kept.form, runs, kept.sizes) if runs else 0,
                 ratio=found[0],
                 pixel_ratio=found[1] if len(found) > 1 else None,
-                passes=_is_near_one(found[-1][options.definition], options.epsilon),
+                passes=is_near_one(found[-1][options.definition], options.epsilon),
                 gaps={class_id: each.gap for class_id, each in volumes[-1].items()},
                 singular_classes=[class_id for class_id, each in volumes[-1].items() if each.is_singular],
             )
@@ -120,7 +120,7 @@ def choose(decisions: Sequence[Decision]) -> tuple[int, str]:
     latest = decisions[-1]
     most = max(candidate.classes for candidate in latest.candidates)
     able = [candidate for candidate in latest.candidates if candidate.classes == most]
-    found = _pooled(decisions, latest.definition, [candidate.quality for candidate in able])
+    found = pooled(decisions, latest.definition, [candidate.quality for candidate in able])
     if all(ratio is None for ratio in found.values()):
         quality = min(found, key=lambda candidate: abs(candidate - DEFAULT_QUALITY))
         return quality, f"no class has a block of images to compare yet, so {quality} is taken for now"
@@ -145,21 +145,21 @@ def choose(decisions: Sequence[Decision]) -> tuple[int, str]:
 
 def _passing(found: Mapping[int, float | None], rule: Rule, epsilon: float) -> list[int]:
     """The qualities that the rule lets pass."""
-    passing = [quality for quality, ratio in found.items() if _is_near_one(ratio, epsilon)]
+    passing = [quality for quality, ratio in found.items() if is_near_one(ratio, epsilon)]
     if rule == "any":
         return passing
     failing = max(found.keys() - {*passing}, default=0)
     return [quality for quality in passing if quality > failing]
 
 
-def _pooled(decisions: Sequence[Decision], definition: Definition, qualities: Sequence[int]) -> dict[int, float | None]:
-    """R of pixels at each quality, the mean over the classes of all tasks that were compared."""
-    pooled: dict[int, float | None] = {}
+def pooled(decisions: Sequence[Decision], definition: Definition, qualities: Sequence[int]) -> dict[int, float | None]:
+    """R of pixels at each quality, the mean over the classes of all tasks that were compared; None where none was."""
+    found: dict[int, float | None] = {}
     for quality in qualities:
         measured = _of_pixels(decisions, definition, quality)
         weight = sum(classes for _, classes in measured)
-        pooled[quality] = sum(ratio * classes for ratio, classes in measured) / weight if weight else None
-    return pooled
+        found[quality] = sum(ratio * classes for ratio, classes in measured) / weight if weight else None
+    return found
 
 
 def _of_pixels(decisions: Sequence[Decision], definition: Definition, quality: int) -> list[tuple[float, int]]:
@@ -182,5 +182,6 @@ def _said(ratio: float | None, quality: int, decisions: Sequence[Decision]) -> s
     return f"R = {ratio:.3g} over {tasks} task{'s' if tasks > 1 else ''}"
 
 
-def _is_near_one(ratio: float | None, epsilon: float) -> bool:
+def is_near_one(ratio: float | None, epsilon: float) -> bool:
+    """Whether a candidate with this R passes."""
     return ratio is not None and abs(ratio - 1) < epsilon

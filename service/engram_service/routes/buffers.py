@@ -8,6 +8,7 @@ from engram import etags
 from engram.schemas import Buffer, BufferChange, BufferCreate, BufferList, ForkCreate, Manifest
 
 from .. import buffers, commit
+from ..acting import principal
 from .parts import (
     BufferPath,
     DatabasePart,
@@ -36,7 +37,7 @@ def create_buffer(wanted: BufferCreate, response: Response, database: DatabasePa
 
 @router.get("")
 def list_buffers(database: DatabasePart) -> BufferList:
-    """List all buffers by name."""
+    """List all buffers that the token reaches, by name."""
     with database.reading() as session:
         return BufferList(buffers=buffers.read_all(session))
 
@@ -60,7 +61,11 @@ def change_buffer(
     room: RoomPart,
     expected: ExpectedState,
 ) -> Buffer:
-    """Give a buffer another budget, its classes other names; a smaller budget drops the tails of every class."""
+    """Give a buffer another budget (with scope admin), its classes other names.
+
+    A smaller budget drops the tails of every class."""
+    if change.budget_bytes is not None:
+        principal().need("admin", buffer)
     commit.change(database, store, buffer, change, expected=expected, emergency=room.emergency)
     return read_buffer(buffer, response, database)
 

@@ -1,8 +1,7 @@
-"""The routes of single exemplars: pages of them with filters, one as a JPEG, its fields, removing and relabelling."""
+"""The routes of exemplars: pages of them with filters, counts; one as a JPEG, its fields; removing and relabelling."""
 
 from __future__ import annotations
 
-import re
 from typing import Annotated, Any
 
 import numpy as np
@@ -12,10 +11,13 @@ from pydantic import Field
 from engram.errors import InvalidRequest
 from engram.fields import Cell
 from engram.memory import Where
-from engram.schemas import MAX_CLASS_ID, MAX_TASK, Buffer, ExemplarPage, Relabel
+from engram.oversight import Histogram, Qualities
+from engram.schemas import Buffer, ExemplarPage, PackEntry, Relabel
 
-from .. import buffers, commit
+from .. import buffers, commit, listing, recoding
 from ..database import Database
+from ..replay import Replay
+from .filtering import CURSOR, AskedPart, ClassFilter, TaskFilter, place
 from .packs import FOREVER
 from .parts import (
     JPEG_MEDIA_TYPE,
@@ -33,11 +35,10 @@ from .parts import (
 )
 
 router = APIRouter(prefix="/v1/buffers/{buffer}/exemplars", tags=["replay"])
+counts = APIRouter(prefix="/v1/buffers/{buffer}", tags=["replay"])
 
 DigestPath = Annotated[str, Path(description="The digest of a pack of this buffer.")]
 RowPath = Annotated[int, Path(ge=0, lt=2**31, description="The exemplar's row in it.")]
-TaskFilter = Annotated[int | None, Query(ge=0, le=MAX_TASK)]
-ClassFilter = Annotated[int | None, Query(ge=0, le=MAX_CLASS_ID)]
 Key = Annotated[str, Field(max_length=4096)]
 MAX_KEYS = 1000
 KeyFilter = Annotated[
@@ -45,28 +46,42 @@ KeyFilter = Annotated[
     Query(max_length=MAX_KEYS, description="A value of the field `key`; given several times, any of them."),
 ]
 
-_CURSOR = re.compile(r"([0-9]{1,10})\.([0-9]{1,10})\.([0-9]{1,10})")
-
 
 @router.get("")
 def list_exemplars(
     buffer: BufferPath,
     replay: ReplayPart,
     settings: SettingsPart,
-    task: TaskFilter = None,
-    class_id: ClassFilter = None,
+    asked: AskedPart,
     limit: Annotated[int, Query(ge=1, description="Exemplars on the page.")] = 100,
     cursor: Annotated[
         str | None,
-        Query(description="`next` of the page before.", json_schema_extra={"pattern": f"^{_CURSOR.pattern}$"}),
+        Query(description="`next` of the page before.", json_schema_extra={"pattern": f"^{CURSOR.pattern}$"}),
     ] = None,
     generation: Generation = None,
 ) -> ExemplarPage:
-    """List exemplars in order of task, class and rank."""
+    """List exemplars in order of task, class and rank.
+
+    One page looks at 65,536 exemplars at most where bytes or fields are filtered by: it may hold fewer than `limit`, or
+    none, and `next` goes on from there.
+    """
     if limit > settings.max_page:
         raise InvalidRequest(f"limit must lie in 1..{settings.max_page}, got {limit}", max_page=settings.max_page)
     view = replay.view(buffer, generation)
-    return replay.page(view, task=task, class_id=class_id, limit=limit, after=_place(cursor))
+    return listing.page(replay, view, asked.on(view.schema), limit=limit, after=place(cursor))
+
+
+@counts.get("/histogram")
+def read_histogram(
+    buffer: BufferPath,
+    replay: ReplayPart,
+    asked: AskedPart,
+    of: Annotated[str, Query(max_length=64, description="`class`, `task`, `bytes` or `field:NAME`.")] = "class",
+    generation: Generation = None,
+) -> Histogram:
+    """Count exemplars by class, task, bytes or the values of a field; of more than 131,072 a field of some only."""
+    view = replay.view(buffer, generation)
+    return listing.histogram(replay, view, asked.on(view.schema), of)
 
 
 @router.get(
@@ -83,15 +98,42 @@ def read_exemplar(
     row: RowPath,
     replay: ReplayPart,
     database: DatabasePart,
+    quality: Annotated[
+        int | None, Query(ge=1, le=100, description="Encode it again at this quality, at most that of what is stored.")
+    ] = None,
     if_none_match: IfNoneMatch = "",
 ) -> Response:
-    """Read one exemplar as a stand-alone JPEG."""
+    """Read one exemplar as a stand-alone JPEG, as it is stored or as it would be at a lower quality."""
     with database.reading() as session:
         entry = buffers.pack_of(session, buffer, pack)
-    headers = {"ETag": etag(f"{pack}-{row}"), "Cache-Control": FOREVER}
-    if row < entry.exemplars and matches(if_none_match, headers["ETag"]):
+    return picture_of(replay, entry, row, quality, if_none_match)
+
+
+def picture_of(replay: Replay, entry: PackEntry, row: int, quality: int | None, if_none_match: str) -> Response:
+    """The answer with an exemplar's picture.
+
+    Raises:
+        InvalidRequest: the quality is above that of what is stored.
+        NotFound: the pack has no such row.
+        Unavailable: the row is damaged, or the disk does not answer.
+    """
+    is_stored = quality in (None, entry.quality)
+    tag = f"{entry.digest}-{row}" + ("" if is_stored else f"-{quality}")
+    headers = {"ETag": etag(tag), "Cache-Control": FOREVER}
+    if row < entry.exemplars and (is_stored or (quality or 0) < entry.quality) and matches(if_none_match, etag(tag)):
         return Response(status_code=304, headers=headers)
-    return Response(replay.jpeg(entry, row), media_type=JPEG_MEDIA_TYPE, headers=headers)
+    content = replay.jpeg(entry, row) if quality is None else recoding.jpeg(replay, entry, row, quality)
+    return Response(content, media_type=JPEG_MEDIA_TYPE, headers=headers)
+
+
+@router.get("/{pack}/{row}/qualities")
+def read_qualities(
+    buffer: BufferPath, pack: DigestPath, row: RowPath, replay: ReplayPart, database: DatabasePart
+) -> Qualities:
+    """Read the bytes of one exemplar as it is stored, and encoded again at each lower candidate quality."""
+    with database.reading() as session:
+        entry = buffers.pack_of(session, buffer, pack)
+    return recoding.qualities(replay, entry, row)
 
 
 @router.get("/{pack}/{row}/fields")
@@ -196,12 +238,3 @@ def _plain(cell: Cell) -> Any:
     plain = np.asarray(values.astype(object))
     plain[~np.isfinite(values)] = None
     return plain.tolist()
-
-
-def _place(cursor: str | None) -> tuple[int, int, int] | None:
-    if cursor is None:
-        return None
-    match = _CURSOR.fullmatch(cursor)
-    if match is None:
-        raise InvalidRequest(f"cursor must be `next` of a page, got {cursor!r}")
-    return int(match[1]), int(match[2]), int(match[3])

@@ -1,12 +1,15 @@
-"""Routes of tasks: read what is stored of a task, delete it."""
+"""Routes of tasks: read what is stored of a task and what its decision might have been, delete it."""
 
 from __future__ import annotations
 
-from fastapi import APIRouter
+from typing import Annotated
 
-from engram.schemas import Task
+from fastapi import APIRouter, Query
 
-from .. import buffers, commit
+from engram.oversight import WhatIf, WhatIfAsk
+from engram.schemas import MAX_BUDGET_BYTES, Definition, Rule, Task
+
+from .. import buffers, commit, decisions
 from .parts import BufferPath, DatabasePart, ExpectedState, RoomPart, StorePart, TaskPath
 
 router = APIRouter(prefix="/v1/buffers/{buffer}/tasks", tags=["tasks"])
@@ -17,6 +20,22 @@ def read_task(buffer: BufferPath, task: TaskPath, database: DatabasePart) -> Tas
     """Read a task: its classes, counts, bytes and the decision on its quality."""
     with database.reading() as session:
         return buffers.task(session, buffer, task)
+
+
+@router.get("/{task}/decision")
+def read_what_if(
+    buffer: BufferPath,
+    task: TaskPath,
+    database: DatabasePart,
+    definition: Definition | None = None,
+    rule: Rule | None = None,
+    epsilon: Annotated[float | None, Query(gt=0, le=100)] = None,
+    budget_bytes: Annotated[int | None, Query(ge=1, le=MAX_BUDGET_BYTES)] = None,
+) -> WhatIf:
+    """Read what selection would choose under other settings, from what it measured; what is left out is as it was."""
+    ask = WhatIfAsk(definition=definition, rule=rule, epsilon=epsilon, budget_bytes=budget_bytes)
+    with database.reading() as session:
+        return decisions.what_if(session, buffer, task, ask)
 
 
 @router.delete("/{task}", status_code=204)

@@ -1,0 +1,23 @@
+"""The console: pages for operators under /console, rendered here and served with files of our own.
+
+A module of this package per page: its `router` has the page and the forms on it, `page.render` makes the answer. Views
+know HTTP and call the same rules as the routes of the API; every page has its twin there.
+"""
+
+from __future__ import annotations
+
+from fastapi import Depends, FastAPI
+
+from . import overview
+from .page import STATIC, Console, Files, check_csrf
+
+VIEWS = (overview,)
+"""One per page; what they share is in `page`."""
+
+
+def install(app: FastAPI) -> None:
+    """`app` answers /console and everything below it."""
+    app.state.console = Console()
+    app.mount(f"/{STATIC}", Files())
+    for view in VIEWS:
+        app.include_router(view.router, prefix="/console", dependencies=[Depends(check_csrf)], include_in_schema=False)

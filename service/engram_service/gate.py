@@ -1,0 +1,311 @@
+"""Find out who a request is from, and let it through only to what the table of access allows.
+
+It is middleware around the whole application, so that no route slips past it. The API knows bearer tokens, the console
+knows cookies, and neither takes the other's. The environment's token may do everything; the others are rows (`tokens`).
+
+Without a token in the environment the service listens on loopback only, and whoever names no token may do everything.
+It then checks that the request names a loopback host and comes from no foreign page: otherwise any web site could reach
+it through its visitor's browser, by DNS rebinding or by a form that posts here. A request that does name a token is
+treated as that token's there, too.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from collections.abc import Callable
+from http.cookies import SimpleCookie
+from typing import Any
+from urllib.parse import quote
+
+from anyio.to_thread import run_sync
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Match
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from engram.errors import EngramError, Forbidden, RateLimited, Unauthorized
+
+from .access import Access, Row
+from .acting import ACTING, LOCAL, NOBODY, Acting, Principal
+from .problems import problem_response
+from .rates import Rates
+from .sessions import COOKIE, Session, Sessions, csrf_of, make_cookie
+from .settings import Settings
+from .tokens import Tokens, digest_of
+
+WRONG_PER_S, WRONG_BURST = 1.0, 20.0
+"""How many wrong tokens one client address may try: it stops guesses, and a flood of them from keeping the database
+busy. Behind a proxy all clients have one address; tokens that were good a moment ago are let through all the same."""
+
+_COOKIE = re.compile(rf"(?:^|;) *{COOKIE}=([A-Za-z0-9_-]{{43}}) *(?:;|$)")
+
+_CONSOLE = "/console"
+_LOGIN = "/console/login"
+
+Answer = Callable[[EngramError, Scope], Response]
+
+
+class Gate:
+    """Lets a request through to `app` if whoever it is from may make it; tells the application who that is.
+
+    Sets `engram.principal` in the scope and `acting.ACTING`; for the console `engram.session`, too.
+
+    Args:
+        console_answer: makes a page of an error for the console.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        tokens: Tokens,
+        sessions: Sessions,
+        access: Access | None = None,
+        console_answer: Answer | None = None,
+    ) -> None:
+        self.app = app
+        self._tokens, self._sessions = tokens, sessions
+        self._access = access or Access()
+        self._wrong = Rates()
+        self._console_answer = console_answer or _plain
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """One request; anything that is not HTTP (the lifespan) passes."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        path = path_of(scope)
+        is_console = path == _CONSOLE or path.startswith(_CONSOLE + "/")
+        try:
+            if self._tokens.is_open:
+                _check_is_from_here(scope)
+            found: Principal
+            row, buffer = self._access.find(scope["method"], path)
+            if row is not None and row.scope is None and path != _LOGIN:
+                found = NOBODY
+            elif is_console:
+                send = await self._begin_session(scope, row, send)
+                found = scope["engram.session"].principal
+            else:
+                found = await self._bearer(scope)
+            if row is not None:
+                row.check(found, buffer)
+            elif _is_routed(scope):
+                raise Forbidden(f"nobody may {scope['method']} {path}: it has no row in the table of access")
+        except _LoginNeeded:
+            await _to_login(scope, path)(scope, receive, send)
+            return
+        except EngramError as error:
+            answer = self._console_answer(error, scope) if is_console else problem_response(error, scope["path"])
+            await answer(scope, receive, send)
+            return
+        scope["engram.principal"] = found
+        # Whoever made the context takes it back: `problems.LastResort`.
+        ACTING.set(Acting(found, scope.get("engram.request_id", "")))
+        await self.app(scope, receive, send)
+
+    async def _bearer(self, scope: Scope) -> Principal:
+        """Whoever the bearer token is of.
+
+        Raises:
+            Unauthorized: there is none, or it is nobody's, revoked or expired.
+            RateLimited: it has asked too often, or its address has tried too many wrong ones.
+        """
+        given = _header(scope, b"authorization")
+        if not given:
+            if self._tokens.is_open:
+                return LOCAL
+            raise Unauthorized("this request needs an Authorization header: `Bearer` and the token of the service")
+        # The scheme is case-insensitive (RFC 9110); the token is not.
+        if given[:7].lower() != b"bearer ":
+            raise Unauthorized("the Authorization header is not `Bearer` and a token of this service")
+        secret = given[7:].decode("latin-1")
+        digest = digest_of(secret)
+        found = self._tokens.peek(digest)
+        if found is not None:
+            return found
+        if self._tokens.is_known(digest):
+            return await run_sync(self._tokens.find, digest)
+        return await self.untried(scope, lambda: self._tokens.find_secret(secret))
+
+    async def untried(self, scope: Scope, find: Callable[[], Principal]) -> Principal:
+        """What `find` finds, unless the client's address has tried too many wrong tokens.
+
+        Raises:
+            RateLimited: it has.
+            Unauthorized: and this is another one.
+        """
+        address = (scope.get("client") or ("",))[0]
+        wait_s = self._wrong.wait_s(address, WRONG_PER_S, WRONG_BURST)
+        if wait_s > 0:
+            raise RateLimited(
+                "too many wrong tokens came from your address; this one was not looked at", retry_after_s=wait_s
+            )
+        try:
+            return await run_sync(find)
+        except Unauthorized:
+            self._wrong.take(address, WRONG_PER_S, WRONG_BURST)
+            raise
+
+    async def _begin_session(self, scope: Scope, row: Row | None, send: Send) -> Send:
+        """`engram.session` is whoever the cookie is of; the answer sets one where there is none.
+
+        Raises:
+            Forbidden: an unsafe request is from a page of another site.
+            _LoginNeeded: nobody is logged in, and the page is not open.
+        """
+        _check_site(scope)
+        cookie = cookie_of(scope)
+        found = None
+        if cookie is not None:
+            found = await run_sync(self._sessions.find, cookie)
+        if found is None:
+            is_open = row is not None and row.scope is None
+            if not (self._tokens.is_open or is_open):
+                raise _LoginNeeded
+            if cookie is None:
+                cookie = make_cookie()
+                send = _with_cookie(send, set_cookie(scope, cookie))
+            found = Session(csrf_of(cookie), LOCAL if self._tokens.is_open else NOBODY)
+        scope["engram.session"], scope["engram.cookie"] = found, cookie
+        return send
+
+
+class _LoginNeeded(Exception):
+    """Nobody is logged in at the console."""
+
+
+def path_of(scope: Scope) -> str:
+    """The path as the routes have it, below the prefix of a proxy."""
+    path: str = scope["path"]
+    root: str = scope.get("root_path", "")
+    return path[len(root) :] if root and path.startswith(f"{root}/") else path
+
+
+def cookie_of(scope: Scope) -> str | None:
+    """The console's cookie, if it has the form of one."""
+    sent = ";".join(value.decode("latin-1") for key, value in scope["headers"] if key == b"cookie")
+    match = _COOKIE.search(sent)
+    return match[1] if match else None
+
+
+def set_cookie(scope: Scope, cookie: str, *, max_age_s: float | None = None) -> str:
+    """The header that gives a browser this cookie; with an age of 0 it takes it away."""
+    jar: SimpleCookie = SimpleCookie()
+    jar[COOKIE] = cookie
+    morsel = jar[COOKIE]
+    morsel["path"] = scope.get("root_path", "") + _CONSOLE
+    morsel["httponly"], morsel["samesite"] = True, "Strict"
+    if scope.get("scheme") == "https":
+        morsel["secure"] = True
+    if max_age_s is not None:
+        morsel["max-age"] = int(max_age_s)
+    return morsel.OutputString()
+
+
+def _with_cookie(send: Send, cookie: str) -> Send:
+    async def sent(message: Message) -> None:
+        if message["type"] == "http.response.start" and not any(key == b"set-cookie" for key, _ in message["headers"]):
+            message["headers"] = [*message["headers"], (b"set-cookie", cookie.encode())]
+        await send(message)
+
+    return sent
+
+
+def _to_login(scope: Scope, path: str) -> Response:
+    """To the login, and from there back to this page."""
+    root: str = scope.get("root_path", "")
+    query = scope["query_string"].decode("latin-1")
+    target = root + _LOGIN
+    if scope["method"] == "GET" and path != _CONSOLE:
+        target += "?next=" + quote(path + (f"?{query}" if query else ""), safe="")
+    if _header(scope, b"hx-request"):
+        # A fragment of a page that is open: the page as a whole has to go there.
+        return Response(status_code=401, headers={"HX-Redirect": root + _LOGIN, "Cache-Control": "no-store"})
+    return Response(status_code=303, headers={"Location": target, "Cache-Control": "no-store"})
+
+
+def _plain(error: EngramError, scope: Scope) -> Response:
+    return problem_response(error, scope["path"])
+
+
+def _is_routed(scope: Scope) -> bool:
+    """Whether the application has a route for this request; what it has not, it says itself."""
+    app: Any = scope.get("app")
+    return app is not None and any(route.matches(scope)[0] is Match.FULL for route in app.routes)
+
+
+def _check_site(scope: Scope) -> None:
+    """Returns if a request that may change something is from a page of this site, as far as browsers say: beside the
+    cookie's SameSite and the form's token.
+
+    Raises:
+        Forbidden: it is from elsewhere.
+    """
+    if scope["method"] in ("GET", "HEAD"):
+        return
+    site = _header(scope, b"sec-fetch-site")
+    origin = _header(scope, b"origin")
+    # Over plain HTTP browsers say the one only to this machine; a proxy may hide from us what the other should be.
+    if site:
+        is_own = site in (b"same-origin", b"none")
+    else:
+        is_own = not origin or origin.partition(b"://")[2] == _header(scope, b"host")
+    if not is_own:
+        raise Forbidden("this form was sent by a page of another site")
+
+
+def _check_is_from_here(scope: Scope) -> None:
+    origin = _header(scope, b"origin")
+    if origin and not _is_from_here(origin.partition(b"://")[2] or origin):
+        raise Forbidden(f"this service has no token, so it answers no web page of another machine: {origin!r}")
+    host = _header(scope, b"host")
+    if not _is_from_here(host):
+        raise Forbidden(
+            f"this service has no token, so it answers requests for this machine only, not for {host!r}; "
+            "set ENGRAM_ADMIN_TOKEN to use other names",
+        )
+
+
+def require_token_beyond_loopback(settings: Settings) -> None:
+    """Refuse settings with which other machines could use the service without a token.
+
+    Raises:
+        Forbidden: the address can be reached from other machines and there is no token.
+    """
+    if settings.admin_token is None and not is_loopback(settings.host):
+        raise Forbidden(
+            f"{settings.host} can be reached from other machines: set ENGRAM_ADMIN_TOKEN to a secret "
+            "(`openssl rand -hex 32` makes one), or listen on 127.0.0.1"
+        )
+
+
+def _header(scope: Scope, name: bytes) -> bytes:
+    for key, value in scope["headers"]:
+        if key == name:
+            return bytes(value)
+    return b""
+
+
+def _is_from_here(authority: bytes) -> bool:
+    """Whether `host`, `host:port` or `[address]:port` is this machine; an empty one is that of HTTP/1.0."""
+    name = authority.decode("latin-1").lower()
+    name = name[1 : name.find("]")] if name.startswith("[") else name.partition(":")[0]
+    return not name or is_loopback(name)
+
+
+def is_loopback(name: str) -> bool:
+    """Whether only this machine can reach a host name or address."""
+    if name == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(name).is_loopback
+    except ValueError:
+        return False
+
+
+def session_of(request: Request) -> Session:
+    """The session of a page of the console."""
+    found: Session = request.scope["engram.session"]
+    return found

@@ -1,0 +1,129 @@
+"""Sessions of the console: who is logged in, and the proof that a form is from one of its own pages.
+
+A browser holds a cookie of 256 random bits. It gets one before it is logged in, too: what forms have to repeat (their
+CSRF token) is derived from it, and no other site can read or guess it. Logging in makes a new cookie, whose SHA-256 a
+row of `sessions` names together with the token's. The session is worth what that token is: it ends with it, after
+`session_s`, or by logging out.
+"""
+
+from __future__ import annotations
+
+import time
+from base64 import urlsafe_b64encode
+from dataclasses import dataclass
+from hashlib import sha256
+from secrets import token_bytes
+
+from sqlalchemy import ColumnElement, delete, select
+from sqlalchemy.orm import Session as Transaction
+
+from engram.errors import Unauthorized
+
+from . import audit
+from .acting import NOBODY, Acting, Principal, on_behalf
+from .database import Database
+from .settings import Settings
+from .tables import SessionRow
+from .tokens import Tokens, digest_of
+
+COOKIE = "engram_console"
+
+MAX_SESSIONS = 100
+"""Of one token at a time; the oldest ends for the next."""
+
+
+@dataclass(frozen=True)
+class Session:
+    """What a browser's cookie stands for. `csrf` is what its forms have to repeat."""
+
+    csrf: str
+    principal: Principal = NOBODY
+
+
+def make_cookie() -> str:
+    """A cookie that nobody has ever seen."""
+    return urlsafe_b64encode(token_bytes(32)).rstrip(b"=").decode()
+
+
+def csrf_of(cookie: str) -> str:
+    """What forms repeat: it is known to whoever has the cookie, and tells nothing of it."""
+    return sha256(b"csrf " + cookie.encode("utf-8", "surrogateescape")).hexdigest()
+
+
+class Sessions:
+    """The sessions of one service."""
+
+    def __init__(self, database: Database, tokens: Tokens, settings: Settings) -> None:
+        self._database, self._tokens = database, tokens
+        self._session_s = settings.session_s
+
+    def find(self, cookie: str) -> Session | None:
+        """Who is logged in with this cookie; None: nobody, any more.
+
+        Raises:
+            RateLimited: its token has asked too often.
+            Unavailable: the database does not answer.
+        """
+        alive = select(SessionRow.token_sha256).where(
+            SessionRow.id_sha256 == digest_of(cookie), SessionRow.expires_at > time.time()
+        )
+        with self._database.reading() as session:
+            token = session.scalar(alive)
+        if token is None:
+            return None
+        try:
+            return Session(csrf_of(cookie), self._tokens.peek(token) or self._tokens.find(token))
+        except Unauthorized:
+            return None
+
+    def begin(self, secret: str, before: str | None, request_id: str) -> tuple[str, float]:
+        """The new cookie of somebody who has shown this token, and the seconds for which it is good.
+
+        Args:
+            secret: the token.
+            before: the cookie so far: it is worth nothing afterwards.
+            request_id: for the audit.
+
+        Raises:
+            Unauthorized: the token is nobody's, was revoked or has expired.
+            Unavailable, StorageFull: the database does not take the session.
+        """
+        found = self._tokens.find_secret(secret, counts=False)
+        cookie, token, now = make_cookie(), digest_of(secret), time.time()
+        with on_behalf(Acting(found, request_id)), self._database.session() as session:
+            if before is not None:
+                session.execute(delete(SessionRow).where(SessionRow.id_sha256 == digest_of(before)))
+            of_token = select(SessionRow.id_sha256).where(SessionRow.token_sha256 == token)
+            newest = of_token.order_by(SessionRow.created_at.desc()).limit(MAX_SESSIONS - 1)
+            session.execute(
+                delete(SessionRow).where(SessionRow.token_sha256 == token, SessionRow.id_sha256.not_in(newest))
+            )
+            session.add(
+                SessionRow(
+                    id_sha256=digest_of(cookie), token_sha256=token, created_at=now, expires_at=now + self._session_s
+                )
+            )
+            audit.record(session, "session.begin", subject=found.who)
+        return cookie, self._session_s
+
+    def end(self, cookie: str, who: str) -> None:
+        """Nobody is logged in with this cookie any more."""
+        with self._database.session() as session:
+            gone = session.execute(delete(SessionRow).where(SessionRow.id_sha256 == digest_of(cookie)))
+            if gone.rowcount:  # type: ignore[attr-defined]
+                audit.record(session, "session.end", subject=who)
+
+
+def have_expired(session: Transaction) -> bool:
+    """Whether some sessions are over and can be collected."""
+    return session.scalars(select(SessionRow.id_sha256).where(_is_over()).limit(1)).first() is not None
+
+
+def collect(session: Transaction) -> int:
+    """Sessions that are over have no row; returns how many."""
+    gone = session.execute(delete(SessionRow).where(_is_over()))
+    return int(gone.rowcount)  # type: ignore[attr-defined]
+
+
+def _is_over() -> ColumnElement[bool]:
+    return SessionRow.expires_at <= time.time()
