@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -186,7 +186,7 @@ def restore(
     _tell_left_out(found.left_out)
 
 
-def _tell_left_out(names: list[str]) -> None:
+def _tell_left_out(names: Sequence[str]) -> None:
     for name in names:
         typer.echo(f"damaged, left out: {name}", err=True)
     if names:
