@@ -273,7 +273,11 @@ class IngestOptions(Model):
 
 
 class Ingest(Answer):
-    """The work of turning one upload into exemplars. `problem` is a problem+json document once it has failed."""
+    """The work of turning one upload into exemplars. `problem` is a problem+json document once it has failed.
+
+    One that failed or was cancelled `can_retry` while its upload is kept; `failures` are the problems of the tries
+    before the current one, the oldest first.
+    """
 
     id: str
     buffer: str
@@ -286,6 +290,8 @@ class Ingest(Answer):
     body_sha256: str
     options: IngestOptions
     problem: dict[str, Any] | None
+    failures: list[dict[str, Any]] = []
+    can_retry: bool = False
     generation: int | None
     created_at: datetime
     updated_at: datetime

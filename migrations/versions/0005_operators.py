@@ -15,6 +15,8 @@ def upgrade() -> None:
     op.add_column("ingests", sa.Column("token_id", sa.String(length=32), nullable=True))
     op.add_column("ingests", sa.Column("request_id", sa.String(length=64), nullable=True))
     op.add_column("ingests", sa.Column("started_at", sa.Float(), nullable=True))
+    op.add_column("ingests", sa.Column("is_kept", sa.Boolean(), server_default=sa.false(), nullable=False))
+    op.add_column("ingests", sa.Column("failures", sa.JSON(), server_default="[]", nullable=False))
     op.create_table(
         "tokens",
         sa.Column("id", sa.String(length=32), nullable=False),
@@ -79,5 +81,5 @@ def upgrade() -> None:
 def downgrade() -> None:
     for table in "tallies", "served", "audit", "sessions", "tokens":
         op.drop_table(table)
-    for column in "started_at", "request_id", "token_id", "who":
+    for column in "failures", "is_kept", "started_at", "request_id", "token_id", "who":
         op.drop_column("ingests", column)

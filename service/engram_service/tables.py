@@ -131,6 +131,10 @@ class IngestRow(Base):
     # How long a free ingest has to wait for its next attempt.
     pause_s: Mapped[float | None] = mapped_column(Float, default=None)
     problem: Mapped[dict[str, Any] | None] = mapped_column(JSON, default=None)
+    # What it failed with before it was last tried again, the oldest first.
+    failures: Mapped[list[dict[str, Any]]] = mapped_column(JSON, server_default="[]", default=list)
+    # It failed or was cancelled, and its upload is still in the spool.
+    is_kept: Mapped[bool] = mapped_column(Boolean, server_default=false(), default=False)
     generation: Mapped[int | None] = mapped_column(Integer, default=None)
     # Who uploaded it, and the request that did: the change that its worker makes is theirs.
     who: Mapped[str | None] = mapped_column(String(100), default=None)
