@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import re
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
 
 import pytest
+from pydantic import SecretStr
 from sqlalchemy import text
 
 from engram.errors import Conflict, NotFound
 from engram.schemas import BufferCreate, ForkCreate
 from engram_service import buffers
+from engram_service.collect import collect
 from engram_service.commit import fork
 from engram_service.database import Database
 from engram_service.settings import Settings
 from engram_service.storage import PackStore
+from engram_service.tokens import RECHECK_S
 from tests.contents import create, fill
 from tests.servers import ServiceThread, eventually, http
 
@@ -126,3 +131,36 @@ def test_two_deletions_of_one_buffer_that_overlap_are_one_deletion(database: Dat
         thread.start()
     thread.join()
     assert isinstance(ended[0], NotFound), repr(ended[0])
+
+
+def test_tokens_sessions_and_the_audit_of_two_replicas(settings: Settings, database: Database) -> None:
+    create(database, "lab-1")
+    create(database, "other")
+    guarded = settings.model_copy(update={"admin_token": SecretStr("of-the-environment"), "workers": 0})
+    services = [ServiceThread(guarded) for _ in range(2)]
+    try:
+        with http(services[0], "of-the-environment") as admin:
+            made = admin.post("/v1/tokens", json={"name": "lab", "scope": "admin", "prefix": "lab-"}).json()
+            with http(services[1], made["token"]) as lab, http(services[1]) as browser:
+                assert [found["name"] for found in lab.get("/v1/buffers").json()["buffers"]] == ["lab-1"]
+                assert [found["buffer"] for found in lab.get("/v1/audit").json()["entries"]] == ["lab-1"]
+                assert lab.get("/v1/buffers/other").status_code == 403
+                csrf = re.findall(r'name="csrf" value="([^"]+)"', browser.get("/console/login").text)[0]
+                begun = browser.post("/console/login", data={"csrf": csrf, "token": made["token"]})
+                assert begun.status_code == 303, begun.text
+                assert browser.get("/console").status_code == 200
+                admin.delete(f"/v1/tokens/{made['id']}")
+                revoked_at = time.monotonic()
+                while lab.get("/v1/buffers").status_code == 200:
+                    assert time.monotonic() < revoked_at + 4 * RECHECK_S
+                assert browser.get("/console").status_code == 303
+            services[1].state.tokens.write_down()
+            (token,) = admin.get("/v1/tokens").json()["tokens"]
+            assert token["last_used_at"] is not None
+            actions = [entry["action"] for entry in admin.get("/v1/audit", params={"limit": 3}).json()["entries"]]
+            assert actions == ["token.revoke", "session.begin", "token.create"]
+        old = guarded.model_copy(update={"audit_s": 1e-6})
+        assert collect(database, PackStore(settings.packs_dir), old).records == 5
+    finally:
+        for service in services:
+            service.stop()
