@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from fastapi import Depends, FastAPI
 
-from . import overview
+from . import exemplar, exemplars, overview, task
+from . import map as task_map
 from .page import STATIC, Console, Files, check_csrf
 
-VIEWS = (overview,)
+VIEWS = (overview, task, exemplars, exemplar, task_map)
 """One per page; what they share is in `page`."""
 
 
