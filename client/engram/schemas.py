@@ -178,7 +178,8 @@ class Buffer(Answer):
 
     `quality` is that of every exemplar, None before the first. It was `fixed` when the buffer was made, or `decided` by
     selection for good; while it is `provisional`, a later upload may revise it. `class_names` names the class ids that
-    came with a name. A buffer that `is_frozen` takes no change.
+    came with a name. A buffer that `is_frozen` takes no change. `forked_from` names the buffer that this one began as a
+    fork of, at its `forked_generation`; that one may be gone, or another may have its name by now.
     """
 
     name: str
@@ -198,6 +199,8 @@ class Buffer(Answer):
     fields: dict[str, str] = {}
     class_names: dict[int, str] = {}
     is_frozen: bool = False
+    forked_from: str | None = None
+    forked_generation: int | None = None
     created_at: datetime
 
 
@@ -273,7 +276,11 @@ class IngestOptions(Model):
 
 
 class Ingest(Answer):
-    """The work of turning one upload into exemplars. `problem` is a problem+json document once it has failed."""
+    """The work of turning one upload into exemplars. `problem` is a problem+json document once it has failed.
+
+    One that failed or was cancelled `can_retry` while its upload is kept; `failures` are the problems of the tries
+    before the current one, the oldest first.
+    """
 
     id: str
     buffer: str
@@ -286,6 +293,8 @@ class Ingest(Answer):
     body_sha256: str
     options: IngestOptions
     problem: dict[str, Any] | None
+    failures: list[dict[str, Any]] = []
+    can_retry: bool = False
     generation: int | None
     created_at: datetime
     updated_at: datetime

@@ -5,7 +5,8 @@ Six kinds of leftovers:
 - packs of generations whose grace period is over, and of the oldest ones if retired packs take more than
   `retired_bytes`: the rows first, then the files that no row names any more;
 - packs of commits that never happened (a crash, a lost race): files older than the grace period without a row;
-- uploads whose ingest is final, or that nobody finished (a crash between rename and commit);
+- uploads whose ingest is committed, those of failed and cancelled ones when their time is over or their room is needed
+  (`failed_s`, `failed_bytes`), and those that nobody finished (a crash between rename and commit);
 - extractors that nothing names any more (`extractors.collect`);
 - originals that no task has any more (`samples`), and those of commits that never happened;
 - rows of the audit that were kept for long enough, and of logins that are over.
@@ -24,19 +25,21 @@ A file that cannot be removed is passed over, so that one bad sector stops nothi
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 
-from sqlalchemy import delete, func, select, update
+from sqlalchemy import delete, func, or_, select, update
 from sqlalchemy.orm import Session
 
 from engram.errors import EngramError, StorageFull
 
-from . import audit, extractors, samples, sessions
+from . import audit, extractors, ingest, samples, sessions
 from .commit import exclusive
 from .database import Database
 from .ingest import ACTIVE
@@ -53,6 +56,8 @@ BATCH = 100
 
 # How often the log names a file that cannot be removed.
 TELL_EVERY_S = 3600.0
+
+_IS_WANTED = or_(IngestRow.state.in_(ACTIVE), IngestRow.is_kept)
 
 Stuck = dict[str, OSError]
 """Files that cannot be removed, and why."""
@@ -158,7 +163,7 @@ def collect_rows(
             if age_s > settings.grace_s:
                 unwanted[digest] = None
     packs = _unnamed_packs(database, store, list(unwanted), stuck, pulse)
-    uploads = _uploads(database, settings.spool_dir, stuck, pulse)
+    uploads = collect_uploads(database, settings, stuck=stuck, pulse=pulse)
     models = extractors.collect(database, settings, stuck=stuck, pulse=pulse)
     records = _records(database, settings, pulse)
     originals = _samples(database, SampleFolder(settings.samples_dir), settings.grace_s, stuck)
@@ -237,6 +242,37 @@ def _unnamed_packs(
     return removed
 
 
+def collect_uploads(
+    database: Database, settings: Settings, *, stuck: Stuck | None = None, pulse: Callable[[], None] = lambda: None
+) -> int:
+    """Uploads that nobody will ask for any more, and kept ones whose time is over, are gone; returns how many.
+
+    Raises:
+        StorageFull: there is no room to change rows.
+        Unavailable: the database does not answer.
+    """
+    _let_go(database, settings)
+    return _uploads(database, settings.spool_dir, {} if stuck is None else stuck, pulse)
+
+
+def _let_go(database: Database, settings: Settings) -> None:
+    """Of uploads that may be tried again only those are kept that are recent and find room."""
+    disk = os.statvfs(settings.spool_dir)
+    free_bytes = disk.f_bavail * disk.f_frsize - settings.reserve_bytes
+    with database.reading() as session:
+        rows = ingest.kept(session)
+    totals = accumulate(row.body_bytes for row in rows)
+    # What is kept takes as much as it leaves free, at most.
+    room_bytes = min(settings.failed_bytes, max(0, free_bytes))
+    oldest = time.time() - settings.failed_s
+    unwanted = [
+        row.id for row, total in zip(rows, totals, strict=True) if total > room_bytes or row.updated_at <= oldest
+    ]
+    if unwanted:
+        with database.session() as session:
+            ingest.let_go(session, unwanted)
+
+
 def _samples(database: Database, folder: SampleFolder, grace_s: float, stuck: Stuck) -> int:
     """Originals that no task has, and no commit is about to give one, are gone; returns how many files had them."""
     paths = list(folder.old(grace_s))
@@ -255,11 +291,11 @@ def _samples(database: Database, folder: SampleFolder, grace_s: float, stuck: St
 def _uploads(database: Database, folder: Path, stuck: Stuck, pulse: Callable[[], None]) -> int:
     """Uploads that nobody will ask for any more are gone; returns how many."""
     with database.reading() as session:
-        active = set(session.scalars(select(IngestRow.id).where(IngestRow.state.in_(ACTIVE))))
+        wanted = set(session.scalars(select(IngestRow.id).where(_IS_WANTED)))
     removed = 0
     for path in folder.glob("*.*"):
         pulse()
-        if path.suffix in {".part", ".tar"} and path.stem not in active:
+        if path.suffix in {".part", ".tar"} and path.stem not in wanted:
             with _passing_over(path, stuck):
                 removed += _remove_if_abandoned(database, path)
     return removed
@@ -283,8 +319,8 @@ def _remove_if_abandoned(database: Database, path: Path) -> bool:
             return False
         # Only now, with its receiver known to be done, does the absence of a row mean anything.
         with database.reading() as session:
-            state = session.scalars(select(IngestRow.state).where(IngestRow.id == path.stem)).one_or_none()
-        if state in ACTIVE:
+            is_wanted = session.scalar(select(IngestRow.id).where(IngestRow.id == path.stem, _IS_WANTED))
+        if is_wanted is not None:
             return False
         path.unlink(missing_ok=True)
         return True

@@ -489,6 +489,8 @@ def _write_fork(
             "name": wanted.name,
             "oldest_generation": source.generation,
             "is_frozen": wanted.frozen,
+            "forked_from": source.name,
+            "forked_generation": source.generation,
             "created_at": time.time(),
         }
         made = add_row(session, BufferRow(**(copied | _columns(after) | own)))

@@ -1,9 +1,14 @@
 """Receive uploads into the spool folder and queue them for a worker in the database.
 
     spool/ID.part     being received; its receiver holds an exclusive flock on it
-    spool/ID.tar      complete and durable; waits for a worker, removed once its ingest is final
+    spool/ID.tar      complete and durable; waits for a worker, removed once its ingest is committed
 
     received -> selecting -> encoding -> committed | failed | cancelled
+        ^------------------------ retry ------------|----------'
+
+The upload of an ingest that failed or was cancelled stays for a while, so that it can be tried again without being sent
+again: as the same ingest, at the end of the queue, with its failures written down. `is_kept` in the row says that the
+file is there; the collector withdraws it before it removes the file.
 
 `202` is a promise, so it is sent after the file is synced, renamed, its folder synced and the row of table
 `ingests` committed. That row is the queue entry: a worker claims it by writing its name into it (a lease), and every
@@ -20,7 +25,7 @@ from __future__ import annotations
 
 import time
 from base64 import b64encode
-from collections.abc import AsyncIterator, Iterable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
@@ -49,6 +54,10 @@ FINAL: tuple[State, ...] = tuple(state for state in get_args(State) if state not
 
 # How often a worker looks again at once where others were faster; after that it waits as if there were nothing.
 CLAIM_TRIES = 10
+
+
+FAILURES = 10
+"""How many failures of an ingest are remembered, the last ones."""
 
 
 class LeaseLost(Exception):
@@ -95,9 +104,9 @@ class Watch:
 class SpoolFile(ReceivedFile):
     """One body on its way into the spool folder."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, make_room: Callable[[], bool] = lambda: False) -> None:
         self.id = f"{time.time_ns() // 1_000_000:012x}{token_hex(10)}"
-        super().__init__(folder / f"{self.id}.part")
+        super().__init__(folder / f"{self.id}.part", make_room)
 
     def seal(self, content_digest: bytes | None) -> None:
         """The file has its final name and survives a power cut.
@@ -127,16 +136,26 @@ def spool_path(folder: Path, ingest_id: str) -> Path:
 
 
 async def receive(
-    chunks: AsyncIterator[bytes], *, settings: Settings, content_digest: bytes | None = None
+    chunks: AsyncIterator[bytes],
+    *,
+    settings: Settings,
+    content_digest: bytes | None = None,
+    make_room: Callable[[], bool] = lambda: False,
 ) -> SpoolFile:
     """The body is on disk, durable, locked. Memory is bounded; a failure or a cut connection leaves nothing.
+
+    Args:
+        chunks: of the body.
+        settings: where it goes, and how large it may be.
+        content_digest: what the sender says the SHA-256 of the body is.
+        make_room: called when the disk is full; true if it is worth another try.
 
     Raises:
         TooLarge: the body exceeds `max_body_bytes`.
         BadUpload: it is empty or does not match `content_digest`.
         StorageFull: the disk is full.
     """
-    spooled = await run_sync(SpoolFile, settings.spool_dir)
+    spooled = await run_sync(SpoolFile, settings.spool_dir, make_room)
     try:
         await fill(spooled, chunks, settings.max_body_bytes, partial(body_too_large, settings=settings))
         await run_sync(spooled.seal, content_digest)
@@ -206,17 +225,25 @@ def _insert(
         if earlier is not None and earlier.state not in ("failed", "cancelled"):
             return to_model(earlier), False
         if earlier is not None:
-            # It kept nothing, so the same upload may be tried again, after the budget was raised for instance.
-            earlier.idempotency_key = None
+            # It kept nothing, so the same upload may be tried again, after the budget was raised for instance. What
+            # is kept of it is not wanted any more: both together would be the same images twice.
+            earlier.idempotency_key, earlier.is_kept = None, False
             session.flush()
-        # Order of arrival decides what is kept: a clock that was set back must not put an upload before an earlier one.
-        latest = session.scalar(select(func.max(IngestRow.created_at)).where(IngestRow.buffer == buffer))
-        wanted.created_at = wanted.updated_at = max(time.time(), (latest or 0.0) + 1e-6)
+        wanted.created_at = wanted.updated_at = _arrival(session, buffer)
         session.add(wanted)
         session.flush()
         after = {"task": task, "body_bytes": wanted.body_bytes, "body_sha256": wanted.body_sha256}
         audit.record(session, "ingest.receive", buffer=buffer, subject=wanted.id, after=after)
         return to_model(wanted), True
+
+
+def _arrival(session: Session, buffer: str) -> float:
+    """Now, or just after the last upload to the buffer.
+
+    Order of arrival decides what is kept: a clock that was set back must not put an upload before an earlier one.
+    """
+    latest = session.scalar(select(func.max(IngestRow.created_at)).where(IngestRow.buffer == buffer))
+    return max(time.time(), (latest or 0.0) + 1e-6)
 
 
 def _from(acting: Acting) -> dict[str, Any]:
@@ -289,7 +316,7 @@ def cancel(session: Session, ingest_id: str) -> Ingest:
     changed = session.execute(
         update(IngestRow)
         .where(IngestRow.id == ingest_id, IngestRow.state.in_(ACTIVE), buffers.reached(IngestRow.buffer))
-        .values(state="cancelled", lease_owner=None, **_changed())
+        .values(state="cancelled", lease_owner=None, is_kept=True, **_changed())
     )
     row = _row(session, ingest_id)
     if changed.rowcount:  # type: ignore[attr-defined]
@@ -304,8 +331,57 @@ def cancel(session: Session, ingest_id: str) -> Ingest:
     return to_model(row)
 
 
-def _row(session: Session, ingest_id: str) -> IngestRow:
-    row = session.get(IngestRow, ingest_id)
+def retry(session: Session, ingest_id: str) -> Ingest:
+    """The ingest is queued again, behind all others of its buffer, as if its upload had just arrived.
+
+    Raises:
+        NotFound: no such ingest.
+        Conflict: it has not ended or has committed, its upload is not kept any more, or the buffer is frozen.
+    """
+    row = _row(session, ingest_id, is_locked=True)
+    if row.state not in ("failed", "cancelled"):
+        raise Conflict(
+            f"ingest {ingest_id} is {row.state}; only one that failed or was cancelled can be tried again",
+            state=row.state,
+        )
+    buffers.check_thawed(buffers.find(session, row.buffer))
+    if not row.is_kept:
+        raise Conflict(
+            f"the upload of ingest {ingest_id} is not kept any more, or was sent again (ENGRAM_FAILED_S, "
+            "ENGRAM_FAILED_BYTES); upload its images again",
+            ingest=ingest_id,
+        )
+    was = {"state": row.state, "problem": row.problem, "attempts": row.attempts}
+    if row.problem is not None:
+        row.failures = [*row.failures, row.problem][-FAILURES:]
+    row.state, row.is_kept, row.problem = "received", False, None
+    row.images_done, row.attempts, row.pause_s, row.started_at = 0, 0, None, None
+    row.beat += 1
+    for name, value in _from(ACTING.get()).items():
+        setattr(row, name, value)
+    row.created_at = row.updated_at = _arrival(session, row.buffer)
+    audit.record(session, "ingest.retry", buffer=row.buffer, subject=ingest_id, before=was, after={"state": row.state})
+    session.flush()
+    return to_model(row)
+
+
+def kept(session: Session) -> list[IngestRow]:
+    """The ingests that ended without a commit and whose uploads are kept, those that ended last first."""
+    return list(
+        session.scalars(
+            select(IngestRow).where(IngestRow.is_kept).order_by(IngestRow.updated_at.desc(), IngestRow.id.desc())
+        )
+    )
+
+
+def let_go(session: Session, ingest_ids: Iterable[str]) -> None:
+    """The uploads of these ingests are not kept any more; of those that are being tried again, nothing changes."""
+    ended = (IngestRow.id.in_(ingest_ids), IngestRow.is_kept, IngestRow.state.in_(FINAL))
+    session.execute(update(IngestRow).where(*ended).values(is_kept=False))
+
+
+def _row(session: Session, ingest_id: str, *, is_locked: bool = False) -> IngestRow:
+    row = session.get(IngestRow, ingest_id, with_for_update=True if is_locked else None)
     if row is None or not principal().reaches(row.buffer):
         raise NotFound(f"no ingest {ingest_id!r}", ingest=ingest_id)
     return row
@@ -325,6 +401,8 @@ def to_model(row: IngestRow) -> Ingest:
         body_sha256=row.body_sha256,
         options=IngestOptions.model_validate(row.options),
         problem=row.problem,
+        failures=row.failures,
+        can_retry=row.is_kept,
         generation=row.generation,
         created_at=datetime.fromtimestamp(row.created_at, UTC),
         updated_at=datetime.fromtimestamp(row.updated_at, UTC),
@@ -356,7 +434,7 @@ def claim(database: Database, settings: Settings, *, owner: str, watch: Watch | 
             row.updated_at = time.time()
             row.beat, row.pause_s = row.beat + 1, None
             if row.attempts >= settings.max_attempts:
-                row.state, row.lease_owner = "failed", None
+                row.state, row.lease_owner, row.is_kept = "failed", None, True
                 row.problem = EngramError(
                     f"the upload was started {row.attempts} times and its worker died each time (too little memory?); "
                     f"it is given up. The service's log tells more; a smaller upload may pass",
@@ -435,7 +513,7 @@ def fail(database: Database, held: Lease, error: EngramError) -> None:
     """
     problem = error.to_problem(instance=f"/v1/ingests/{held.id}")
     with database.session() as session:
-        _change(session, held, state="failed", problem=problem, lease_owner=None)
+        _change(session, held, state="failed", problem=problem, lease_owner=None, is_kept=True)
         _record_failure(session, session.get_one(IngestRow, held.id))
 
 
@@ -463,6 +541,11 @@ def release_all(database: Database, owner: str, *, counts: bool = True) -> None:
     with database.session() as session:
         own = (IngestRow.lease_owner == owner, IngestRow.state.in_(ACTIVE))
         session.execute(update(IngestRow).where(*own).values(**_FREE, **_changed(), attempts=attempts))
+
+
+def release_everything(session: Session) -> None:
+    """All that is not final waits for a worker: those that were at it are not there any more."""
+    session.execute(update(IngestRow).where(IngestRow.state.in_(ACTIVE)).values(**_FREE, **_changed(), pause_s=None))
 
 
 def held_by(session: Session, leases: Iterable[Lease]) -> set[Lease]:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from anyio.to_thread import run_sync
 
-from engram.errors import EngramError
+from engram.errors import EngramError, StorageFull
 from engram.files import disk_errors, fsync_path
 
 # One trip to the thread pool per block: large enough to outweigh the trip, small beside the process.
@@ -23,10 +23,16 @@ BLOCK_BYTES = 1 << 20
 
 
 class ReceivedFile:
-    """One file on its way to disk. Methods block; coroutines call them in the thread pool."""
+    """One file on its way to disk. Methods block; coroutines call them in the thread pool.
 
-    def __init__(self, path: Path) -> None:
+    Args:
+        path: where it is received.
+        make_room: called when the disk is full; true if it is worth another try.
+    """
+
+    def __init__(self, path: Path, make_room: Callable[[], bool] = lambda: False) -> None:
         self.path = path
+        self._make_room = make_room
         self.bytes = 0
         self._hash = hashlib.sha256()
         self._file = _open_locked(path)
@@ -43,10 +49,14 @@ class ReceivedFile:
             StorageFull: the disk is full.
         """
         self._hash.update(block)
-        with disk_errors(self.path, len(block)):
-            rest = memoryview(block)
-            while rest:
-                rest = rest[os.write(self._file, rest) :]
+        rest = memoryview(block)
+        while rest:
+            try:
+                with disk_errors(self.path, len(rest)):
+                    rest = rest[os.write(self._file, rest) :]
+            except StorageFull:
+                if not self._make_room():
+                    raise
         self.bytes += len(block)
 
     def sync(self) -> None:

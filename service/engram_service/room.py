@@ -1,7 +1,8 @@
 """Free room on a full disk: what deletes, shrinks or cancels works there too, and its bytes are free at once.
 
 Deleting writes first: a row, or the shorter pack that takes the place of a longer one. On a full disk that room comes
-from the reserve, and from what only older generations name, which then has no period of grace.
+from the reserve, from what only older generations name, which then has no period of grace, and from uploads that are
+only kept to be tried again.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from typing import TypeVar
 
 from engram.errors import StorageFull
 
-from .collect import collect_rows
+from . import ingest
+from .collect import collect_rows, collect_uploads
 from .database import Database
 from .settings import Settings
 from .storage import PackStore, Reserve
@@ -26,7 +28,7 @@ class Room:
     def __init__(self, database: Database, store: PackStore, settings: Settings) -> None:
         self.reserve = Reserve(settings.reserve_path, settings.reserve_bytes)
         self._database, self._store = database, store
-        self._at_once = settings.model_copy(update={"grace_s": 0.0, "retired_bytes": 0})
+        self._at_once = settings.model_copy(update={"grace_s": 0.0, "retired_bytes": 0, "failed_s": 0.0})
 
     @contextmanager
     def emergency(self) -> Iterator[Callable[[], object]]:
@@ -51,6 +53,17 @@ class Room:
                 done = work()
                 collect()
                 return done
+
+    def without_kept_uploads(self) -> bool:
+        """Uploads that are only kept to be tried again are gone; false if there were none.
+
+        Raises:
+            Unavailable: the database does not answer.
+        """
+        with self._database.reading() as session:
+            if not ingest.kept(session):
+                return False
+        return self.freeing(lambda: collect_uploads(self._database, self._at_once)) > 0
 
     def _collect(self) -> None:
         collect_rows(self._database, self._store, self._at_once)

@@ -171,6 +171,12 @@ class Settings(BaseSettings):
     max_ingest_s: Annotated[float, Field(gt=0)] = 3600.0
     """How long the work on one ingest may take; it stops an upload that is slow on purpose from keeping a worker."""
 
+    failed_s: Annotated[float, Field(ge=0)] = 86400.0
+    """How long the upload of an ingest that failed or was cancelled stays, so that it can be tried again."""
+
+    failed_bytes: Annotated[Bytes, Field(ge=0)] = 2**30
+    """What such uploads may take together, and never more than is free on the disk besides; the oldest go first."""
+
     max_attempts: Annotated[int, Field(ge=1)] = 5
     """How often an ingest is started before it fails: an upload that kills its worker must not do so for ever."""
 

@@ -69,6 +69,9 @@ class BufferRow(Base):
     # Above every class id ever seen or named: what the next new name gets.
     next_class_id: Mapped[int] = mapped_column(BigInteger, server_default="0", default=0)
     is_frozen: Mapped[bool] = mapped_column(Boolean, server_default=false(), default=False)
+    # Which buffer at which generation this one was forked from; that one may be gone.
+    forked_from: Mapped[str | None] = mapped_column(String(63), default=None)
+    forked_generation: Mapped[int | None] = mapped_column(Integer, default=None)
     created_at: Mapped[float] = mapped_column(Float)
 
 
@@ -133,6 +136,10 @@ class IngestRow(Base):
     # How long a free ingest has to wait for its next attempt.
     pause_s: Mapped[float | None] = mapped_column(Float, default=None)
     problem: Mapped[dict[str, Any] | None] = mapped_column(JSON, default=None)
+    # What it failed with before it was last tried again, the oldest first.
+    failures: Mapped[list[dict[str, Any]]] = mapped_column(JSON, server_default="[]", default=list)
+    # It failed or was cancelled, and its upload is still in the spool.
+    is_kept: Mapped[bool] = mapped_column(Boolean, server_default=false(), default=False)
     generation: Mapped[int | None] = mapped_column(Integer, default=None)
     # Who uploaded it, and the request that did: the change that its worker makes is theirs.
     who: Mapped[str | None] = mapped_column(String(100), default=None)

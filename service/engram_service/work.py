@@ -63,10 +63,9 @@ def attempt(
             return
         problem = error if isinstance(error, EngramError) else _defect(error, held)
         logger.info("ingest %s: failed: %s", held.id, problem, exc_info=None if problem is error else error)
-        try:
+        with suppress(LeaseLost):
             ingest.fail(database, held, problem)
-        except LeaseLost:
-            return  # whoever took over needs the upload
+        return
     with suppress(OSError):  # the collector tries again, and says why it cannot
         held.spool.unlink(missing_ok=True)
 

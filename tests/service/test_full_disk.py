@@ -106,8 +106,26 @@ def test_an_upload_can_be_cancelled_on_a_full_disk(full: ServiceThread) -> None:
     fill_up(full.settings.data_dir.parent / "more")
     with http(full) as client:
         assert client.delete(f"/v1/ingests/{waiting.id}").json()["state"] == "cancelled"
+    # Nothing is kept to be tried again where there is no room.
     collect(full.state.database, full.state.store, full.settings)
     assert list(full.settings.spool_dir.iterdir()) == []
+
+
+def test_an_upload_takes_the_room_of_those_that_are_only_kept_to_be_tried_again(full: ServiceThread) -> None:
+    others = full.settings.data_dir.parent / "others"
+    others.unlink()
+    database = full.state.database
+    failed = [queue(database, full.settings, bytes(300_000), task=task) for task in (5, 6)]
+    with http(full) as client:
+        for one in failed:
+            client.delete(f"/v1/ingests/{one.id}")
+        fill_up(others)
+        body = tar_of_arrays(pictures(0, 60), [0] * 60)
+        assert free_bytes(full.settings.data_dir) < len(body) < 500_000
+        sent = client.post("/v1/buffers/b/tasks/7/ingests", content=body)
+        assert sent.status_code == 202, sent.text
+        assert not client.get(f"/v1/ingests/{failed[0].id}").json()["can_retry"]
+    assert [path.stem for path in full.settings.spool_dir.iterdir()] == [sent.json()["id"]]
 
 
 def test_the_collector_works_on_a_full_disk(full: ServiceThread) -> None:

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from fastapi import Depends, FastAPI
 
-from . import exemplar, exemplars, overview, task
+from . import audit_log, exemplar, exemplars, login, overview, task, tokens
 from . import map as task_map
 from .page import STATIC, Console, Files, check_csrf
 
-VIEWS = (overview, task, exemplars, exemplar, task_map)
+VIEWS = (overview, task, exemplars, exemplar, task_map, tokens, audit_log, login)
 """One per page; what they share is in `page`."""
 
 

@@ -1,4 +1,4 @@
-"""Routes of ingests: upload a task, read an ingest or wait for it, cancel it."""
+"""Routes of ingests: upload a task, read an ingest or wait for it, cancel it, try it again."""
 
 from __future__ import annotations
 
@@ -77,7 +77,10 @@ async def upload(
     if content_length is not None and content_length > settings.max_body_bytes:
         raise ingest.body_too_large(content_length, settings)
     try:
-        received = await ingest.receive(request.stream(), settings=settings, content_digest=expected)
+        room: Room = request.app.state.room
+        received = await ingest.receive(
+            request.stream(), settings=settings, content_digest=expected, make_room=room.without_kept_uploads
+        )
     except ClientDisconnect as error:
         raise BadUpload("the connection ended in the middle of the upload; nothing was kept") from error
     answer, is_new = await run_in_threadpool(
@@ -133,6 +136,17 @@ def cancel(request: Request, ingest_id: str) -> Ingest:
             return ingest.cancel(session, ingest_id)
 
     return room.freeing(cancelled)
+
+
+@router.post("/v1/ingests/{ingest_id}/retry", status_code=202)
+def retry(database: DatabasePart, response: Response, ingest_id: str) -> Ingest:
+    """Queue an ingest again that failed or was cancelled, from the upload that is kept of it (see `can_retry`)."""
+    with database.session() as session:
+        queued = ingest.retry(session, ingest_id)
+        if queued.options.extractor is not None:
+            extractors.read(session, queued.options.extractor)
+    response.headers["Location"] = f"/v1/ingests/{ingest_id}"
+    return queued
 
 
 def _check_names(database: Database, buffer: str, options: IngestOptions) -> None:
