@@ -1,4 +1,4 @@
-"""Write the tables of docs/settings.md and docs/api.md from the code: `make docs`.
+"""Write the tables of the documentation (settings, routes, errors, commands, decisions) from the code: `make docs`.
 
 What stands between `<!-- table: NAME -->` and `<!-- end -->` is replaced; the prose around it is written by hand.
 tests/test_docs.py fails while the files differ from what this script would write.
@@ -8,18 +8,31 @@ from __future__ import annotations
 
 import inspect
 import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+import typer
+from prometheus_client.metrics_core import Metric
 from pydantic import SecretStr
 
+import engram.cli
+import engram_service.cli
+import engram_trainer.cli
 from engram.errors import ERRORS
+from engram_service.access import Access
 from engram_service.app import create_app
 from engram_service.settings import Settings
 
 FOLDER = Path(__file__).parent
-PAGES = (FOLDER / "settings.md", FOLDER / "api.md")
+PAGES = tuple(FOLDER / name for name in ("settings.md", "api.md", "commands.md", "decisions.md", "operators.md"))
+EVERYWHERE = {"help", "version", "install_completion", "show_completion"}
+"""Options of every command, which their page tells once."""
+
+COMMANDS = {"engram": engram.cli.app, "engram-service": engram_service.cli.app, "engram-train": engram_trainer.cli.app}
 
 
 def settings_table() -> str:
@@ -34,11 +47,12 @@ def settings_table() -> str:
 
 def routes_table() -> str:
     """Every route of the OpenAPI schema: method and path, query parameters, what it does."""
-    lines = ["| route | query | does |", "|---|---|---|"]
+    lines = ["| route | needs | query | does |", "|---|---|---|---|"]
     for method, path, operation in routes():
         query = [p["name"] for p in operation.get("parameters", ()) if p["in"] == "query"]
         does = (operation.get("description") or operation.get("summary") or "").split("\n\n")[0]
-        lines.append(f"| `{method} {path}` | {' '.join(f'`{name}`' for name in query)} | {one_line(does)} |")
+        shown = " ".join(f"`{name}`" for name in query)
+        lines.append(f"| `{method} {path}` | {needs(method, path)} | {shown} | {one_line(does)} |")
     return "\n".join(lines)
 
 
@@ -51,13 +65,129 @@ def errors_table() -> str:
     return "\n".join(lines)
 
 
-def routes() -> list[tuple[str, str, dict[str, Any]]]:
-    """(METHOD, path, operation) of every documented route, in the order in which the application has them."""
+@dataclass(frozen=True)
+class Said:
+    """What a service without buffers says of itself: its interface (OpenAPI) and its metrics."""
+
+    description: dict[str, Any]
+    metrics: list[Metric]
+
+
+@cache
+def said() -> Said:
+    """What the service of this checkout says."""
     with TemporaryDirectory() as folder:
         app = create_app(Settings(data_dir=Path(folder), database_url=None, host="127.0.0.1", admin_token=None))
-        paths = app.openapi()["paths"]
+        found = Said(app.openapi(), list(app.state.metrics.collect()))
         app.state.database.close()
+    return found
+
+
+def routes() -> list[tuple[str, str, dict[str, Any]]]:
+    """(METHOD, path, operation) of every documented route, in the order in which the application has them."""
+    paths = said().description["paths"]
     return [(method.upper(), path, operation) for path, item in paths.items() for method, operation in item.items()]
+
+
+def needs(method: str, path: str) -> str:
+    """Who may call an operation, in a few words."""
+    row, _ = Access().find(method, path)
+    if row is None:
+        return "nobody may"
+    if row.scope is None:
+        return "-"
+    return f"{row.scope}, all buffers" if row.everything else row.scope
+
+
+def metrics() -> list[tuple[str, str, str, str]]:
+    """(name, kind, labels, meaning) of every series of our own, as Prometheus names it."""
+    endings = {"counter": "_total", "info": "_info"}
+    return [
+        (
+            metric.name + endings.get(metric.type, ""),
+            metric.type,
+            " ".join(getattr(metric, "_labelnames", ())),
+            metric.documentation,
+        )
+        for metric in said().metrics
+    ]
+
+
+def metrics_table() -> str:
+    """Every metric with its labels."""
+    lines = ["| metric | kind | labels | meaning |", "|---|---|---|---|"]
+    for name, kind, labels, meaning in metrics():
+        shown = " ".join(f"`{label}`" for label in labels.split())
+        lines.append(f"| `{name}` | {kind} | {shown} | {one_line(meaning)} |")
+    return "\n".join(lines)
+
+
+def commands(name: str) -> list[tuple[str, Any]]:
+    """Every command of one of our three programs as it is typed, without arguments; the program itself is the first.
+
+    They are click's, or those of the click that typer brings along: what is read of them is the same.
+    """
+
+    def within(typed: str, command: Any) -> Iterator[tuple[str, Any]]:
+        yield typed, command
+        for word, each in getattr(command, "commands", {}).items():
+            if not each.hidden:
+                yield from within(f"{typed} {word}", each)
+
+    return list(within(name, typer.main.get_command(COMMANDS[name])))
+
+
+def options(command: Any) -> list[Any]:
+    """What is given to a command, arguments first; not what every command has."""
+    shown = [each for each in command.params if not getattr(each, "hidden", False) and each.name not in EVERYWHERE]
+    return sorted(shown, key=lambda each: bool(each.param_type_name == "option"))
+
+
+def commands_text(name: str) -> str:
+    """Every command of a program with its arguments and options."""
+    return "\n".join(_command(typed, command) for typed, command in commands(name))
+
+
+def _command(typed: str, command: Any) -> str:
+    given = options(command)
+    words = [typed, *(_metavar(each) for each in given if each.param_type_name == "argument")]
+    lines = [f"### `{' '.join(words)}`", "", one_line((command.help or "").split("\n\n")[0]), ""]
+    hints = get_type_hints(command.callback) if command.callback else {}
+    if given:
+        lines += ["| given | meaning |", "|---|---|"]
+        for each in given:
+            is_option = each.param_type_name == "option"
+            names = (*each.opts, *each.secondary_opts) if is_option else (_metavar(each),)
+            meaning = [one_line(each.help or ""), *_choices(hints.get(each.name)), *_default(each)]
+            lines.append(f"| {' '.join(f'`{name}`' for name in names)} | {' '.join(filter(None, meaning))} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _metavar(argument: Any) -> str:
+    name = f"{argument.name.upper()}{'...' if argument.nargs == -1 else ''}"
+    return name if argument.required else f"[{name}]"
+
+
+def _choices(hint: Any) -> Iterator[str]:
+    for kind in (hint, *get_args(hint)):
+        if get_origin(kind) is Literal:
+            yield f"One of {', '.join(f'`{each}`' for each in get_args(kind))}."
+
+
+def _default(parameter: Any) -> Iterator[str]:
+    given = parameter.default
+    if isinstance(given, str | int | float | Path) and not isinstance(given, bool) and given != "":
+        yield f"Default: `{given}`."
+
+
+def decisions_table() -> str:
+    """Every decision record with its title."""
+    lines = ["| | decision |", "|---|---|"]
+    for path in sorted((FOLDER / "adr").glob("*.md")):
+        number, _, title = path.read_text(encoding="utf-8").partition("\n")[0].removeprefix("# ").partition(". ")
+        lines.append(f"| {number} | [{title}](adr/{path.name}) |")
+    return "\n".join(lines)
 
 
 def one_line(text: str) -> str:
@@ -67,9 +197,16 @@ def one_line(text: str) -> str:
 
 def render(text: str) -> str:
     """A page with its tables as the code has them now."""
-    tables = {"settings": settings_table, "routes": routes_table, "errors": errors_table}
+    tables: dict[str, Callable[[], str]] = {
+        "settings": settings_table,
+        "routes": routes_table,
+        "errors": errors_table,
+        "decisions": decisions_table,
+        "metrics": metrics_table,
+        **{name: partial(commands_text, name) for name in COMMANDS},
+    }
     return re.sub(
-        r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)",
+        r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end -->)",
         lambda match: f"{match[1]}{tables[match[2]]()}\n{match[3]}",
         text,
         flags=re.DOTALL,

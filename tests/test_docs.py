@@ -1,26 +1,22 @@
-"""The documentation is true: tables equal the code, commands exist, links resolve, sessions run."""
+"""The documentation is true: tables equal the code, everything has its place in them, links resolve."""
 
 from __future__ import annotations
 
+import ast
 import re
 import shutil
 import subprocess
-import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from PIL import Image
 
 from docs import tables
 from engram_service.settings import Settings
-from tests.contents import pictures
-from tests.servers import ServiceProcess, environment
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 PROMISES = ROOT / "docs" / "promises.md"
-SERVICE = ROOT / "docs" / "service.md"
-FIELDS = ROOT / "docs" / "fields.md"
 PAGES = [
     README,
     *(ROOT / name for name in ("CHANGELOG.md", "CONTRIBUTING.md", "bench/README.md", "bench/RESULTS.md")),
@@ -46,10 +42,6 @@ def committed_files() -> list[Path]:
     ]
 
 
-def code_blocks(page: Path, language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
-
-
 @pytest.mark.parametrize("page", tables.PAGES, ids=lambda page: page.name)
 def test_the_tables_of_settings_routes_and_errors_equal_the_code(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
@@ -65,6 +57,73 @@ def test_every_setting_says_what_it_is_for() -> None:
 def test_every_route_says_what_it_does() -> None:
     silent = [f"{method} {path}" for method, path, operation in tables.routes() if not operation.get("description")]
     assert not silent
+
+
+@pytest.mark.parametrize("name", tables.COMMANDS)
+def test_every_command_and_option_says_what_it_does(name: str) -> None:
+    commands = tables.commands(name)
+    assert len(commands) > 2
+    silent = [typed for typed, command in commands if len(command.help or "") < 10]
+    silent += [
+        f"{typed} {option.opts[0]}"
+        for typed, command in commands
+        for option in tables.options(command)
+        if option.param_type_name == "option" and not option.help
+    ]
+    assert not silent
+
+
+def test_every_metric_says_what_it_counts() -> None:
+    assert len(tables.metrics()) > 20
+    assert not [name for name, _, _, meaning in tables.metrics() if len(meaning) < 8]
+    assert not [name for name, *_ in tables.metrics() if not name.startswith("engram_")]
+
+
+def test_every_action_of_the_audit_is_on_the_page_of_operators() -> None:
+    """An action is a text that is given to `audit.record` or to a `Deed`, as the first text among its arguments."""
+    recorded = set()
+    for path in (ROOT / "service" / "engram_service").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and ast.unparse(node.func).rpartition(".")[2] in ("record", "Deed"):
+                recorded |= {
+                    found.value
+                    for each in node.args
+                    for found in ast.walk(each)
+                    if isinstance(found, ast.Constant) and re.fullmatch(r"[a-z]+\.[a-z]+", str(found.value))
+                }
+    assert len(recorded) > 10
+    page = (ROOT / "docs" / "operators.md").read_text(encoding="utf-8")
+    table = page[page.index("<!-- actions -->") :].split("\n\n")[0]
+    assert {*re.findall(r"`([a-z]+\.[a-z]+)`", table)} == recorded
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_a_page_has_one_title_and_no_heading_skips_a_level(page: Path) -> None:
+    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    levels = [len(marks) for marks in re.findall(r"^(#+) \S", text, re.MULTILINE)]
+    assert levels.count(1) == 1
+    assert levels[0] == 1
+    assert all(after <= before + 1 for before, after in pairwise(levels))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_picture_says_what_it_shows(page: Path) -> None:
+    found = re.findall(r"!\[([^\]]*)\]\(([^)]+)\)", page.read_text(encoding="utf-8"))
+    assert not [path for words, path in found if len(words) < 12]
+
+
+def test_every_picture_is_on_a_page() -> None:
+    shown = {
+        (page.parent / path).resolve()
+        for page in PAGES
+        for path in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", page.read_text(encoding="utf-8"))
+    }
+    assert not [path.name for path in (ROOT / "docs" / "images").iterdir() if path.resolve() not in shown]
+
+
+def test_no_page_has_a_place_left_for_something() -> None:
+    left = re.compile(r"TODO|FIXME|TBD|XXX|<!-- (?!not run: |table: |end |actions |local buffer: )")
+    assert not [page.name for page in PAGES if left.search(page.read_text(encoding="utf-8"))]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
@@ -122,78 +181,3 @@ def test_no_committed_file_names_a_path_or_a_registry_of_one_machine() -> None:
 
 def test_nothing_large_is_committed() -> None:
     assert sum(path.stat().st_size for path in committed_files()) < 12 * 2**20
-
-
-def test_the_python_session_of_the_service_runs_against_a_real_one(service: ServiceProcess, tmp_path: Path) -> None:
-    (session,) = code_blocks(SERVICE, "python")
-    assert len(session.splitlines()) <= 24
-    assert "exemplars in" in run_python(session, tmp_path, url=service.url)
-
-
-def test_the_first_ten_lines_of_the_readme_run_without_a_service(tmp_path: Path) -> None:
-    (session,) = code_blocks(README, "python")
-    assert session.index("LocalBuffer(") < 200
-    assert "(256, 28, 28, 1) uint8" in run_python(session, tmp_path)
-
-
-NETWORK = """
-import numpy as np
-from engram import Client
-images, class_ids = np.random.default_rng(0).integers(0, 256, (80, 16, 16, 3), np.uint8), np.arange(80) % 4
-network = lambda images: images.reshape(len(images), -1)[:, :10] / 255
-client = Client()
-"""
-"""What the reader of the page on fields has: images, a network, a client."""
-
-
-def test_the_example_of_a_field_runs_against_a_real_service(service: ServiceProcess, tmp_path: Path) -> None:
-    (example,) = code_blocks(FIELDS, "python")
-    assert len(example.splitlines()) == 5
-    output = run_python(
-        f"{NETWORK}{example}\nclient.close()\nprint(batch.fields['logits'].shape)", tmp_path, service.url
-    )
-    assert output.strip() == "(64, 10)"
-
-
-def run_python(program: str, folder: Path, url: str = "http://127.0.0.1:9") -> str:
-    """The output of a program, run in a folder by a process of its own in which warnings are errors."""
-    result = subprocess.run(
-        [sys.executable, "-W", "error", "-c", program],
-        env=environment(url=url),
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr
-    return result.stdout
-
-
-@pytest.mark.skipif(not all(map(shutil.which, ("bash", "curl", "tar"))), reason="needs bash, curl and tar")
-def test_the_curl_session_runs_against_a_real_service(service: ServiceProcess, tmp_path: Path) -> None:
-    (session,) = [block for block in code_blocks(SERVICE, "console") if "curl" in block]
-    commands = re.sub(r"^(?!\$ |> ).*\n", "", session, flags=re.MULTILINE)
-    commands = re.sub(r"^[$>] ", "", commands, flags=re.MULTILINE)
-    assert "http://127.0.0.1:8077" in commands
-    write_pictures(tmp_path / "photos")
-    result = subprocess.run(
-        ["bash", "-euo", "pipefail", "-c", commands.replace("http://127.0.0.1:8077", service.url)],
-        env=environment(),
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr + result.stdout
-    with Image.open(tmp_path / "draw.jpg") as strip:
-        assert strip.format == "JPEG"
-        assert strip.size == (32, 8 * 32)
-
-
-def write_pictures(folder: Path) -> None:
-    """What the curl session starts from: pictures with their class ids beside them."""
-    folder.mkdir()
-    for number, pixels in enumerate(pictures(3, 20, (32, 32, 3))):
-        Image.fromarray(pixels).save(folder / f"{number:03d}.png")
-        (folder / f"{number:03d}.cls").write_text(str(number % 2))

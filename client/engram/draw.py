@@ -180,22 +180,22 @@ class Layout:
     def stretches(self, task: int | None, class_id: int | None, first: int = 0) -> tuple[IntArray, IntArray]:
         """Global rows of a task or a class or both, from row `first` on: where each run begins, and how many it has."""
         begins = np.maximum(self._run_starts, first)
-        counts = self._run_starts + self._run_counts - begins
+        counts = self._run_starts + self.run_counts - begins
         is_wanted = counts > 0
         if task is not None:
-            is_wanted &= self._run_tasks == task
+            is_wanted &= self.run_tasks == task
         if class_id is not None:
-            is_wanted &= self._run_classes == class_id
+            is_wanted &= self.run_classes == class_id
         return begins[is_wanted], counts[is_wanted]
 
     def after(self, task: int, class_id: int, rank: int) -> int:
         """The first global row that comes after this place in the order of tasks, classes and ranks."""
-        first, end = np.searchsorted(self._run_tasks, [task, task + 1]).tolist()
-        run = first + int(np.searchsorted(self._run_classes[first:end], class_id))
+        first, end = np.searchsorted(self.run_tasks, [task, task + 1]).tolist()
+        run = first + int(np.searchsorted(self.run_classes[first:end], class_id))
         if run == len(self._run_starts):
             return self.count
-        is_there = run < end and int(self._run_classes[run]) == class_id
-        return int(self._run_starts[run]) + (min(rank + 1, int(self._run_counts[run])) if is_there else 0)
+        is_there = run < end and int(self.run_classes[run]) == class_id
+        return int(self._run_starts[run]) + (min(rank + 1, int(self.run_counts[run])) if is_there else 0)
 
     def ranks(self, rows: IntArray) -> IntArray:
         """The places of these global rows in their classes, from 0."""

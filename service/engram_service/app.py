@@ -77,8 +77,8 @@ def create_app(settings: Settings) -> FastAPI:
         served.start()
         yield
         writing.cancel()
-        await run_sync(known.write_down)
         await run_sync(served.stop)
+        await run_sync(known.write_down)
         cache.close()
         database.close()
 
@@ -100,6 +100,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.state.extractor_turns = Turns(settings)
     app.state.liveness = Liveness(settings)
     app.state.answers = Answers(settings.answer_memory_bytes)
+    app.state.served = served
     app.state.tokens = known
     app.state.sessions = Sessions(database, known, settings)
     app.state.metrics = Metrics(requests, served, database, cache, settings)
