@@ -130,10 +130,15 @@ def fork(
 
 
 @commands.command()
-def snapshots(context: typer.Context, as_json: JsonOption = False) -> None:
-    """List the buffers that are frozen: what `engram fork --frozen` made."""
+def snapshots(
+    context: typer.Context,
+    buffer: Annotated[str | None, typer.Argument(help="Only those of this buffer.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """List snapshots: the buffers that are frozen, which `engram fork --frozen` makes."""
     with client_of(context) as client:
-        found = [each for each in client.buffers() if each.is_frozen]
+        frozen = [each for each in client.buffers() if each.is_frozen]
+        found = [each for each in frozen if buffer is None or each.forked_from == buffer]
         display.as_json(found) if as_json else display.buffers(found)
 
 
