@@ -118,6 +118,7 @@ def test_the_ten_lines_of_the_readme_run_without_a_service(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=() if name in QUICK else (pytest.mark.slow,)) for name in RUN_PAGES]
 )
+@pytest.mark.timeout(1800)
 def test_the_blocks_of_a_page_run_one_after_the_other(
     name: str, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
