@@ -24,7 +24,7 @@ export OMP_NUM_THREADS ?= 1
 export PYTHONDONTWRITEBYTECODE =
 
 .NOTPARALLEL:
-.PHONY: help install test slow kills fuzz fuzz-quick lint format types check docs site pictures demo bench bench-quick clean
+.PHONY: help install test slow browser screenshots kills fuzz fuzz-quick lint format types check docs site pictures demo bench bench-quick clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -36,6 +36,12 @@ test: $(DEV) ## the default tests (three to four minutes on two cores, no networ
 
 slow: $(DEV) ## the long tests: kills and restarts, the demo, much fuzzing
 	$(BIN)/python -m pytest -q -m slow $(PARALLEL) $(PYTEST_ARGS)
+
+browser: $(DEV) ## the console in a headless Chromium (Debian's packages chromium and chromium-driver)
+	$(BIN)/python -m pytest -q -m browser tests/browser $(PYTEST_ARGS)
+
+screenshots: $(DEV) ## write docs/images/console-*.png: the console with buffers of its own, in a headless Chromium
+	$(BIN)/python -m tests.browser.screenshots
 
 fuzz: $(DEV) ## 20,000 requests and more made from the interface description, valid and not (half an hour)
 	$(BIN)/python -m tests.fuzz --cases 20000
@@ -59,7 +65,7 @@ KILLS ?= 200
 kills: $(DEV) ## services, workers, mirrors, registrations and migrations are killed at random and at every step
 	KILLS=$(KILLS) $(BIN)/python -m pytest -q -m "slow or not slow" tests/service/test_faults.py --timeout 3000 $(PYTEST_ARGS)
 
-check: lint types site fuzz-quick slow test ## what CI runs
+check: lint types site fuzz-quick slow browser test ## what CI runs
 
 docs: $(DEV) ## write the tables of the documentation from the code
 	$(BIN)/python -m docs.tables

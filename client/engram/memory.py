@@ -187,6 +187,17 @@ def reshare(content: Content, *, budget_bytes: int | None = None, without_task: 
     return _within(changed, was_roomy=content.is_roomy)
 
 
+def expect(content: Content, new_classes: int) -> Content:
+    """The content once so many classes more have come in a task of their own, of which nothing is known or kept.
+
+    They take their shares, so this is what is left of all others, as long as the quality stays.
+    """
+    number, first = max(content.tasks, default=-1) + 1, content.next_class_id
+    coming = replace(NOTHING, seen=dict.fromkeys(range(first, first + new_classes), 1))
+    grown = replace(content, tasks={**content.tasks, number: coming})
+    return _within(grown, was_roomy=content.is_roomy)
+
+
 def remove(content: Content, where: Where) -> Content:
     """The content without these exemplars, as if they had never come; what their classes leave, others may fill.
 

@@ -20,6 +20,9 @@ without a prefix also tokens, audit and what concerns the whole service."""
 MapMethod = Literal["pca", "tsne", "umap"]
 """How a map is laid out. pca is exact and always there; tsne and umap are for whoever installs their libraries."""
 
+MAX_NEW_CLASSES = 10_000
+"""Of one forecast."""
+
 TokenName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9 ._@-]{0,99}$")]
 BufferPrefix = Annotated[str, Field(pattern=r"^([a-z0-9][a-z0-9._-]{0,62})?$")]
 
@@ -113,13 +116,6 @@ class Disk(Answer):
     total_bytes: int
 
 
-class ForecastAsk(Model):
-    """A change that is not made: another budget, so many classes more, or both."""
-
-    budget_bytes: BudgetBytes | None = None
-    new_classes: Annotated[int, Field(ge=0, le=10_000)] = 0
-
-
 class ForecastClass(Answer):
     """One class of one task, now and then."""
 
@@ -132,11 +128,16 @@ class ForecastClass(Answer):
 
 
 class Forecast(Answer):
-    """What a change would leave: nothing was changed. Bytes are those of whole packs; `limit_bytes` is the one then."""
+    """What a change would leave: nothing was changed. Bytes are those of whole packs; `limit_bytes` is the one then.
+
+    The quality changes where the first exemplars ever would have to go: until then it is open.
+    """
 
     buffer: str
     generation: int
     limit_bytes: int
+    quality: int | None
+    quality_then: int | None
     exemplars: int
     used_bytes: int
     exemplars_then: int

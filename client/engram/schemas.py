@@ -178,7 +178,8 @@ class Buffer(Answer):
 
     `quality` is that of every exemplar, None before the first. It was `fixed` when the buffer was made, or `decided` by
     selection for good; while it is `provisional`, a later upload may revise it. `class_names` names the class ids that
-    came with a name. A buffer that `is_frozen` takes no change.
+    came with a name. A buffer that `is_frozen` takes no change. `forked_from` names the buffer that this one began as a
+    fork of, at its `forked_generation`; that one may be gone, or another may have its name by now.
     """
 
     name: str
@@ -198,6 +199,8 @@ class Buffer(Answer):
     fields: dict[str, str] = {}
     class_names: dict[int, str] = {}
     is_frozen: bool = False
+    forked_from: str | None = None
+    forked_generation: int | None = None
     created_at: datetime
 
 

@@ -11,12 +11,15 @@ down_revision = "0004"
 
 def upgrade() -> None:
     # Never batches: see 0002.
+    op.add_column("buffers", sa.Column("forked_from", sa.String(length=63), nullable=True))
+    op.add_column("buffers", sa.Column("forked_generation", sa.Integer(), nullable=True))
     op.add_column("ingests", sa.Column("who", sa.String(length=100), nullable=True))
     op.add_column("ingests", sa.Column("token_id", sa.String(length=32), nullable=True))
     op.add_column("ingests", sa.Column("request_id", sa.String(length=64), nullable=True))
     op.add_column("ingests", sa.Column("started_at", sa.Float(), nullable=True))
     op.add_column("ingests", sa.Column("is_kept", sa.Boolean(), server_default=sa.false(), nullable=False))
     op.add_column("ingests", sa.Column("failures", sa.JSON(), server_default="[]", nullable=False))
+    op.add_column("tasks", sa.Column("sample", sa.String(length=64), nullable=True))
     op.create_table(
         "tokens",
         sa.Column("id", sa.String(length=32), nullable=False),
@@ -81,5 +84,8 @@ def upgrade() -> None:
 def downgrade() -> None:
     for table in "tallies", "served", "audit", "sessions", "tokens":
         op.drop_table(table)
+    for column in "forked_generation", "forked_from":
+        op.drop_column("buffers", column)
     for column in "failures", "is_kept", "started_at", "request_id", "token_id", "who":
         op.drop_column("ingests", column)
+    op.drop_column("tasks", "sample")

@@ -28,6 +28,7 @@ from .room import Room
 from .routes import (
     audit,
     buffers,
+    disk,
     draw,
     draws,
     exemplars,
@@ -76,8 +77,8 @@ def create_app(settings: Settings) -> FastAPI:
         served.start()
         yield
         writing.cancel()
-        await run_sync(known.write_down)
         await run_sync(served.stop)
+        await run_sync(known.write_down)
         cache.close()
         database.close()
 
@@ -99,6 +100,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.state.extractor_turns = Turns(settings)
     app.state.liveness = Liveness(settings)
     app.state.answers = Answers(settings.answer_memory_bytes)
+    app.state.served = served
     app.state.tokens = known
     app.state.sessions = Sessions(database, known, settings)
     app.state.metrics = Metrics(requests, served, database, cache, settings)
@@ -110,7 +112,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.add_middleware(Frame)
     app.add_middleware(Metered, requests=requests, settings=settings)
     # Routes are tried in order: draws come by the hundred a second, everything else now and then.
-    rest = (buffers, extractors, ingests, tasks, export, exemplars, draws, tokens, audit, health, metrics)
+    rest = (buffers, extractors, ingests, tasks, export, exemplars, draws, tokens, audit, disk, health, metrics)
     for resource in (draw, packs, *rest):
         app.include_router(resource.router)
     app.include_router(exemplars.counts)

@@ -26,6 +26,9 @@ from . import audit
 from .acting import principal
 from .tables import BufferRow, PackRow, TaskRow
 
+MANY = 500
+"""Buffers in one answer beyond which all rows are read: a statement has room for so many names only."""
+
 Expected = frozenset[str]
 """States of a buffer that a change is meant for: entity tags without quotes, or numbers of generations alone."""
 
@@ -98,7 +101,7 @@ def check_thawed(row: BufferRow) -> None:
 def read_all(session: Session) -> list[Buffer]:
     """Every buffer that whoever asks may see, by name."""
     rows = session.scalars(select(BufferRow).where(reached(BufferRow.name)).order_by(BufferRow.name)).all()
-    return [describe(session, row) for row in rows]
+    return _described(session, rows)
 
 
 def reached(name: InstrumentedAttribute[Any]) -> ColumnElement[bool]:
@@ -268,15 +271,44 @@ def task(session: Session, name: str, number: int) -> Task:
     if found is None:
         known = session.scalars(select(TaskRow.task).where(TaskRow.buffer == name).order_by(TaskRow.task)).all()
         raise NotFound(f"buffer {name!r} has no task {number}; it has {_listed(known)}", buffer=name, task=number)
-    packs = live_packs(session, name)
-    own = [pack for pack in packs if pack.task == number]
-    stored = {c: (count, size) for pack in own for (c, count), size in zip(pack.runs, pack.class_bytes, strict=True)}
-    names = class_names(row)
     granted = shares.leaves(
         row.budget_bytes, per=row.per, share_by=row.share_by, classes_by_task=classes_by_task(session, name)
     )
+    own = [pack for pack in live_packs(session, name) if pack.task == number]
+    return _task(row, found, own, granted)
+
+
+def tasks(session: Session, name: str) -> list[Task]:
+    """Every task of a buffer as it is stored, in order.
+
+    Raises:
+        NotFound: there is no such buffer.
+    """
+    row = find(session, name)
+    found = session.scalars(select(TaskRow).where(TaskRow.buffer == name).order_by(TaskRow.task)).all()
+    classes = {each.task: sorted(map(int, each.seen)) for each in found}
+    granted = shares.leaves(row.budget_bytes, per=row.per, share_by=row.share_by, classes_by_task=classes)
+    packs: dict[int, list[PackRow]] = {}
+    for pack in live_packs(session, name):
+        packs.setdefault(pack.task, []).append(pack)
+    return [_task(row, each, packs.get(each.task, []), granted) for each in found]
+
+
+def bytes_by_task(session: Session) -> dict[str, dict[int, int]]:
+    """What the tasks of every buffer that whoever asks may see take of its budget."""
+    wanted = select(PackRow.buffer, PackRow.task, PackRow.bytes).order_by(PackRow.buffer, PackRow.task)
+    found: dict[str, dict[int, int]] = {}
+    for buffer, task, size in session.execute(wanted.where(PackRow.until.is_(None), reached(PackRow.buffer))):
+        of_buffer = found.setdefault(buffer, {})
+        of_buffer[task] = of_buffer.get(task, 0) + size
+    return found
+
+
+def _task(row: BufferRow, found: TaskRow, own: Sequence[PackRow], granted: dict[shares.Leaf, int]) -> Task:
+    stored = {c: (count, size) for pack in own for (c, count), size in zip(pack.runs, pack.class_bytes, strict=True)}
+    names, number = class_names(row), found.task
     return Task(
-        buffer=name,
+        buffer=row.name,
         task=number,
         quality=row.quality,
         bytes=sum(pack.bytes for pack in own),
@@ -377,8 +409,28 @@ def _limit_bytes(row: BufferRow, classes: dict[int, list[int]]) -> int:
 
 def describe(session: Session, row: BufferRow) -> Buffer:
     """A buffer as it stands."""
-    packs = live_packs(session, row.name)
-    classes = classes_by_task(session, row.name)
+    return _described(session, [row])[0]
+
+
+def _described(session: Session, rows: Sequence[BufferRow]) -> list[Buffer]:
+    """These buffers as they stand, in two queries however many they are."""
+    wanted = None if len(rows) > MANY else [row.name for row in rows]
+    tasks = select(TaskRow.buffer, TaskRow.task, cast(TaskRow.seen, Text)).order_by(TaskRow.buffer, TaskRow.task)
+    packs = select(PackRow.buffer, PackRow.bytes, PackRow.exemplars, cast(PackRow.runs, Text))
+    packs = packs.where(PackRow.until.is_(None))
+    if wanted is not None:
+        tasks, packs = tasks.where(TaskRow.buffer.in_(wanted)), packs.where(PackRow.buffer.in_(wanted))
+    seen: dict[str, dict[int, list[int]]] = {}
+    for buffer, task, text in session.execute(tasks):
+        seen.setdefault(buffer, {})[task] = sorted(map(int, json.loads(text)))
+    held: dict[str, list[tuple[int, int, list[list[int]]]]] = {}
+    for buffer, size, exemplars, text in session.execute(packs):
+        held.setdefault(buffer, []).append((size, exemplars, json.loads(text)))
+    return [_model(row, seen.get(row.name, {}), held.get(row.name, [])) for row in rows]
+
+
+def _model(row: BufferRow, classes: dict[int, list[int]], packs: list[tuple[int, int, list[list[int]]]]) -> Buffer:
+    is_source_known = row.forked_from is not None and principal().reaches(row.forked_from)
     return Buffer(
         name=row.name,
         budget_bytes=row.budget_bytes,
@@ -389,14 +441,16 @@ def describe(session: Session, row: BufferRow) -> Buffer:
         quality=row.quality,
         quality_is=row.quality_is,
         generation=row.generation,
-        used_bytes=sum(pack.bytes for pack in packs),
-        exemplars=sum(pack.exemplars for pack in packs),
+        used_bytes=sum(size for size, _, _ in packs),
+        exemplars=sum(exemplars for _, exemplars, _ in packs),
         tasks=list(classes),
-        classes=sorted({class_id for pack in packs for class_id, count in pack.runs if count}),
+        classes=sorted({class_id for _, _, runs in packs for class_id, count in runs if count}),
         image_shape=image_shape(row),
         fields=row.fields,
         class_names=class_names(row),
         is_frozen=row.is_frozen,
+        forked_from=row.forked_from if is_source_known else None,
+        forked_generation=row.forked_generation,
         created_at=created_at(row),
     )
 

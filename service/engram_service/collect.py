@@ -1,6 +1,6 @@
 """Removes what no row of the database names, and never what one will.
 
-Five kinds of leftovers:
+Six kinds of leftovers:
 
 - packs of generations whose grace period is over, and of the oldest ones if retired packs take more than
   `retired_bytes`: the rows first, then the files that no row names any more;
@@ -8,6 +8,7 @@ Five kinds of leftovers:
 - uploads whose ingest is committed, those of failed and cancelled ones when their time is over or their room is needed
   (`failed_s`, `failed_bytes`), and those that nobody finished (a crash between rename and commit);
 - extractors that nothing names any more (`extractors.collect`);
+- originals that no task has any more (`samples`), and those of commits that never happened;
 - rows of the audit that were kept for long enough, and of logins that are over.
 
 On a full disk removing rows needs room first: it is taken from the reserve (`storage.Reserve`).
@@ -38,11 +39,12 @@ from sqlalchemy.orm import Session
 
 from engram.errors import EngramError, StorageFull
 
-from . import audit, extractors, ingest, sessions
+from . import audit, extractors, ingest, samples, sessions
 from .commit import exclusive
 from .database import Database
 from .ingest import ACTIVE
 from .receiving import abandoned
+from .samples import SampleFolder
 from .settings import Settings
 from .storage import PackStore, Reserve
 from .tables import BufferRow, IngestRow, PackRow
@@ -70,12 +72,13 @@ class Collected:
     uploads: int
     extractors: int
     records: int
+    samples: int = 0
     stuck: Stuck = field(default_factory=dict)
 
     @property
-    def counts(self) -> tuple[int, int, int, int, int]:
+    def counts(self) -> tuple[int, int, int, int, int, int]:
         """What was removed of each kind."""
-        return self.rows, self.packs, self.uploads, self.extractors, self.records
+        return self.rows, self.packs, self.uploads, self.extractors, self.records, self.samples
 
 
 class Collector:
@@ -96,7 +99,8 @@ class Collector:
         else:
             if any(found.counts):
                 logger.info(
-                    "collected %d old pack rows, %d packs, %d uploads, %d extractors, %d old records", *found.counts
+                    "collected %d old pack rows, %d packs, %d uploads, %d extractors, %d old records, %d samples",
+                    *found.counts,
                 )
             self._tell(found.stuck)
 
@@ -162,7 +166,8 @@ def collect_rows(
     uploads = collect_uploads(database, settings, stuck=stuck, pulse=pulse)
     models = extractors.collect(database, settings, stuck=stuck, pulse=pulse)
     records = _records(database, settings, pulse)
-    return Collected(len(retired), packs, uploads, models, records, stuck)
+    originals = _samples(database, SampleFolder(settings.samples_dir), settings.grace_s, stuck)
+    return Collected(len(retired), packs, uploads, models, records, originals, stuck)
 
 
 @contextmanager
@@ -266,6 +271,21 @@ def _let_go(database: Database, settings: Settings) -> None:
     if unwanted:
         with database.session() as session:
             ingest.let_go(session, unwanted)
+
+
+def _samples(database: Database, folder: SampleFolder, grace_s: float, stuck: Stuck) -> int:
+    """Originals that no task has, and no commit is about to give one, are gone; returns how many files had them."""
+    paths = list(folder.old(grace_s))
+    removed = 0
+    for some in (paths[at : at + BATCH] for at in range(0, len(paths), BATCH)):
+        with database.reading() as session:
+            held = samples.named(session, [path.name for path in some])
+        for path in some:
+            if path.name not in held:
+                with _passing_over(path, stuck):
+                    path.unlink(missing_ok=True)
+                    removed += 1
+    return removed
 
 
 def _uploads(database: Database, folder: Path, stuck: Stuck, pulse: Callable[[], None]) -> int:

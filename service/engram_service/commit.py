@@ -39,7 +39,7 @@ from engram.memory import Where
 from engram.schemas import Buffer, BufferChange, Decision, ForkCreate
 from engram.strip import Exemplars
 
-from . import audit, tallies
+from . import audit, samples, tallies
 from .acting import principal
 from .buffers import (
     Expected,
@@ -57,6 +57,8 @@ from .buffers import (
 )
 from .database import Database
 from .ingest import Claim, LeaseLost, holds
+from .samples import Resample, SampleFolder
+from .settings import SAMPLES
 from .storage import PackStore
 from .tables import BufferRow, IngestRow, PackRow, TaskRow
 
@@ -102,6 +104,7 @@ def commit(
     ingest: Claim | None = None,
     expected: Expected | None = None,
     emergency: Emergency | None = None,
+    resample: Resample | None = None,
 ) -> int:
     """The buffer's content is what `change` makes of it; returns the new generation.
 
@@ -111,6 +114,7 @@ def commit(
         ingest: ends as committed in the same transaction.
         expected: the state of the buffer that `change` is meant for.
         emergency: what to do if the disk is full and `change` frees room. The change may then take several generations.
+        resample: what becomes of the originals that are kept for maps; without it they stay as they are.
 
     Raises:
         NotFound: no such buffer.
@@ -122,7 +126,7 @@ def commit(
     if deed is None:
         deed = Deed("ingest.commit", ingest.id, {"task": ingest.task}) if ingest else Deed("buffer.change")
     try:
-        return _commit(database, store, buffer, change, deed, ingest, expected)
+        return _commit(database, store, buffer, change, deed, ingest, expected, resample)
     except StorageFull:
         if emergency is None:
             raise
@@ -130,7 +134,7 @@ def commit(
         while True:
             collect()
             step = _Step(change, _free_bytes(store))
-            generation = _commit(database, store, buffer, step, deed, None, expected)
+            generation = _commit(database, store, buffer, step, deed, None, expected, resample)
             if step.is_last:
                 collect()
                 return generation
@@ -145,17 +149,22 @@ def _commit(
     deed: Deed,
     ingest: Claim | None,
     expected: Expected | None,
+    resample: Resample | None,
 ) -> int:
+    originals = SampleFolder(store.folder.parent / SAMPLES)
     for _ in range(MAX_RACES):
         with database.reading() as session:
             row = find(session, buffer)
             before = read_content(session, store, row)
+            held = {} if resample is None else samples.of_buffer(session, originals, buffer)
         check_thawed(row)
         check_expected(row, expected)
         after = change(before)
         packs = _put_changed(store, row.name, before, after)
+        changed = {} if resample is None else resample(before, after, held)
+        kept = {task: originals.put(sample) for task, sample in changed.items()}
         try:
-            return _write(database, store, row, before, after, packs, deed, ingest)
+            return _write(database, store, row, before, after, packs, deed, ingest, kept)
         except _Raced:
             continue
     raise _overtaken(buffer)
@@ -283,9 +292,15 @@ def remove(
         NotFound: no such buffer, or nothing that `where` names.
         Conflict, StorageFull, Unavailable: as `commit`.
     """
-    change = partial(memory.remove, where=where)
     deed = Deed("exemplars.remove", str(where))
-    return commit(database, store, buffer, change, deed=deed, expected=expected, emergency=emergency)
+    asked: dict[str, Any] = {"deed": deed, "expected": expected, "emergency": emergency}
+    resample = partial(samples.without, where=where)
+    try:
+        return commit(database, store, buffer, partial(memory.remove, where=where), resample=resample, **asked)
+    except NotFound as error:
+        # What found no room may still be among the originals.
+        resample = partial(resample, otherwise=error)
+        return commit(database, store, buffer, lambda content: content, resample=resample, **asked)
 
 
 def relabel(
@@ -304,8 +319,9 @@ def relabel(
         Conflict, StorageFull, Unavailable: as `commit`.
     """
     change = partial(memory.relabel, where=where, class_id=class_id)
+    resample = partial(samples.relabelled, where=where, class_id=class_id)
     deed = Deed("exemplars.relabel", str(where), {"class_id": class_id})
-    return commit(database, store, buffer, change, deed=deed, expected=expected)
+    return commit(database, store, buffer, change, deed=deed, expected=expected, resample=resample)
 
 
 def place_of(session: Session, buffer: str, digest: str, row: int) -> tuple[Where, Expected]:
@@ -397,6 +413,7 @@ def _write(
     packs: list[PackRow],
     deed: Deed,
     ingest: Claim | None,
+    kept: Mapping[int, str | None],
 ) -> int:
     """Step 4 of the module docstring, all or nothing."""
     generation, now = buffer.generation + 1, time.time()
@@ -421,6 +438,10 @@ def _write(
         for number in touched:
             if number in after.tasks:
                 session.merge(_task_row(buffer.name, number, after.tasks[number]))
+        session.flush()
+        for number, sample in kept.items():
+            of_task = (TaskRow.buffer == buffer.name, TaskRow.task == number)
+            session.execute(update(TaskRow).where(*of_task).values(sample=sample))
         if ingest is not None:
             _end(session, ingest, generation, now)
         audit.record(
@@ -468,6 +489,8 @@ def _write_fork(
             "name": wanted.name,
             "oldest_generation": source.generation,
             "is_frozen": wanted.frozen,
+            "forked_from": source.name,
+            "forked_generation": source.generation,
             "created_at": time.time(),
         }
         made = add_row(session, BufferRow(**(copied | _columns(after) | own)))
@@ -475,8 +498,13 @@ def _write_fork(
         for row in [*packs, *(_copy(row, wanted.name) for row in shared)]:
             row.since = source.generation
             session.add(row)
+        originals = dict(
+            session.execute(select(TaskRow.task, TaskRow.sample).where(TaskRow.buffer == source.name)).all()
+        )
         for number, task in after.tasks.items():
-            session.add(_task_row(wanted.name, number, task))
+            made_task = _task_row(wanted.name, number, task)
+            made_task.sample = originals[number]
+            session.add(made_task)
         session.flush()
         audit.record(
             session,

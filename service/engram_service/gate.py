@@ -13,46 +13,33 @@ from __future__ import annotations
 
 import ipaddress
 import re
-from collections.abc import Callable
-from http.cookies import SimpleCookie
 from typing import Any
 from urllib.parse import quote
 
 from anyio.to_thread import run_sync
-from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from engram.errors import EngramError, Forbidden, RateLimited, Unauthorized
+from engram.errors import EngramError, Forbidden, Unauthorized
 
 from .access import Access, Row
 from .acting import ACTING, LOCAL, NOBODY, Acting, Principal
 from .problems import problem_response
-from .rates import Rates
 from .sessions import COOKIE, Session, Sessions, csrf_of, make_cookie
 from .settings import Settings
 from .tokens import Tokens, digest_of
-
-WRONG_PER_S, WRONG_BURST = 1.0, 20.0
-"""How many wrong tokens one client address may try: it stops guesses, and a flood of them from keeping the database
-busy. Behind a proxy all clients have one address; tokens that were good a moment ago are let through all the same."""
 
 _COOKIE = re.compile(rf"(?:^|;) *{COOKIE}=([A-Za-z0-9_-]{{43}}) *(?:;|$)")
 
 _CONSOLE = "/console"
 _LOGIN = "/console/login"
 
-Answer = Callable[[EngramError, Scope], Response]
-
 
 class Gate:
     """Lets a request through to `app` if whoever it is from may make it; tells the application who that is.
 
     Sets `engram.principal` in the scope and `acting.ACTING`; for the console `engram.session`, too.
-
-    Args:
-        console_answer: makes a page of an error for the console.
     """
 
     def __init__(
@@ -62,13 +49,10 @@ class Gate:
         tokens: Tokens,
         sessions: Sessions,
         access: Access | None = None,
-        console_answer: Answer | None = None,
     ) -> None:
         self.app = app
         self._tokens, self._sessions = tokens, sessions
         self._access = access or Access()
-        self._wrong = Rates()
-        self._console_answer = console_answer or _plain
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One request; anything that is not HTTP (the lifespan) passes."""
@@ -89,6 +73,7 @@ class Gate:
                 found = scope["engram.session"].principal
             else:
                 found = await self._bearer(scope)
+            scope["engram.principal"] = found
             if row is not None:
                 row.check(found, buffer)
             elif _is_routed(scope):
@@ -97,10 +82,8 @@ class Gate:
             await _to_login(scope, path)(scope, receive, send)
             return
         except EngramError as error:
-            answer = self._console_answer(error, scope) if is_console else problem_response(error, scope["path"])
-            await answer(scope, receive, send)
+            await problem_response(error, scope["path"])(scope, receive, send)
             return
-        scope["engram.principal"] = found
         # Whoever made the context takes it back: `problems.LastResort`.
         ACTING.set(Acting(found, scope.get("engram.request_id", "")))
         await self.app(scope, receive, send)
@@ -127,26 +110,7 @@ class Gate:
             return found
         if self._tokens.is_known(digest):
             return await run_sync(self._tokens.find, digest)
-        return await self.untried(scope, lambda: self._tokens.find_secret(secret))
-
-    async def untried(self, scope: Scope, find: Callable[[], Principal]) -> Principal:
-        """What `find` finds, unless the client's address has tried too many wrong tokens.
-
-        Raises:
-            RateLimited: it has.
-            Unauthorized: and this is another one.
-        """
-        address = (scope.get("client") or ("",))[0]
-        wait_s = self._wrong.wait_s(address, WRONG_PER_S, WRONG_BURST)
-        if wait_s > 0:
-            raise RateLimited(
-                "too many wrong tokens came from your address; this one was not looked at", retry_after_s=wait_s
-            )
-        try:
-            return await run_sync(find)
-        except Unauthorized:
-            self._wrong.take(address, WRONG_PER_S, WRONG_BURST)
-            raise
+        return await run_sync(self._tokens.try_secret, secret, (scope.get("client") or ("",))[0])
 
     async def _begin_session(self, scope: Scope, row: Row | None, send: Send) -> Send:
         """`engram.session` is whoever the cookie is of; the answer sets one where there is none.
@@ -191,17 +155,19 @@ def cookie_of(scope: Scope) -> str | None:
 
 
 def set_cookie(scope: Scope, cookie: str, *, max_age_s: float | None = None) -> str:
-    """The header that gives a browser this cookie; with an age of 0 it takes it away."""
-    jar: SimpleCookie = SimpleCookie()
-    jar[COOKIE] = cookie
-    morsel = jar[COOKIE]
-    morsel["path"] = scope.get("root_path", "") + _CONSOLE
-    morsel["httponly"], morsel["samesite"] = True, "Strict"
+    """The header that gives a browser this cookie; with an age of 0 it takes it away.
+
+    Pages right below /console name no path, for browsers take that of the page's folder: /console, below whatever
+    prefix a proxy has.
+    """
+    parts = [f"{COOKIE}={cookie}", "HttpOnly", "SameSite=Strict"]
+    if path_of(scope).count("/") != _LOGIN.count("/"):
+        parts.append(f"Path={scope.get('root_path', '')}{_CONSOLE}")
     if scope.get("scheme") == "https":
-        morsel["secure"] = True
+        parts.append("Secure")
     if max_age_s is not None:
-        morsel["max-age"] = int(max_age_s)
-    return morsel.OutputString()
+        parts.append(f"Max-Age={int(max_age_s)}")
+    return "; ".join(parts)
 
 
 def _with_cookie(send: Send, cookie: str) -> Send:
@@ -214,20 +180,15 @@ def _with_cookie(send: Send, cookie: str) -> Send:
 
 
 def _to_login(scope: Scope, path: str) -> Response:
-    """To the login, and from there back to this page."""
-    root: str = scope.get("root_path", "")
-    query = scope["query_string"].decode("latin-1")
-    target = root + _LOGIN
-    if scope["method"] == "GET" and path != _CONSOLE:
-        target += "?next=" + quote(path + (f"?{query}" if query else ""), safe="")
+    """To the login, and from there back to this page. The address is relative, as all of the console are."""
     if _header(scope, b"hx-request"):
-        # A fragment of a page that is open: the page as a whole has to go there.
-        return Response(status_code=401, headers={"HX-Redirect": root + _LOGIN, "Cache-Control": "no-store"})
+        # A fragment of a page that is open: the page as a whole has to be asked for again.
+        return Response(status_code=401, headers={"HX-Refresh": "true", "Cache-Control": "no-store"})
+    target = "../" * (path.count("/") - 1) + _LOGIN[1:]
+    if scope["method"] == "GET" and path != _CONSOLE:
+        query = scope["query_string"].decode("latin-1")
+        target += "?next=" + quote(quote(path) + (f"?{query}" if query else ""), safe="")
     return Response(status_code=303, headers={"Location": target, "Cache-Control": "no-store"})
-
-
-def _plain(error: EngramError, scope: Scope) -> Response:
-    return problem_response(error, scope["path"])
 
 
 def _is_routed(scope: Scope) -> bool:
@@ -303,9 +264,3 @@ def is_loopback(name: str) -> bool:
         return ipaddress.ip_address(name).is_loopback
     except ValueError:
         return False
-
-
-def session_of(request: Request) -> Session:
-    """The session of a page of the console."""
-    found: Session = request.scope["engram.session"]
-    return found

@@ -82,7 +82,7 @@ def _errors(path: str, method: str, operation: Operation) -> Iterator[type[Engra
         yield InvalidRequest
     if method != "get":
         yield from (Conflict, TooLarge, StorageFull)
-    elif path.endswith("/draw"):
+    elif path.endswith(("/draw", "/forecast")):
         yield Conflict
     yield from (RateLimited, Unavailable)
 

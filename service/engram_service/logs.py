@@ -61,11 +61,8 @@ def set_up(level: str, form: LogFormat, *, worker: str = "", secret: str = "") -
     """
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonLines(worker, secret) if form == "json" else TextLines(worker, secret))
-    root = logging.getLogger()
-    for old in list(root.handlers):
-        root.removeHandler(old)
-    root.addHandler(handler)
-    root.setLevel(level.upper())
+    # Nothing happens where whoever runs this code has set up logging in another way.
+    logging.basicConfig(level=level.upper(), handlers=[handler])
     # Alembic tells every step at INFO, and what matters is said by whoever asked for a migration.
     logging.getLogger("alembic").setLevel(logging.WARNING)
 

@@ -232,7 +232,7 @@ class Metrics(Collector):
         """Workers whose counters have moved of late, by the stopwatch of this process; all at the first look."""
         now, known = time.monotonic(), self._beats
         self._beats = {}
-        for name, beat in session.execute(select(WorkerRow.name, WorkerRow.beat)).tuples():
+        for name, beat in session.execute(select(WorkerRow.name, WorkerRow.beat)):
             before, moved_at = known.get(name, (None, now))
             self._beats[name] = beat, moved_at if before == beat else now
         return sum(now - moved_at <= self._settings.worker_silent_s for _, moved_at in self._beats.values())
@@ -310,7 +310,7 @@ def _of_ingests(session: Session) -> Iterator[Metric]:
     counts = dict.fromkeys(ACTIVE, 0)
     oldest = time.time()
     grouped = select(IngestRow.state, func.count(), func.min(IngestRow.created_at)).group_by(IngestRow.state)
-    for state, count, created_at in session.execute(grouped.where(IngestRow.state.in_(ACTIVE))).tuples():
+    for state, count, created_at in session.execute(grouped.where(IngestRow.state.in_(ACTIVE))):
         counts[state], oldest = count, min(oldest, created_at)
     family = _family(GaugeMetricFamily, "engram_ingests", "Uploads that wait or are worked on.", ["state"])
     for state, count in counts.items():
@@ -340,7 +340,7 @@ def _held(session: Session) -> dict[str, tuple[int, int, int]]:
     """Bytes, exemplars and packs of the current generation of each buffer."""
     sums = func.sum(PackRow.bytes), func.sum(PackRow.exemplars), func.count()
     grouped = select(PackRow.buffer, *sums).where(PackRow.until.is_(None)).group_by(PackRow.buffer)
-    rows = session.execute(grouped).tuples()
+    rows = session.execute(grouped)
     return {name: (int(size), int(exemplars), packs) for name, size, exemplars, packs in rows}
 
 
@@ -350,7 +350,7 @@ def _limits(session: Session, rows: Iterable[BufferRow]) -> dict[str, int]:
     classes: dict[str, set[str]] = {}
     if by_class:
         seen = select(TaskRow.buffer, TaskRow.seen).where(TaskRow.buffer.in_(by_class))
-        for name, held in session.execute(seen).tuples():
+        for name, held in session.execute(seen):
             classes.setdefault(name, set()).update(held)
     return {
         row.name: shares.limit(row.budget_bytes, per=row.per, classes=len(classes.get(row.name, ()))) for row in rows

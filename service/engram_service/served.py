@@ -235,7 +235,8 @@ def write(database: Database, rows: Sequence[tuple[Key, Amount]]) -> None:
         # Locked first and in one order, as whoever deletes a buffer does: else one would wait for the other for ever.
         names = sorted({key.buffer for key, _ in rows})
         known = select(BufferRow.name, BufferRow.created_at).where(BufferRow.name.in_(names)).order_by(BufferRow.name)
-        made_at = dict(session.execute(known.with_for_update(read=True, key_share=True)).tuples().all())
+        found = session.execute(known.with_for_update(read=True, key_share=True)).all()
+        made_at = dict(found)
         values = [
             {
                 "buffer": key.buffer,
@@ -328,7 +329,7 @@ def by_class(session: Session, buffer: str, *, limit: int) -> list[ByClass]:
     # PostgreSQL sums 64-bit integers as decimals.
     return [
         ByClass(task, class_id, int(exemplars), int(size), last_at)
-        for task, class_id, exemplars, size, last_at in session.execute(wanted.limit(limit)).tuples()
+        for task, class_id, exemplars, size, last_at in session.execute(wanted.limit(limit))
     ]
 
 
@@ -336,10 +337,7 @@ def by_who(session: Session, buffer: str, *, limit: int) -> list[ByWho]:
     """What was served of a buffer to those who drew most."""
     wanted = select(ServedRow.who, *_SUMS).where(ServedRow.buffer == buffer).group_by(ServedRow.who)
     wanted = wanted.order_by(_SUMS[0].desc(), ServedRow.who).limit(limit)
-    return [
-        ByWho(who, int(exemplars), int(size), last_at)
-        for who, exemplars, size, last_at in session.execute(wanted).tuples()
-    ]
+    return [ByWho(who, int(exemplars), int(size), last_at) for who, exemplars, size, last_at in session.execute(wanted)]
 
 
 _SUMS = func.sum(ServedRow.exemplars), func.sum(ServedRow.bytes), func.max(ServedRow.last_at)

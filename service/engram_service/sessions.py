@@ -8,6 +8,7 @@ row of `sessions` names together with the token's. The session is worth what tha
 
 from __future__ import annotations
 
+import logging
 import time
 from base64 import urlsafe_b64encode
 from dataclasses import dataclass
@@ -17,16 +18,22 @@ from secrets import token_bytes
 from sqlalchemy import ColumnElement, delete, select
 from sqlalchemy.orm import Session as Transaction
 
-from engram.errors import Unauthorized
+from engram.errors import EngramError, Unauthorized
 
 from . import audit
-from .acting import NOBODY, Acting, Principal, on_behalf
+from .acting import ACTING, NOBODY, Acting, Principal, on_behalf, principal
 from .database import Database
+from .rates import Rates
 from .settings import Settings
 from .tables import SessionRow
 from .tokens import Tokens, digest_of
 
+logger = logging.getLogger(__name__)
+
 COOKIE = "engram_console"
+
+REFUSALS_PER_S, REFUSALS_BURST = 1 / 60, 20.0
+"""Logins that failed and have a row each in the audit; those between are counted in the next one."""
 
 MAX_SESSIONS = 100
 """Of one token at a time; the oldest ends for the next."""
@@ -55,7 +62,9 @@ class Sessions:
 
     def __init__(self, database: Database, tokens: Tokens, settings: Settings) -> None:
         self._database, self._tokens = database, tokens
-        self._session_s = settings.session_s
+        self.session_s = settings.session_s
+        self._refusals = Rates()
+        self._untold = 0
 
     def find(self, cookie: str) -> Session | None:
         """Who is logged in with this cookie; None: nobody, any more.
@@ -76,23 +85,27 @@ class Sessions:
         except Unauthorized:
             return None
 
-    def begin(self, secret: str, before: str | None, request_id: str) -> tuple[str, float]:
-        """The new cookie of somebody who has shown this token, and the seconds for which it is good.
+    def begin(self, secret: str, *, before: str, address: str) -> str:
+        """The new cookie of somebody who has shown this token. The one so far is worth nothing any more.
 
         Args:
             secret: the token.
-            before: the cookie so far: it is worth nothing afterwards.
-            request_id: for the audit.
+            before: the cookie so far.
+            address: of the client.
 
         Raises:
             Unauthorized: the token is nobody's, was revoked or has expired.
+            RateLimited: too many wrong ones came from this address.
             Unavailable, StorageFull: the database does not take the session.
         """
-        found = self._tokens.find_secret(secret, counts=False)
+        try:
+            found = self._tokens.try_secret(secret, address)
+        except Unauthorized:
+            self._refused(address)
+            raise
         cookie, token, now = make_cookie(), digest_of(secret), time.time()
-        with on_behalf(Acting(found, request_id)), self._database.session() as session:
-            if before is not None:
-                session.execute(delete(SessionRow).where(SessionRow.id_sha256 == digest_of(before)))
+        with on_behalf(Acting(found, ACTING.get().request_id)), self._database.session() as session:
+            session.execute(delete(SessionRow).where(SessionRow.id_sha256 == digest_of(before)))
             of_token = select(SessionRow.id_sha256).where(SessionRow.token_sha256 == token)
             newest = of_token.order_by(SessionRow.created_at.desc()).limit(MAX_SESSIONS - 1)
             session.execute(
@@ -100,18 +113,30 @@ class Sessions:
             )
             session.add(
                 SessionRow(
-                    id_sha256=digest_of(cookie), token_sha256=token, created_at=now, expires_at=now + self._session_s
+                    id_sha256=digest_of(cookie), token_sha256=token, created_at=now, expires_at=now + self.session_s
                 )
             )
             audit.record(session, "session.begin", subject=found.who)
-        return cookie, self._session_s
+        return cookie
 
-    def end(self, cookie: str, who: str) -> None:
+    def end(self, cookie: str) -> None:
         """Nobody is logged in with this cookie any more."""
         with self._database.session() as session:
             gone = session.execute(delete(SessionRow).where(SessionRow.id_sha256 == digest_of(cookie)))
             if gone.rowcount:  # type: ignore[attr-defined]
-                audit.record(session, "session.end", subject=who)
+                audit.record(session, "session.end", subject=principal().who)
+
+    def _refused(self, address: str) -> None:
+        """The audit knows of a login that failed, if it does not know of many already: nobody fills the disk so."""
+        if self._refusals.take("", REFUSALS_PER_S, REFUSALS_BURST) > 0:
+            self._untold += 1
+            return
+        untold, self._untold = self._untold, 0
+        try:
+            with self._database.session() as session:
+                audit.record(session, "session.refuse", subject=f"from {address}", after={"others_before": untold})
+        except EngramError as error:
+            logger.warning("a refused login cannot be written down: %s", error)
 
 
 def have_expired(session: Transaction) -> bool:

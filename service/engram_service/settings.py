@@ -21,6 +21,9 @@ from engram.files import disk_errors
 
 from .logs import LogFormat
 
+SAMPLES = "samples"
+"""The folder of originals, beside that of the packs."""
+
 
 class Settings(BaseSettings):
     """Where the service keeps things, where it listens, and what it refuses."""
@@ -177,6 +180,11 @@ class Settings(BaseSettings):
     max_attempts: Annotated[int, Field(ge=1)] = 5
     """How often an ingest is started before it fails: an upload that kills its worker must not do so for ever."""
 
+    sample_originals: Annotated[int, Field(ge=0, le=1000)] = 16
+    """Originals of each class of a task that are kept, losslessly and beside the budget, so that its map can show them
+    with the exemplars; 0 keeps none of uploads to come. They go with their task or class, or when their key is removed.
+    A task keeps 64 MiB of pixels at most."""
+
     grace_s: Annotated[float, Field(ge=0)] = 600.0
     """How long packs and manifests of older generations stay readable, so that a slow client can finish its draw."""
 
@@ -238,6 +246,11 @@ class Settings(BaseSettings):
         return self.data_dir / "extractors"
 
     @property
+    def samples_dir(self) -> Path:
+        """Originals that are kept for maps, a file for each task."""
+        return self.data_dir / SAMPLES
+
+    @property
     def reserve_path(self) -> Path:
         """See `reserve_bytes`."""
         return self.data_dir / "reserve"
@@ -245,7 +258,7 @@ class Settings(BaseSettings):
     @property
     def folders(self) -> tuple[Path, ...]:
         """The data folder and its parts."""
-        return self.data_dir, self.packs_dir, self.spool_dir, self.extractors_dir
+        return self.data_dir, self.packs_dir, self.spool_dir, self.extractors_dir, self.samples_dir
 
     @property
     def sqlalchemy_url(self) -> str:

@@ -69,13 +69,17 @@ class BufferRow(Base):
     # Above every class id ever seen or named: what the next new name gets.
     next_class_id: Mapped[int] = mapped_column(BigInteger, server_default="0", default=0)
     is_frozen: Mapped[bool] = mapped_column(Boolean, server_default=false(), default=False)
+    # Which buffer at which generation this one was forked from; that one may be gone.
+    forked_from: Mapped[str | None] = mapped_column(String(63), default=None)
+    forked_generation: Mapped[int | None] = mapped_column(Integer, default=None)
     created_at: Mapped[float] = mapped_column(Float)
 
 
 class TaskRow(Base):
     """One step of a buffer's stream. `seen` maps class id (a string: JSON) to images uploaded so far.
 
-    `means` is what herding goes toward, as `engram.content.Means.to_bytes` writes it.
+    `means` is what herding goes toward, as `engram.content.Means.to_bytes` writes it. `sample` names the originals that
+    are kept for a map: see `samples`.
     """
 
     __tablename__ = "tasks"
@@ -85,6 +89,7 @@ class TaskRow(Base):
     seen: Mapped[dict[str, int]] = mapped_column(JSON)
     decision: Mapped[dict[str, Any] | None] = mapped_column(JSON, default=None)
     means: Mapped[bytes | None] = mapped_column(LargeBinary, default=None)
+    sample: Mapped[str | None] = mapped_column(String(64), default=None)
 
 
 class PackRow(Base):

@@ -43,6 +43,10 @@ from an embedded database, and half of a draw from another."""
 BURST_S = 2.0
 """What a token has not asked for in so many seconds it may ask for at once."""
 
+WRONG_PER_S, WRONG_BURST = 1.0, 20.0
+"""How many wrong tokens one client address may try: it stops guesses, and a flood of them from keeping the database
+busy. Behind a proxy all clients have one address; tokens that were good a moment ago are let through all the same."""
+
 USED_S = 60.0
 """How exactly `last_used_at` is known."""
 
@@ -179,7 +183,7 @@ class Tokens:
         self._known: dict[str, _Known] = {}
         self._changes = 0
         self._lock = threading.Lock()
-        self._rates = Rates()
+        self._rates, self._wrong = Rates(), Rates()
         self._used: dict[str, float] = {}
         self._written: dict[str, float] = {}
 
@@ -203,7 +207,7 @@ class Tokens:
             return None
         return self._counted(known)
 
-    def find(self, digest: str, *, counts: bool = True) -> Principal:
+    def find(self, digest: str) -> Principal:
         """Whose token it is. This may wait for the database.
 
         Raises:
@@ -215,19 +219,33 @@ class Tokens:
             known = self._known[digest] = _Known(ADMIN, self._per_s, float("inf"))
         else:
             known = self._look_up(digest)
-        return self._counted(known) if counts else known.principal
+        return self._counted(known)
 
-    def find_secret(self, secret: str, *, counts: bool = True) -> Principal:
-        """As `find`, of the token itself.
+    def try_secret(self, secret: str, address: str) -> Principal:
+        """Whose token it is, of one that was not known a moment ago.
+
+        Args:
+            secret: the token itself.
+            address: of the client that has sent it.
 
         Raises:
-            Unauthorized, RateLimited, Unavailable: as `find`.
+            RateLimited: too many wrong ones came from there, so it was not looked at; or it has asked too often.
+            Unauthorized, Unavailable: as `find`.
         """
-        digest = digest_of(secret)
-        is_admin = self._admin is not None and hmac.compare_digest(digest, self._admin)
-        if not is_admin and not is_well_formed(secret):
-            raise Unauthorized("this is not a token of this service")
-        return self.find(digest, counts=counts)
+        wait_s = self._wrong.wait_s(address, WRONG_PER_S, WRONG_BURST)
+        if wait_s > 0:
+            raise RateLimited(
+                "too many wrong tokens came from your address; this one was not looked at", retry_after_s=wait_s
+            )
+        try:
+            digest = digest_of(secret)
+            is_admin = self._admin is not None and hmac.compare_digest(digest, self._admin)
+            if not is_admin and not is_well_formed(secret):
+                raise Unauthorized("this is not a token of this service")
+            return self.find(digest)
+        except Unauthorized:
+            self._wrong.take(address, WRONG_PER_S, WRONG_BURST)
+            raise
 
     def forget(self) -> None:
         """Every token is looked up again: one was revoked."""

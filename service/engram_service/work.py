@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 
 from engram import memory
@@ -16,13 +16,14 @@ from engram.content import Content
 from engram.errors import EngramError, NotFound, StorageFull, Unavailable
 from engram.selection.embedding import BuiltinEmbedder, Embedder
 
-from . import buffers, extractors, ingest
+from . import buffers, extractors, ingest, samples
 from .acting import on_behalf
 from .commit import commit
 from .database import Database
 from .embedder import OnnxEmbedder
 from .heartbeat import Heartbeat, Stopped
 from .ingest import Claim, LeaseLost
+from .samples import Sample
 from .settings import Settings
 from .spooled import SpooledImages
 from .storage import PackStore
@@ -111,7 +112,14 @@ def perform(database: Database, store: PackStore, settings: Settings, held: Clai
             beat.enter("encoding")
             return after
 
-        return commit(database, store, held.buffer, grow, ingest=held)
+        def resample(before: Content, after: Content, known: Mapping[int, Sample]) -> dict[int, Sample | None]:
+            drawn = samples.draw(images, settings.sample_originals, held.id)
+            if drawn is None:
+                return {}
+            names, per_class = images.names, settings.sample_originals
+            return samples.joined(before, after, known, task=held.task, drawn=drawn, names=names, per_class=per_class)
+
+        return commit(database, store, held.buffer, grow, ingest=held, resample=resample)
 
 
 @contextmanager

@@ -301,7 +301,13 @@ def deaths(name: str, folder: Path) -> dict[str, int]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "left"), [("migrate", {"outdated"}), ("register", {"registered", "not yet"}), ("mirror", {"whole"})]
+    ("name", "left"),
+    [
+        ("migrate", {"outdated"}),
+        ("register", {"registered", "not yet"}),
+        ("mirror", {"whole"}),
+        ("backup", {"0", "1", "2"}),
+    ],
 )
 def test_whatever_is_killed_at_any_step_leaves_what_the_next_one_can_use(
     tmp_path: Path, name: str, left: set[str]

@@ -59,8 +59,9 @@ def test_a_fork_is_the_same_memory_in_the_same_packs(filled: Database, store: Pa
     assert digests(filled, "c") == digests(filled, "b")
     with filled.reading() as session:
         source = buffers.read(session, "b")
-    same = {"name", "created_at"}
-    assert made.model_dump(exclude=same) == source.model_dump(exclude=same)
+    own = {"name", "created_at", "forked_from", "forked_generation"}
+    assert made.model_dump(exclude=own) == source.model_dump(exclude=own)
+    assert (made.forked_from, made.forked_generation) == ("b", source.generation)
     one, other = content(filled, store, "b"), content(filled, store, "c")
     assert {n: (t.seen, t.kept, t.decision) for n, t in one.tasks.items()} == {
         n: (t.seen, t.kept, t.decision) for n, t in other.tasks.items()

@@ -77,7 +77,8 @@ def test_head_is_answered_wherever_get_is_with_the_same_headers_and_no_body(
         assert (head.status_code, head.content) == (got.status_code, b""), url
         apart = {"date", "transfer-encoding"}
         assert {name for name in got.headers if name not in apart} == {n for n in head.headers if n not in apart}, url
-        assert head.headers.get("Content-Length") == got.headers.get("Content-Length"), url
+        if path != "/metrics":  # which counts these very requests
+            assert head.headers.get("Content-Length") == got.headers.get("Content-Length"), url
     assert client.head("/v1/buffers/b/forks").status_code == 405
     assert client.post("/v1/buffers/b").headers["Allow"] == "DELETE, GET, HEAD, PATCH"
 

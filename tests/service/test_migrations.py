@@ -278,7 +278,7 @@ def test_a_full_disk_under_the_database_is_storage_full(database: Database) -> N
         with database.session() as session:
             session.execute(text(f"PRAGMA max_page_count = {pages}"))
             for number in range(1000):
-                session.execute(text(f"INSERT INTO tasks VALUES ('b', {number}, '{'x' * 1000}', NULL, NULL)"))
+                session.execute(text(f"INSERT INTO tasks VALUES ('b', {number}, '{'x' * 1000}', NULL, NULL, NULL)"))
 
     with pytest.raises(StorageFull):
         write_too_much()

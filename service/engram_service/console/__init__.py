@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from fastapi import Depends, FastAPI
 
-from . import overview
+from . import audit_log, login, overview, tokens
 from .page import STATIC, Console, Files, check_csrf
 
-VIEWS = (overview,)
+VIEWS = (overview, tokens, audit_log, login)
 """One per page; what they share is in `page`."""
 
 

@@ -15,7 +15,6 @@ from functools import cache
 from hashlib import sha256
 from http import HTTPStatus
 from pathlib import Path
-from secrets import token_urlsafe
 from typing import Any
 from urllib.parse import quote, urlencode
 
@@ -30,7 +29,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from engram.errors import EngramError, Forbidden
 
 from .. import __version__, problems
-from ..acting import LOCAL, Principal
+from ..acting import Principal
 
 STATIC = "console/static"
 
@@ -90,8 +89,6 @@ class Console:
             bytes=readable_bytes, count=readable_count, time=readable_time, iso=_iso, percent=_percent
         )
         self.templates.globals.update(version=__version__)
-        # For requests that no session belongs to: those from this machine to a service without tokens.
-        self.csrf = token_urlsafe(32)
 
 
 def render(request: HTTPConnection, name: str, /, *, status: int = 200, **context: Any) -> HTMLResponse:
@@ -101,7 +98,9 @@ def render(request: HTTPConnection, name: str, /, *, status: int = 200, **contex
     address of a path below /console), `static(name)` and `here(**changes)` (this page with other filters).
     """
     console: Console = request.app.state.console
-    principal: Principal | None = request.scope.get("engram.principal", LOCAL)
+    principal: Principal | None = request.scope.get("engram.principal")
+    if principal is not None and principal.scope is None:
+        principal = None
     path = tuple(part for part in request.url.path.split("/") if part)[1:]
     open_to = [] if principal is None else [place for place in PLACES if place.is_open_to(principal)]
     given: dict[str, Any] = {
@@ -109,7 +108,7 @@ def render(request: HTTPConnection, name: str, /, *, status: int = 200, **contex
         "csrf": csrf_of(request),
         "nav": [(place.label, url(request, *place.path), place.path == path[:1]) for place in open_to],
         "url": lambda *parts, **query: url(request, *parts, **query),
-        "static": lambda file: f"{_up(request)}{STATIC}/{file}?v={_version(file)}",
+        "static": lambda file: f"{up(request)}{STATIC}/{file}?v={_version(file)}",
         "here": lambda **changes: _here(request, changes),
         "request_id": request.scope.get("engram.request_id", ""),
     }
@@ -124,7 +123,7 @@ def url(request: HTTPConnection, *parts: object, **query: object) -> str:
     """
     given = {key: value for key, value in query.items() if value is not None}
     path = "/".join(["console", *(quote(str(part), safe="") for part in parts)])
-    return f"{_up(request)}{path}{'?' if given else ''}{urlencode(given, doseq=True)}"
+    return f"{up(request)}{path}{'?' if given else ''}{urlencode(given, doseq=True)}"
 
 
 def redirect(request: HTTPConnection, *parts: object, **query: object) -> Response:
@@ -135,8 +134,7 @@ def redirect(request: HTTPConnection, *parts: object, **query: object) -> Respon
 def csrf_of(request: HTTPConnection) -> str:
     """What forms of this session carry, so that no other site can make them."""
     session = request.scope.get("engram.session")
-    found: str = request.app.state.console.csrf if session is None else session.csrf
-    return found
+    return "" if session is None else str(session.csrf)
 
 
 async def check_csrf(request: Request) -> None:
@@ -150,7 +148,8 @@ async def check_csrf(request: Request) -> None:
     given: object = request.headers.get("x-csrf-token")
     if given is None:
         given = (await request.form()).get("csrf")
-    if not isinstance(given, str) or not hmac.compare_digest(given.encode(), csrf_of(request).encode()):
+    own = csrf_of(request)
+    if not own or not isinstance(given, str) or not hmac.compare_digest(given.encode(), own.encode()):
         raise Forbidden(
             "this form does not belong to your session, or the session has ended: go back, load the page again and "
             "send it once more"
@@ -245,7 +244,7 @@ def problem_of(error: EngramError) -> dict[str, Any]:
     return error.to_problem()
 
 
-def _up(request: HTTPConnection) -> str:
+def up(request: HTTPConnection) -> str:
     """From the address of the request to the root of the service."""
     raw: bytes = request.scope.get("raw_path") or request.scope["path"].encode()
     return "../" * (raw.partition(b"?")[0].count(b"/") - 1)

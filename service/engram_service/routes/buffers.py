@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from fastapi import APIRouter, Response
+from typing import Annotated
+
+from fastapi import APIRouter, Query, Response
 
 from engram import etags
-from engram.schemas import Buffer, BufferChange, BufferCreate, BufferList, ForkCreate, Manifest
+from engram.oversight import MAX_NEW_CLASSES, Forecast
+from engram.schemas import MAX_BUDGET_BYTES, Buffer, BufferChange, BufferCreate, BufferList, ForkCreate, Manifest
 
-from .. import buffers, commit
+from .. import buffers, commit, forecast
 from ..acting import principal
 from .parts import (
     BufferPath,
@@ -23,6 +26,13 @@ from .parts import (
 )
 
 router = APIRouter(prefix="/v1/buffers", tags=["buffers"])
+
+BudgetBytesQuery = Annotated[
+    int | None, Query(ge=1, le=MAX_BUDGET_BYTES, description="The budget then; that of now when it is left out.")
+]
+NewClassesQuery = Annotated[
+    int, Query(ge=0, le=MAX_NEW_CLASSES, description="How many classes more have come then, in a task of their own.")
+]
 
 
 @router.post("", status_code=201)
@@ -117,3 +127,16 @@ def read_manifest(
     response.headers["ETag"] = tag
     response.headers["Cache-Control"] = "no-cache"
     return found
+
+
+@router.get("/{buffer}/forecast")
+def read_forecast(
+    buffer: BufferPath,
+    database: DatabasePart,
+    store: StorePart,
+    budget_bytes: BudgetBytesQuery = None,
+    new_classes: NewClassesQuery = 0,
+) -> Forecast:
+    """Tell what another budget, or so many classes more, would leave of each class; nothing is changed."""
+    with database.reading() as session:
+        return forecast.forecast(session, store, buffer, budget_bytes=budget_bytes, new_classes=new_classes)

@@ -6,11 +6,12 @@ from typing import Annotated
 
 from fastapi import APIRouter, Query
 
-from engram.oversight import WhatIf, WhatIfAsk
+from engram.oversight import MapMethod, TaskMap, WhatIf, WhatIfAsk
 from engram.schemas import MAX_BUDGET_BYTES, Definition, Rule, Task
 
-from .. import buffers, commit, decisions
-from .parts import BufferPath, DatabasePart, ExpectedState, RoomPart, StorePart, TaskPath
+from .. import buffers, commit, decisions, maps, samples
+from ..samples import SampleFolder
+from .parts import BufferPath, DatabasePart, ExpectedState, ReplayPart, RoomPart, SettingsPart, StorePart, TaskPath
 
 router = APIRouter(prefix="/v1/buffers/{buffer}/tasks", tags=["tasks"])
 
@@ -36,6 +37,22 @@ def read_what_if(
     ask = WhatIfAsk(definition=definition, rule=rule, epsilon=epsilon, budget_bytes=budget_bytes)
     with database.reading() as session:
         return decisions.what_if(session, buffer, task, ask)
+
+
+@router.get("/{task}/map")
+def read_map(
+    buffer: BufferPath,
+    task: TaskPath,
+    database: DatabasePart,
+    replay: ReplayPart,
+    settings: SettingsPart,
+    method: MapMethod = "pca",
+) -> TaskMap:
+    """Read a two-dimensional layout of a task's exemplars, at most 2,000, and of the originals kept beside them."""
+    view = replay.view(buffer, None)
+    with database.reading() as session:
+        sample = samples.of_task(session, SampleFolder(settings.samples_dir), buffer, task)
+    return maps.of_task(replay, view, task, method, sample)
 
 
 @router.delete("/{task}", status_code=204)

@@ -11,12 +11,6 @@ from engram_service.console.page import HEADERS, readable_bytes
 from tests.servers import ServiceThread
 
 
-def csrf_of(page: str) -> str:
-    found = re.search(r'name="csrf" value="([^"]+)"', page) or re.search(r'"X-CSRF-Token": "([^"]+)"', page)
-    assert found is not None
-    return found[1]
-
-
 def test_the_console_opens_with_its_pages_in_the_navigation(client: httpx.Client) -> None:
     page = client.get("/console")
     assert page.status_code == 200
