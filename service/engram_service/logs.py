@@ -34,7 +34,8 @@ INGEST: ContextVar[str] = ContextVar("ingest", default="")
 
 BLOT = "engram_[hidden]"
 
-_TOKEN = re.compile(r"engram_[A-Za-z0-9_-]{24,}")
+# Of 256 bits: longer than any name of ours.
+_TOKEN = re.compile(r"engram_[A-Za-z0-9_-]{40,}")
 _BEARER = re.compile(r"(?i)\b(bearer\s+)[^\s\"',]+")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
 _KNOWN = vars(logging.makeLogRecord({})).keys() | {"message", "asctime", "taskName", "color_message"}
@@ -67,6 +68,11 @@ def set_up(level: str, form: LogFormat, *, worker: str = "", secret: str = "") -
     logging.getLogger("alembic").setLevel(logging.WARNING)
 
 
+def blotted(text: str) -> str:
+    """The text without the tokens that are in it."""
+    return _TOKEN.sub(BLOT, text)
+
+
 class _Lines(logging.Formatter):
     """What both forms do: say what is going on, and hide what looks like a token."""
 
@@ -89,7 +95,7 @@ class _Lines(logging.Formatter):
         """The text without anything that looks like a token."""
         if self._secret:
             text = text.replace(self._secret, BLOT)
-        return _BEARER.sub(rf"\1{BLOT}", _TOKEN.sub(BLOT, text))
+        return _BEARER.sub(rf"\1{BLOT}", blotted(text))
 
     def stack(self, record: logging.LogRecord) -> str:
         """The exception and where it was raised; nothing without one."""
@@ -117,8 +123,11 @@ class JsonLines(_Lines):
         found |= self.context(record)
         if stack := self.stack(record):
             found["exception"] = stack
-        shown = {name: self.hidden(value) if isinstance(value, str) else value for name, value in found.items()}
-        return json.dumps(shown, ensure_ascii=True, default=lambda value: self.hidden(str(value)))
+        shown = {
+            name: value if isinstance(value, int | float) or value is None else self.hidden(str(value))
+            for name, value in found.items()
+        }
+        return json.dumps(shown, ensure_ascii=True)
 
 
 class TextLines(_Lines):

@@ -187,7 +187,7 @@ def place(migrated: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     with pytest.MonkeyPatch.context() as patch, ExitStack() as closing:
         # The matrix tries more wrong tokens than anybody may.
         patch.setattr(tokens, "WRONG_BURST", 1e9)
-        service = ServiceThread(Settings(data_dir=folder, admin_token=ADMIN, workers=0))  # type: ignore[arg-type]
+        service = ServiceThread(Settings(data_dir=folder, admin_token=ADMIN, workers=0))
         closing.callback(service.stop)
         create(service.state.database, "lab-1")
         fill(service.state.database, service.settings, 0, {0: 4}, name="lab-1")
