@@ -98,6 +98,16 @@ GET    /console/tokens                                         admin everything 
 POST   /console/tokens                                         admin everything 422
 POST   /console/tokens/{token_id}/revoke                       admin everything 404
 GET    /console/audit                                          admin            200
+GET    /console/buffers/{buffer}/exemplars                     read             200
+POST   /console/buffers/{buffer}/exemplars/relabel             write            422
+POST   /console/buffers/{buffer}/exemplars/remove              write            422
+GET    /console/buffers/{buffer}/exemplars/{pack}/{row}        read             200
+GET    /console/buffers/{buffer}/exemplars/{pack}/{row}/picture read            200
+GET    /console/buffers/{buffer}/histograms                    read             200
+GET    /console/buffers/{buffer}/packs/{pack}/picture          read             200
+GET    /console/buffers/{buffer}/tasks/{task}                  read             200
+GET    /console/buffers/{buffer}/tasks/{task}/map              read             200
+GET    /console/buffers/{buffer}/tasks/{task}/originals/{number} read           404
 """
 
 BODIES = {
@@ -201,6 +211,7 @@ def place(migrated: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
                 "row": "0",
                 "ingest_id": client.get("/v1/ingests").json()["ingests"][0]["id"],
                 "token_id": "none",
+                "number": "0",
                 "file": "favicon.png",
                 "rest": "console.css",
             }
