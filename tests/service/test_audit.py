@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
 from hashlib import sha256
 from typing import Any
 
@@ -22,19 +21,6 @@ from tests.contents import create, pictures
 from tests.models import model
 from tests.servers import ServiceThread, http
 from tests.uploads import queue, tar_of_arrays, work_through
-
-ADMIN = "the-token-of-the-environment"
-
-
-@pytest.fixture
-def guarded(serve_thread: Callable[..., ServiceThread]) -> ServiceThread:
-    return serve_thread(admin_token=ADMIN)
-
-
-@pytest.fixture
-def admin(guarded: ServiceThread) -> Iterator[httpx.Client]:
-    with http(guarded, ADMIN) as found:
-        yield found
 
 
 def token(admin: httpx.Client, name: str, scope: str, prefix: str = "") -> str:
