@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from fastapi import Depends, FastAPI
 
-from . import audit_log, login, overview, tokens
+from . import audit_log, draws, login, overview, tokens
 from .page import STATIC, Console, Files, check_csrf
 
-VIEWS = (overview, tokens, audit_log, login)
+VIEWS = (overview, draws, tokens, audit_log, login)
 """One per page; what they share is in `page`."""
 
 
