@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -11,23 +12,36 @@ from typing import TypeVar
 
 import numpy as np
 import pytest
-from sqlalchemy import text
+from sqlalchemy import create_engine, text
 
 from engram.errors import Conflict, NotFound
 from engram.schemas import BufferCreate, ForkCreate
-from engram_service import buffers, served, tallies
+from engram_service import backup, buffers, ingest, served, tallies
 from engram_service.commit import fork
 from engram_service.database import Database
 from engram_service.replay import View
+from engram_service.restore import restore
 from engram_service.served import Served
 from engram_service.settings import Settings
 from engram_service.storage import PackStore
-from tests.contents import create, fill
+from tests.contents import create, fill, pictures
 from tests.servers import ServiceThread, eventually, http
+from tests.uploads import final, queue, tar_of_arrays, work_through
 
 pytestmark = pytest.mark.services
 
 T = TypeVar("T")
+
+BODY = tar_of_arrays(pictures(7, 4), [7] * 4)
+
+
+def empty_postgres(url: str, name: str) -> str:
+    """Another empty database on the server of this one."""
+    engine = create_engine(url, isolation_level="AUTOCOMMIT")
+    with engine.connect() as connection:
+        connection.execute(text(f"CREATE DATABASE {name}"))
+    engine.dispose()
+    return re.sub(r"/\w+\?", f"/{name}?", url)
 
 
 @pytest.fixture
@@ -191,3 +205,60 @@ def test_metrics_are_told_of_a_postgresql_database(database: Database, settings:
     assert 'engram_ingests_ended_total{state="committed"} 1.0' in text
     with database.reading() as session:
         assert [row.exemplars for row in served.page(session, limit=9).served] == [2]
+
+
+@pytest.mark.parametrize("target", ["postgresql", "sqlite"])
+def test_a_service_is_backed_up_and_restored_to_either_database(
+    database: Database, settings: Settings, postgres_url: str, tmp_path: Path, target: str
+) -> None:
+    create(database)
+    for task in range(2):
+        fill(database, settings, task, {task: 12})
+    waiting = queue(database, settings, BODY, task=5)
+    made = backup.back_up(database, settings, tmp_path / "backups")[1]
+    assert set(made.uploads) == {waiting.id}
+    url = empty_postgres(postgres_url, f"other_{tmp_path.name[-6:]}_{target}") if target == "postgresql" else None
+    other = Settings(data_dir=tmp_path / "other", database_url=url, workers=0)
+    restore(other, tmp_path / "backups")
+    copied = Database(other)
+    try:
+        with database.reading() as one, copied.reading() as two:
+            before, after = buffers.manifest(one, "b"), buffers.manifest(two, "b")
+        assert after.model_copy(update={"created_at": before.created_at}) == before
+        # What is numbered is numbered on.
+        work_through(copied, PackStore(other.packs_dir), other)
+        assert final(copied, waiting).state == "committed"
+    finally:
+        copied.close()
+    if target == "postgresql":
+        shutil.rmtree(other.data_dir)
+        with pytest.raises(Conflict, match="has tables already"):
+            restore(other, tmp_path / "backups")
+
+
+def test_of_two_who_try_an_ingest_again_at_once_one_does(database: Database, settings: Settings) -> None:
+    create(database)
+    queued = queue(database, settings, BODY)
+    with database.session() as session:
+        ingest.cancel(session, queued.id)
+
+    def retry() -> None:
+        with database.session() as session:
+            ingest.retry(session, queued.id)
+
+    with database.session() as session:
+        ingest.retry(session, queued.id)
+        ended: list[Exception] = []
+
+        def second() -> None:
+            try:
+                retry()
+            except Conflict as error:
+                ended.append(error)
+
+        other = threading.Thread(target=second)
+        other.start()
+        other.join(0.3)
+        assert other.is_alive()
+    other.join()
+    assert len(ended) == 1
