@@ -106,7 +106,7 @@ ORDER = {
         "sessions",
         "gate",
         "commit replay heartbeat",
-        "collect health served listing recoding decisions forecast maps",
+        "collect health served listing recoding decisions comparison forecast maps",
         "room work metrics",
         "routes interface",
         "console",
