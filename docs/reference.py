@@ -17,7 +17,7 @@ Schema = dict[str, Any]
 
 def page() -> str:
     """The whole page, as Markdown."""
-    description = tables.description()
+    description = tables.said().description
     parts = [HEAD]
     operations = tables.routes()
     for tag in dict.fromkeys(_tag(operation) for _, _, operation in operations):
@@ -36,7 +36,7 @@ def _tag(operation: Schema) -> str:
 
 def _operation(method: str, path: str, operation: Schema) -> str:
     lines = [f"### `{method} {path}`", "", operation.get("description") or operation["summary"], ""]
-    lines += [f"Needs: {tables.needs(method, path)}.", ""]
+    lines += [f"Needs: {_needs(method, path)}.", ""]
     parameters = operation.get("parameters", ())
     if parameters:
         lines += ["| parameter | in | type | meaning |", "|---|---|---|---|"]
@@ -56,6 +56,11 @@ def _operation(method: str, path: str, operation: Schema) -> str:
         said = "done" if said == "Successful Response" else said
         lines.append(f"| {status} | {': '.join(filter(None, (said, content)))} | {headers} |")
     return "\n".join([*lines, ""])
+
+
+def _needs(method: str, path: str) -> str:
+    needed = tables.needs(method, path)
+    return "no token" if needed == "-" else f"a token with the scope {needed.replace(', ', ' for ')}"
 
 
 def _content(content: Schema) -> str:

@@ -9,23 +9,26 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import typer
+from prometheus_client.metrics_core import Metric
 from pydantic import SecretStr
 
 import engram.cli
 import engram_service.cli
 import engram_trainer.cli
 from engram.errors import ERRORS
+from engram_service.access import Access
 from engram_service.app import create_app
 from engram_service.settings import Settings
 
 FOLDER = Path(__file__).parent
-PAGES = tuple(FOLDER / name for name in ("settings.md", "api.md", "commands.md", "decisions.md"))
+PAGES = tuple(FOLDER / name for name in ("settings.md", "api.md", "commands.md", "decisions.md", "operators.md"))
 EVERYWHERE = {"help", "version", "install_completion", "show_completion"}
 """Options of every command, which their page tells once."""
 
@@ -44,11 +47,12 @@ def settings_table() -> str:
 
 def routes_table() -> str:
     """Every route of the OpenAPI schema: method and path, query parameters, what it does."""
-    lines = ["| route | query | does |", "|---|---|---|"]
+    lines = ["| route | needs | query | does |", "|---|---|---|---|"]
     for method, path, operation in routes():
         query = [p["name"] for p in operation.get("parameters", ()) if p["in"] == "query"]
         does = (operation.get("description") or operation.get("summary") or "").split("\n\n")[0]
-        lines.append(f"| `{method} {path}` | {' '.join(f'`{name}`' for name in query)} | {one_line(does)} |")
+        shown = " ".join(f"`{name}`" for name in query)
+        lines.append(f"| `{method} {path}` | {needs(method, path)} | {shown} | {one_line(does)} |")
     return "\n".join(lines)
 
 
@@ -61,25 +65,61 @@ def errors_table() -> str:
     return "\n".join(lines)
 
 
+@dataclass(frozen=True)
+class Said:
+    """What a service without buffers says of itself: its interface (OpenAPI) and its metrics."""
+
+    description: dict[str, Any]
+    metrics: list[Metric]
+
+
 @cache
-def description() -> dict[str, Any]:
-    """What the service says of its interface (OpenAPI)."""
+def said() -> Said:
+    """What the service of this checkout says."""
     with TemporaryDirectory() as folder:
         app = create_app(Settings(data_dir=Path(folder), database_url=None, host="127.0.0.1", admin_token=None))
-        found: dict[str, Any] = app.openapi()
+        found = Said(app.openapi(), list(app.state.metrics.collect()))
         app.state.database.close()
     return found
 
 
 def routes() -> list[tuple[str, str, dict[str, Any]]]:
     """(METHOD, path, operation) of every documented route, in the order in which the application has them."""
-    paths = description()["paths"]
+    paths = said().description["paths"]
     return [(method.upper(), path, operation) for path, item in paths.items() for method, operation in item.items()]
 
 
 def needs(method: str, path: str) -> str:
-    """Who may call an operation."""
-    return "a token, where the service has one" if path.startswith("/v1/") else "no token"
+    """Who may call an operation, in a few words."""
+    row, _ = Access().find(method, path)
+    if row is None:
+        return "nobody may"
+    if row.scope is None:
+        return "-"
+    return f"{row.scope}, all buffers" if row.everything else row.scope
+
+
+def metrics() -> list[tuple[str, str, str, str]]:
+    """(name, kind, labels, meaning) of every series of our own, as Prometheus names it."""
+    endings = {"counter": "_total", "info": "_info"}
+    return [
+        (
+            metric.name + endings.get(metric.type, ""),
+            metric.type,
+            " ".join(getattr(metric, "_labelnames", ())),
+            metric.documentation,
+        )
+        for metric in said().metrics
+    ]
+
+
+def metrics_table() -> str:
+    """Every metric with its labels."""
+    lines = ["| metric | kind | labels | meaning |", "|---|---|---|---|"]
+    for name, kind, labels, meaning in metrics():
+        shown = " ".join(f"`{label}`" for label in labels.split())
+        lines.append(f"| `{name}` | {kind} | {shown} | {one_line(meaning)} |")
+    return "\n".join(lines)
 
 
 def commands(name: str) -> list[tuple[str, Any]]:
@@ -105,7 +145,11 @@ def options(command: Any) -> list[Any]:
 
 def commands_text(name: str) -> str:
     """Every command of a program with its arguments and options."""
-    return "\n".join(_command(typed, command) for typed, command in commands(name))
+    (_, program), *others = commands(name)
+    given = [option.name for option in options(program)]
+    # `engram-train` alone is its own first command.
+    shown = [(typed, each) for typed, each in others if not given or [option.name for option in options(each)] != given]
+    return "\n".join(_command(typed, command) for typed, command in [(name, program), *shown])
 
 
 def _command(typed: str, command: Any) -> str:
@@ -118,7 +162,11 @@ def _command(typed: str, command: Any) -> str:
         for each in given:
             is_option = each.param_type_name == "option"
             names = (*each.opts, *each.secondary_opts) if is_option else (_metavar(each),)
-            meaning = [one_line(each.help or ""), *_choices(hints.get(each.name)), *_default(each)]
+            meaning = [
+                re.sub(r"\[/?bold\]", "`", one_line(each.help or "")),
+                *_choices(hints.get(each.name)),
+                *_default(each),
+            ]
             lines.append(f"| {' '.join(f'`{name}`' for name in names)} | {' '.join(filter(None, meaning))} |")
         lines.append("")
     return "\n".join(lines)
@@ -162,6 +210,7 @@ def render(text: str) -> str:
         "routes": routes_table,
         "errors": errors_table,
         "decisions": decisions_table,
+        "metrics": metrics_table,
         **{name: partial(commands_text, name) for name in COMMANDS},
     }
     return re.sub(

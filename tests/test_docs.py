@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import shutil
 import subprocess
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -55,6 +57,73 @@ def test_every_setting_says_what_it_is_for() -> None:
 def test_every_route_says_what_it_does() -> None:
     silent = [f"{method} {path}" for method, path, operation in tables.routes() if not operation.get("description")]
     assert not silent
+
+
+@pytest.mark.parametrize("name", tables.COMMANDS)
+def test_every_command_and_option_says_what_it_does(name: str) -> None:
+    commands = tables.commands(name)
+    assert len(commands) > 2
+    silent = [typed for typed, command in commands if len(command.help or "") < 10]
+    silent += [
+        f"{typed} {option.opts[0]}"
+        for typed, command in commands
+        for option in tables.options(command)
+        if option.param_type_name == "option" and not option.help
+    ]
+    assert not silent
+
+
+def test_every_metric_says_what_it_counts() -> None:
+    assert len(tables.metrics()) > 20
+    assert not [name for name, _, _, meaning in tables.metrics() if len(meaning) < 8]
+    assert not [name for name, *_ in tables.metrics() if not name.startswith("engram_")]
+
+
+def test_every_action_of_the_audit_is_on_the_page_of_operators() -> None:
+    """An action is a text that is given to `audit.record` or to a `Deed`, as the first text among its arguments."""
+    recorded = set()
+    for path in (ROOT / "service" / "engram_service").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and ast.unparse(node.func).rpartition(".")[2] in ("record", "Deed"):
+                recorded |= {
+                    found.value
+                    for each in node.args
+                    for found in ast.walk(each)
+                    if isinstance(found, ast.Constant) and re.fullmatch(r"[a-z]+\.[a-z]+", str(found.value))
+                }
+    assert len(recorded) > 10
+    page = (ROOT / "docs" / "operators.md").read_text(encoding="utf-8")
+    table = page[page.index("<!-- actions -->") :].split("\n\n")[0]
+    assert {*re.findall(r"`([a-z]+\.[a-z]+)`", table)} == recorded
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_a_page_has_one_title_and_no_heading_skips_a_level(page: Path) -> None:
+    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    levels = [len(marks) for marks in re.findall(r"^(#+) \S", text, re.MULTILINE)]
+    assert levels.count(1) == 1
+    assert levels[0] == 1
+    assert all(after <= before + 1 for before, after in pairwise(levels))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_picture_says_what_it_shows(page: Path) -> None:
+    found = re.findall(r"!\[([^\]]*)\]\(([^)]+)\)", page.read_text(encoding="utf-8"))
+    assert not [path for words, path in found if len(words) < 12]
+
+
+def test_every_picture_is_on_a_page() -> None:
+    shown = {
+        (page.parent / path).resolve()
+        for page in PAGES
+        for path in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", page.read_text(encoding="utf-8"))
+    }
+    assert not [path.name for path in (ROOT / "docs" / "images").iterdir() if path.resolve() not in shown]
+
+
+def test_no_page_has_a_place_left_for_something() -> None:
+    left = re.compile(r"TODO|FIXME|TBD|XXX|<!-- (?!not run: |table: |end |actions |local buffer: )")
+    assert not [page.name for page in PAGES if left.search(page.read_text(encoding="utf-8"))]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

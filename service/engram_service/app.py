@@ -28,6 +28,7 @@ from .room import Room
 from .routes import (
     audit,
     buffers,
+    disk,
     draw,
     draws,
     exemplars,
@@ -111,7 +112,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.add_middleware(Frame)
     app.add_middleware(Metered, requests=requests, settings=settings)
     # Routes are tried in order: draws come by the hundred a second, everything else now and then.
-    rest = (buffers, extractors, ingests, tasks, export, exemplars, draws, tokens, audit, health, metrics)
+    rest = (buffers, extractors, ingests, tasks, export, exemplars, draws, tokens, audit, disk, health, metrics)
     for resource in (draw, packs, *rest):
         app.include_router(resource.router)
     app.include_router(exemplars.counts)

@@ -1,4 +1,4 @@
-"""The `engram-service` command: serve, worker, migrate.
+"""The `engram-service` command: serve, worker, migrate, backup, restore.
 
 `serve` runs the service and its workers without any configuration, on loopback. Options win over `ENGRAM_*` variables.
 """
@@ -7,15 +7,20 @@ from __future__ import annotations
 
 import signal
 import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
 from pydantic import ValidationError
+from rich.console import Console
+from rich.progress import Progress
 
 from engram.errors import EngramError
 
-from . import __version__, logs
+from . import __version__, backup, logs
+from . import restore as restoring
 from .app import create_app, open_database
 from .database import Database
 from .edge import Server, listen
@@ -122,6 +127,79 @@ def migrate(data_dir: DataDir = None, log_level: LogLevel = None) -> None:
     typer.echo(
         "the schema was current already" if before == "current" else f"the schema was {before} and is current now"
     )
+
+
+@app.command(name="backup")
+def back_up(
+    folder: Annotated[Path, typer.Argument(help="Where the copies are; another disk than the data folder's.")],
+    keep: Annotated[int, typer.Option(min=1, help="So many copies stay, the newest.")] = 7,
+    data_dir: DataDir = None,
+    log_level: LogLevel = None,
+) -> None:
+    """Copy all that the service holds, while it runs; of packs only those that are new since the last time."""
+    settings = _settings(data_dir=data_dir, log_level=log_level)
+    database = None
+    try:
+        if settings.is_embedded and not (settings.data_dir / "engram.sqlite").exists():
+            _die(f"there is no service in {settings.data_dir}")
+        database = Database(settings)
+        with _progress("files") as progress:
+            name, made = backup.back_up(database, settings, folder, keep=keep, progress=progress)
+    except EngramError as error:
+        _die(error.message)
+    except OSError as error:
+        _die(f"the backup is not complete: {error}")
+    finally:
+        if database is not None:
+            database.close()
+    counts = f"{len(made.extractors)} extractors, {len(made.uploads)} waiting uploads"
+    typer.echo(f"backup {name}: {len(made.packs)} packs of {sum(made.packs.values())} bytes, {counts}")
+    _tell_left_out(made.damaged)
+
+
+@app.command()
+def restore(
+    folder: Annotated[Path, typer.Argument(help="Where the copies are.")],
+    name: Annotated[
+        str | None, typer.Option(help="Which copy, as in 2026-11-22T03-15-00.123Z; else the newest.")
+    ] = None,
+    leave_out_damaged: Annotated[
+        bool, typer.Option("--leave-out-damaged", help="Go on without the files that are damaged or missing.")
+    ] = False,
+    data_dir: DataDir = None,
+    log_level: LogLevel = None,
+) -> None:
+    """Make a data folder of a backup: it has to be empty, and so has the database of ENGRAM_DATABASE_URL."""
+    settings = _settings(data_dir=data_dir, log_level=log_level)
+    try:
+        with _progress("files") as progress:
+            found = restoring.restore(
+                settings, folder, name=name, leave_out_damaged=leave_out_damaged, progress=progress
+            )
+    except EngramError as error:
+        _die(error.message)
+    except OSError as error:
+        _die(f"nothing was restored: {error}")
+    typer.echo(f"backup {found.name} is restored to {settings.data_dir}: {len(found.made.packs)} packs")
+    if found.was_outdated:
+        typer.echo(f"it was made by engram {found.made.version}; its schema is this version's now")
+    _tell_left_out(found.left_out)
+
+
+def _tell_left_out(names: Sequence[str]) -> None:
+    for name in names:
+        typer.echo(f"damaged, left out: {name}", err=True)
+    if names:
+        raise typer.Exit(1)
+
+
+@contextmanager
+def _progress(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar on standard error, if that is a terminal."""
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        line = bar.add_task(what)
+        yield lambda done, of: bar.update(line, completed=done, total=of)
 
 
 def _settings(**given: Any) -> Settings:

@@ -182,6 +182,22 @@ class Database:
             config.attributes["connection"] = connection
             command.upgrade(config, revision)
 
+    def copy_to(self, path: Path) -> None:
+        """The file has what an embedded database has at one instant; writers go on meanwhile.
+
+        Raises:
+            StorageFull, Unavailable: a disk does not do its part, or the database is corrupt.
+        """
+        with (
+            self._translated(),
+            closing(self._read_only(timeout_s=BUSY_TIMEOUT_MS / 1000)) as source,
+            closing(sqlite3.connect(path)) as target,
+        ):
+            source.backup(target)
+            (found,) = target.execute("PRAGMA quick_check(1)").fetchone()
+        if found != "ok":
+            raise Unavailable(f"the copy of the database is corrupt: {found}")
+
     def truncate_log(self) -> None:
         """The write-ahead log of an embedded database takes no room on the disk, unless a reader still needs it."""
         if self._file is not None:

@@ -237,6 +237,15 @@ def _insert(
         return to_model(wanted), True
 
 
+def _arrival(session: Session, buffer: str) -> float:
+    """Now, or just after the last upload to the buffer.
+
+    Order of arrival decides what is kept: a clock that was set back must not put an upload before an earlier one.
+    """
+    latest = session.scalar(select(func.max(IngestRow.created_at)).where(IngestRow.buffer == buffer))
+    return max(time.time(), (latest or 0.0) + 1e-6)
+
+
 def _from(acting: Acting) -> dict[str, Any]:
     """The columns that say who uploaded it."""
     return {"who": acting.principal.who, "token_id": acting.principal.token_id, "request_id": acting.request_id}
@@ -247,15 +256,6 @@ def acting_of(row: IngestRow) -> Acting:
     if row.who is None:
         return Acting(SERVICE)
     return Acting(Principal(row.who, "write", token_id=row.token_id), row.request_id or "")
-
-
-def _arrival(session: Session, buffer: str) -> float:
-    """Now, or just after the last upload to the buffer.
-
-    Order of arrival decides what is kept: a clock that was set back must not put an upload before an earlier one.
-    """
-    latest = session.scalar(select(func.max(IngestRow.created_at)).where(IngestRow.buffer == buffer))
-    return max(time.time(), (latest or 0.0) + 1e-6)
 
 
 def _earlier(session: Session, wanted: IngestRow) -> IngestRow | None:
@@ -367,9 +367,7 @@ def retry(session: Session, ingest_id: str) -> Ingest:
         NotFound: no such ingest.
         Conflict: it has not ended or has committed, its upload is not kept any more, or the buffer is frozen.
     """
-    row = session.get(IngestRow, ingest_id, with_for_update=True)
-    if row is None or not principal().reaches(row.buffer):
-        raise _not_found(ingest_id)
+    row = _row(session, ingest_id, is_locked=True)
     if row.state not in ("failed", "cancelled"):
         raise Conflict(
             f"ingest {ingest_id} is {row.state}; only one that failed or was cancelled can be tried again",
@@ -388,8 +386,8 @@ def retry(session: Session, ingest_id: str) -> Ingest:
     row.state, row.is_kept, row.problem = "received", False, None
     row.images_done, row.attempts, row.pause_s, row.started_at = 0, 0, None, None
     row.beat += 1
-    for column, value in _from(ACTING.get()).items():
-        setattr(row, column, value)
+    for name, value in _from(ACTING.get()).items():
+        setattr(row, name, value)
     row.created_at = row.updated_at = _arrival(session, row.buffer)
     audit.record(session, "ingest.retry", buffer=row.buffer, subject=ingest_id, before=was, after={"state": row.state})
     session.flush()
@@ -411,14 +409,10 @@ def let_go(session: Session, ingest_ids: Iterable[str]) -> None:
     session.execute(update(IngestRow).where(*ended).values(is_kept=False))
 
 
-def _not_found(ingest_id: str) -> NotFound:
-    return NotFound(f"no ingest {ingest_id!r}", ingest=ingest_id)
-
-
-def _row(session: Session, ingest_id: str) -> IngestRow:
-    row = session.get(IngestRow, ingest_id)
+def _row(session: Session, ingest_id: str, *, is_locked: bool = False) -> IngestRow:
+    row = session.get(IngestRow, ingest_id, with_for_update=True if is_locked else None)
     if row is None or not principal().reaches(row.buffer):
-        raise _not_found(ingest_id)
+        raise NotFound(f"no ingest {ingest_id!r}", ingest=ingest_id)
     return row
 
 
@@ -577,6 +571,11 @@ def release_all(database: Database, owner: str, *, counts: bool = True) -> None:
     with database.session() as session:
         own = (IngestRow.lease_owner == owner, IngestRow.state.in_(ACTIVE))
         session.execute(update(IngestRow).where(*own).values(**_FREE, **_changed(), attempts=attempts))
+
+
+def release_everything(session: Session) -> None:
+    """All that is not final waits for a worker: those that were at it are not there any more."""
+    session.execute(update(IngestRow).where(IngestRow.state.in_(ACTIVE)).values(**_FREE, **_changed(), pause_s=None))
 
 
 def held_by(session: Session, leases: Iterable[Lease]) -> set[Lease]:

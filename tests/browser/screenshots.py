@@ -18,7 +18,7 @@ from tests.browser import filling
 from tests.browser.browsing import NARROW, WIDE, Browser, chromium
 
 FOLDER = Path(__file__).parents[2] / "docs" / "images"
-COLOURS = 64
+COLOURS = 128
 """Of a page's palette; pages that show images have twice as many."""
 
 

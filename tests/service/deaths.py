@@ -1,6 +1,6 @@
 """Kills writers of a service's data folder at every statement and every file operation; run as a program.
 
-    python -m tests.service.deaths migrate|register|mirror FOLDER [POINTS]
+    python -m tests.service.deaths migrate|register|mirror|backup FOLDER [POINTS]
 
 A process dies by SIGKILL at its n-th step: an SQL statement, or an audited call (open, rename, remove, mkdir, link).
 `POINTS` such n are tried, chosen at random; without it all are. After every death the folder is inspected, and the work
@@ -31,18 +31,21 @@ from sqlalchemy import Engine, event, text
 
 from engram.client import Client
 from engram.mirror import Mirror
-from engram_service import extractors
+from engram_service import backup, buffers, extractors
 from engram_service.app import open_database
 from engram_service.collect import collect
 from engram_service.database import Database
+from engram_service.restore import restore
 from engram_service.settings import Settings
 from engram_service.storage import PackStore
 from tests.contents import create, fill
 from tests.models import model
 from tests.servers import ServiceProcess
+from tests.uploads import queue
 
 CALLS = ("open", "os.rename", "os.remove", "os.mkdir", "os.link")
 MODEL = model()
+UPLOAD = b"an upload that waits"
 URLS: list[str] = []
 DIGEST = hashlib.sha256(MODEL).hexdigest()
 
@@ -171,6 +174,59 @@ def check_mirror(settings: Settings) -> str:
     return "whole"
 
 
+def filled_folder(settings: Settings) -> None:
+    """A data folder with two packs and a waiting upload."""
+    empty_folder(settings)
+    database = Database(settings)
+    create(database)
+    for task in range(2):
+        fill(database, settings, task, {task: 5})
+    queue(database, settings, UPLOAD, task=2)
+    database.close()
+
+
+def backups_of(settings: Settings) -> Path:
+    return settings.data_dir.with_name(f"{settings.data_dir.name}-backups")
+
+
+def back_up_twice(settings: Settings) -> None:
+    for _ in range(2):
+        database = Database(settings)
+        backup.back_up(database, settings, backups_of(settings), keep=1)
+        database.close()
+
+
+def check_backups(settings: Settings) -> str:
+    """What can be restored is whole, an earlier copy stays until there is another, and the next one tidies up."""
+    folder = backups_of(settings)
+    names = backup.complete(folder) if folder.exists() else []
+    for name in names:
+        check_copy(settings, folder, name)
+    back_up_twice(settings)
+    (name,) = backup.complete(folder)
+    check_copy(settings, folder, name)
+    parts = {file.name for file in backup.files_of(backup.read(folder, name), settings)}
+    parts |= {f"{name}/engram.sqlite", f"{name}/backup.json"}
+    assert {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()} == parts
+    shutil.rmtree(folder)
+    return f"{len(names)}"
+
+
+def check_copy(settings: Settings, folder: Path, name: str) -> None:
+    place = Settings(data_dir=settings.data_dir.with_name(f"{settings.data_dir.name}-restored"))
+    restore(place, folder, name=name)
+    database = Database(place)
+    with database.reading() as session:
+        digests = [pack.digest for pack in buffers.manifest(session, "b").packs]
+        (waiting,) = session.execute(text("SELECT id FROM ingests WHERE state = 'received' AND task = 2")).scalars()
+    database.close()
+    assert len(digests) == 2
+    for digest in digests:
+        assert hashlib.sha256(PackStore(place.packs_dir).get(digest)).hexdigest() == digest
+    assert (place.spool_dir / f"{waiting}.tar").read_bytes() == UPLOAD
+    shutil.rmtree(place.data_dir)
+
+
 def empty_folder(settings: Settings) -> None:
     """A data folder of this version."""
     open_database(settings).close()
@@ -180,6 +236,7 @@ WORK: dict[str, tuple[Callable[[Settings], None], Callable[[Settings], None], Ca
     "migrate": (old_folder, migrate, check_migration),
     "register": (empty_folder, register, check_registration),
     "mirror": (served_folder, mirror, check_mirror),
+    "backup": (filled_folder, back_up_twice, check_backups),
 }
 
 

@@ -1,7 +1,7 @@
 """Every bad upload fails with an error that says what is wrong, and changes nothing.
 
 Each upload is processed against a buffer that holds a task already; afterwards its generation, its packs and its
-tasks are what they were, and the spool holds the upload until its time is over.
+tasks are what they were, and the upload is kept to be tried again.
 """
 
 from __future__ import annotations
@@ -28,8 +28,7 @@ from engram.errors import (
     from_problem,
 )
 from engram.schemas import IngestOptions
-from engram_service import buffers
-from engram_service.collect import collect
+from engram_service import buffers, ingest
 from engram_service.database import Database
 from engram_service.settings import Settings
 from engram_service.storage import PackStore
@@ -206,8 +205,8 @@ def test_a_bad_upload_fails_with_a_clear_problem_and_changes_nothing(
     assert type(error) is case.error
     assert [words for words in case.says if words not in error.message] == [], error.message
     assert state(database, store) == before
-    assert [path.stem for path in settings.spool_dir.iterdir()] == [queued.id]
-    collect(database, store, settings.model_copy(update={"failed_s": 0.0}))
+    assert ended.can_retry
+    assert ingest.spool_path(settings.spool_dir, queued.id).exists()
 
 
 def test_the_uploads_that_the_bad_ones_are_made_of_are_good(

@@ -8,11 +8,39 @@ from __future__ import annotations
 
 from fastapi import Depends, FastAPI
 
-from . import audit_log, buffer, extractors, forecast, ingests, login, overview, snapshots, tokens
+from . import (
+    audit_log,
+    buffer,
+    exemplar,
+    exemplars,
+    extractors,
+    forecast,
+    ingests,
+    login,
+    overview,
+    snapshots,
+    task,
+    tokens,
+)
+from . import map as task_map
 from .overview import Paces
 from .page import STATIC, Console, Files, check_csrf
 
-VIEWS = (overview, buffer, forecast, snapshots, ingests, extractors, tokens, audit_log, login)
+VIEWS = (
+    overview,
+    buffer,
+    forecast,
+    snapshots,
+    task,
+    exemplars,
+    exemplar,
+    task_map,
+    ingests,
+    extractors,
+    tokens,
+    audit_log,
+    login,
+)
 """One per page; what they share is in `page`."""
 
 

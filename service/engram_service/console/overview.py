@@ -12,7 +12,7 @@ from fastapi import APIRouter, Request, Response
 from engram.errors import EngramError, InvalidRequest
 from engram.schemas import BufferCreate
 
-from .. import buffers, health, ingest
+from .. import buffers, disk, health, ingest
 from ..acting import principal
 from ..database import Database
 from ..routes.parts import DatabasePart
@@ -111,6 +111,8 @@ def _page(
         found = buffers.read_all(session)
         by_task = buffers.bytes_by_task(session)
         activity = ingest.activity(session, lately_s=WINDOW_S)
+        may_see_disk = principal().may("admin") and not principal().prefix
+        usage = disk.usage(session, state.settings) if may_see_disk else None
     totals = state.served.totals()
     drawn = [totals[buffer.name] for buffer in found if buffer.name in totals]
     draws, exemplars = sum(each.draws for each in drawn), sum(each.exemplars for each in drawn)
@@ -123,7 +125,7 @@ def _page(
         activity=activity,
         pace=state.paces.per_s(principal().prefix, draws, exemplars),
         problems=health.problems(database, state.settings, state.liveness),
-        disk=None,
+        disk=usage,
         damaged=len(state.cache.damaged()),
         given=given or {},
         problem=None if problem is None else problem_of(problem),
