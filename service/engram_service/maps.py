@@ -180,4 +180,5 @@ def principal_axes(features_ND: FloatArray) -> tuple[Points, float]:
 def _scaled(points_N2: Points) -> Points:
     low, high = points_N2.min(axis=0), points_N2.max(axis=0)
     span = float((high - low).max())
-    return (points_N2 - (low + high) / 2) * (2 / span if span > 0 else 0.0)
+    scaled: Points = (points_N2 - (low + high) / 2) * (2 / span if span > 0 else 0.0)
+    return scaled
