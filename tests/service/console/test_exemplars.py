@@ -184,7 +184,14 @@ def test_forms_relabel_by_id_and_by_name(client: httpx.Client, filled: ServiceTh
 
 @pytest.mark.parametrize(
     "fields",
-    [{}, {"task": "0"}, {"class_id": "x"}, {"pack": "0" * 64, "row": "0"}, {"key": "none has it"}, {"class_id": "77", "confirm": "delete 77"}],
+    [
+        {},
+        {"task": "0"},
+        {"class_id": "x"},
+        {"pack": "0" * 64, "row": "0"},
+        {"key": "none has it"},
+        {"class_id": "77", "confirm": "delete 77"},
+    ],
 )
 def test_a_form_that_names_nothing_changes_nothing(
     client: httpx.Client, filled: ServiceThread, fields: dict[str, str]
