@@ -127,7 +127,8 @@ def measure(
             cpu[name] += 1000 * (cpu_s(process) - before) / rounds
     small, large = (times[name] for name in paths)
     ratio = median(b / a for a, b in zip(small, large, strict=True))
-    return median(small), median(large), ratio, *cpu.values()
+    small_cpu, large_cpu = cpu.values()
+    return median(small), median(large), ratio, small_cpu, large_cpu
 
 
 def timed(connection: http.client.HTTPConnection, path: str) -> float:
