@@ -20,15 +20,9 @@ from engram.errors import Conflict, NotFound
 from engram.memory import Where
 from engram.oversight import WhatIfAsk
 from engram.schemas import BufferCreate, ForkCreate
-<<<<<<< HEAD
-from engram_service import backup, buffers, ingest, served, tallies
-from engram_service.collect import collect
-from engram_service.commit import fork
-=======
 from engram_service import backup, buffers, decisions, ingest, samples, served, tallies
 from engram_service.collect import collect
 from engram_service.commit import fork, remove
->>>>>>> nine-exemplars
 from engram_service.database import Database
 from engram_service.replay import View
 from engram_service.restore import restore
