@@ -458,7 +458,7 @@ def test_a_backup_that_never_catches_up_gives_up_and_leaves_earlier_ones_alone(
             collect(filled, store, settings.model_copy(update={"grace_s": 0.0, "retired_bytes": 0}))
             with filled.reading() as session:
                 live = set(session.scalars(select(PackRow.digest)))
-            for digest, _ in store.digests():
+            for digest, _age_s in store.digests():
                 if digest in live and not list(folder.glob(f"packs/*/{digest}")):
                     store.path(digest).unlink()
 
