@@ -145,7 +145,11 @@ def options(command: Any) -> list[Any]:
 
 def commands_text(name: str) -> str:
     """Every command of a program with its arguments and options."""
-    return "\n".join(_command(typed, command) for typed, command in commands(name))
+    (_, program), *others = commands(name)
+    given = [option.name for option in options(program)]
+    # `engram-train` alone is its own first command.
+    shown = [(typed, each) for typed, each in others if not given or [option.name for option in options(each)] != given]
+    return "\n".join(_command(typed, command) for typed, command in [(name, program), *shown])
 
 
 def _command(typed: str, command: Any) -> str:
@@ -158,7 +162,11 @@ def _command(typed: str, command: Any) -> str:
         for each in given:
             is_option = each.param_type_name == "option"
             names = (*each.opts, *each.secondary_opts) if is_option else (_metavar(each),)
-            meaning = [one_line(each.help or ""), *_choices(hints.get(each.name)), *_default(each)]
+            meaning = [
+                re.sub(r"\[/?bold\]", "`", one_line(each.help or "")),
+                *_choices(hints.get(each.name)),
+                *_default(each),
+            ]
             lines.append(f"| {' '.join(f'`{name}`' for name in names)} | {' '.join(filter(None, meaning))} |")
         lines.append("")
     return "\n".join(lines)

@@ -84,7 +84,13 @@ def run_shell(block: Block, folder: Path, given: dict[str, str]) -> None:
     script = script.replace(".venv/bin/", "").replace(DEFAULT_URL, given["ENGRAM_URL"])
     result = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", f"exec 2>&1\n{script}"],
-        env=given | {"PATH": f"{commands_folder(folder)}:{given['PATH']}", "COLUMNS": "150"},
+        env=given
+        | {
+            "PATH": f"{commands_folder(folder)}:{given['PATH']}",
+            "COLUMNS": "150",
+            "HOME": str(folder),
+            "XDG_CONFIG_HOME": "",
+        },
         cwd=folder,
         stdin=subprocess.DEVNULL,
         capture_output=True,

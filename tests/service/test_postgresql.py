@@ -10,15 +10,18 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
 
+import numpy as np
 import pytest
 from sqlalchemy import create_engine, text
 
 from engram.errors import Conflict, NotFound
 from engram.schemas import BufferCreate, ForkCreate
-from engram_service import backup, buffers, ingest
+from engram_service import backup, buffers, ingest, served, tallies
 from engram_service.commit import fork
 from engram_service.database import Database
+from engram_service.replay import View
 from engram_service.restore import restore
+from engram_service.served import Served
 from engram_service.settings import Settings
 from engram_service.storage import PackStore
 from tests.contents import create, fill, pictures
@@ -141,6 +144,67 @@ def test_two_deletions_of_one_buffer_that_overlap_are_one_deletion(database: Dat
         thread.start()
     thread.join()
     assert isinstance(ended[0], NotFound), repr(ended[0])
+
+
+def test_what_several_services_serve_adds_up_while_buffers_are_deleted_and_nobody_waits_for_ever(
+    database: Database, settings: Settings
+) -> None:
+    names = ["a", "b", "c"]
+    for name in names:
+        create(database, name)
+        fill(database, settings, 0, {0: 2, 1: 2}, name=name)
+    with database.reading() as session:
+        views = [
+            View(name, 1, buffers.find(session, name).created_at, buffers.packs_to_draw_from(session, name, 1))
+            for name in names
+        ]
+    own = [Database(settings) for _ in range(4)]
+    several = [Served(each) for each in own]
+
+    def serve(number: int) -> None:
+        for _ in range(20):
+            # Each in another order.
+            for view in views[number % 3 :] + views[: number % 3]:
+                several[number].note(view, np.array([0, 1, 1]), 10, 0)
+            several[number].flush()
+
+    with ThreadPoolExecutor(6) as pool:
+        running = [pool.submit(serve, number) for number in range(4)]
+        with database.session() as session:
+            buffers.delete(session, "b")
+        for task in range(1, 5):
+            fill(database, settings, task, {0: 2}, name="c")
+        for ended in running:
+            ended.result()
+    for counted, its_database in zip(several, own, strict=True):
+        # A transaction that the server gave up on is written later.
+        counted.stop()
+        its_database.close()
+    with database.reading() as session:
+        found = {(row.buffer, row.class_id): row.exemplars for row in served.page(session, limit=99).served}
+        assert served.by_class(session, "a", limit=9)[1][:3] == (0, 1, 160)
+        assert served.by_who(session, "a", limit=9)[0][:2] == ("service", 240)
+        assert tallies.read(session)["ingests"] == {"committed": 7}
+        first = served.page(session, limit=3)
+        assert len(served.page(session, limit=3, cursor=first.next).served) == 1
+    assert found == {("a", 0): 80, ("a", 1): 160, ("c", 0): 80, ("c", 1): 160}
+
+
+def test_metrics_are_told_of_a_postgresql_database(database: Database, settings: Settings) -> None:
+    create(database)
+    fill(database, settings, 0, {0: 2})
+    service = ServiceThread(settings)
+    try:
+        with http(service) as client:
+            assert client.get("/v1/buffers/b/draw?size=2").status_code == 200
+            text = client.get("/metrics").text
+    finally:
+        service.stop()
+    assert 'engram_draw_exemplars_total{buffer="b"} 2.0' in text
+    assert re.search(r'engram_disk_bytes\{part="database"\} [1-9]', text)
+    assert 'engram_ingests_ended_total{state="committed"} 1.0' in text
+    with database.reading() as session:
+        assert [row.exemplars for row in served.page(session, limit=9).served] == [2]
 
 
 @pytest.mark.parametrize("target", ["postgresql", "sqlite"])
