@@ -25,6 +25,9 @@ for name in [name for name in os.environ if name.startswith("ENGRAM_")]:
     # What the developer's shell sets must not decide what the tests see.
     del os.environ[name]
 
+# Nor their profiles.
+os.environ["XDG_CONFIG_HOME"] = "/nonexistent"
+
 # httpx reads all certificate authorities for every client, 40 ms of CPU each, and no test speaks TLS: one will do.
 os.environ["SSL_CERT_FILE"] = str(Path(__file__).parent / "authority.pem")
 

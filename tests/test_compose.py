@@ -268,7 +268,7 @@ def test_the_data_of_the_service_lies_in_a_volume(
     assert services["service"]["environment"]["ENGRAM_DATA_DIR"] == data
     assert services["service"]["volumes"] == [f"engram-data:{data}"]
     volumes = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["volumes"]
-    assert {"engram-data", "engram-runs"} == set(volumes)
+    assert {"engram-data", "engram-runs", "prometheus-data", "grafana-data"} == set(volumes)
 
 
 def test_the_trainer_waits_under_its_profile_for_a_healthy_service(services: dict[str, dict[str, Any]]) -> None:
@@ -287,6 +287,40 @@ def test_each_container_builds_its_own_target_without_privileges(
     assert target in stages
     assert services[name]["cap_drop"] == ["ALL"]
     assert services[name]["security_opt"] == ["no-new-privileges:true"]
+
+
+@pytest.mark.parametrize("name", ["prometheus", "grafana"])
+def test_monitoring_is_pinned_without_privileges_and_for_this_machine_only(
+    services: dict[str, dict[str, Any]], name: str
+) -> None:
+    container = services[name]
+    assert container["profiles"] == ["monitoring"]
+    assert re.search(r":v?\d+\.\d+\.\d+$", container["image"])
+    assert container["cap_drop"] == ["ALL"]
+    assert container["security_opt"] == ["no-new-privileges:true"]
+    assert container["read_only"] is True
+    assert all(port.startswith("127.0.0.1:") for port in container["ports"])
+    mounted = [volume.split(":") for volume in container["volumes"] if volume.startswith("./")]
+    assert mounted
+    assert all((ROOT / source).exists() and mode == "ro" for source, _, mode in mounted)
+
+
+def test_prometheus_scrapes_the_composed_service_with_a_token_that_is_not_in_the_repository(
+    stages: dict[str, Stage], services: dict[str, dict[str, Any]]
+) -> None:
+    config = yaml.safe_load((ROOT / "deploy/prometheus/prometheus.yml").read_text())
+    (job,) = config["scrape_configs"]
+    assert job["static_configs"][0]["targets"] == [f"service:{environment(stages, 'service')['ENGRAM_PORT']}"]
+    (secret,) = services["prometheus"]["secrets"]
+    assert job["authorization"] == {"type": "Bearer", "credentials_file": f"/run/secrets/{secret}"}
+    composed = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
+    path = composed["secrets"][secret]["file"].removeprefix("./")
+    assert path in (ROOT / ".gitignore").read_text().splitlines()
+    (flag,) = [each for each in services["prometheus"]["command"] if each.startswith("--config.file=")]
+    inside = {volume.split(":")[1]: volume.split(":")[0] for volume in services["prometheus"]["volumes"]}
+    assert inside[flag.partition("=")[2]] == "./deploy/prometheus/prometheus.yml"
+    folder = str(Path(flag.partition("=")[2]).parent)
+    assert all(f"{folder}/{rules}" in inside for rules in config["rule_files"])
 
 
 def command(stages: dict[str, Stage]) -> list[str]:

@@ -15,7 +15,6 @@ calls are tried again only if no connection was made, because then nothing was s
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -25,11 +24,13 @@ from urllib.parse import quote
 import httpx
 import pydantic
 
-from engram import paths
+from engram import paths, profiles
+from engram.administration import Administration
 from engram.draws import Draws
 from engram.errors import Conflict, InvalidRequest, NotFound
 from engram.fields import Schema, all_keys
-from engram.http import DEFAULT_URL, Body, Http, json_body
+from engram.http import Body, Http, json_body
+from engram.inspection import Inspection
 from engram.reading import Reading
 from engram.schemas import (
     Buffer,
@@ -53,14 +54,16 @@ _MOST_QUERY_BYTES: Final = 7000
 """Of the keys in a request's line: the service takes 64 KiB, proxies as they are installed 8 KB."""
 
 
-class Client(Uploads, Draws, Reading):
+class Client(Uploads, Draws, Reading, Inspection, Administration):
     """A connection to one Engram service.
 
     A pickled client holds its token, so it is as secret as that.
 
     Args:
-        url: where the service listens; None reads `ENGRAM_URL`, else http://127.0.0.1:8077.
-        token: the bearer token; None reads `ENGRAM_TOKEN`, else none is sent.
+        url: where the service listens; None reads `ENGRAM_URL`, else a profile, else http://127.0.0.1:8077.
+        token: the bearer token; None reads `ENGRAM_TOKEN`, else the profile; "" is none.
+        profile: the name of a profile that `engram login` made, which then beats the environment; None reads
+            `ENGRAM_PROFILE`, else it is "default", which need not be there. See `engram.profiles`.
         connect_timeout_s: for a connection.
         read_timeout_s: between two pieces of an answer (a draw or a read; long polls allow for their wait).
         write_timeout_s: between two pieces of an upload.
@@ -74,15 +77,17 @@ class Client(Uploads, Draws, Reading):
         url: str | None = None,
         *,
         token: str | None = None,
+        profile: str | None = None,
         connect_timeout_s: float = 5.0,
         read_timeout_s: float = 60.0,
         write_timeout_s: float = 60.0,
         retries: int = 4,
         transport: httpx.BaseTransport | None = None,
     ) -> None:
+        url, token = profiles.resolve(url or None, token, profile)
         settings: dict[str, Any] = {
-            "url": url or os.environ.get("ENGRAM_URL") or DEFAULT_URL,
-            "token": token or os.environ.get("ENGRAM_TOKEN") or "",
+            "url": url,
+            "token": token,
             "connect_timeout_s": connect_timeout_s,
             "read_timeout_s": read_timeout_s,
             "write_timeout_s": write_timeout_s,
@@ -268,7 +273,7 @@ class Client(Uploads, Draws, Reading):
         """
         self._http.send("DELETE", paths.of_task(buffer, task), headers=paths.if_match(generation))
 
-    # Uploads, draws, packs and exemplars are in the classes that this one inherits from.
+    # Uploads, draws, what is stored and why, tokens and audit are in the classes that this one inherits from.
 
     def remove(
         self,

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
-from typing import NoReturn, get_args
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from typing import Any, NoReturn, get_args
 
 import typer
 from rich.console import Console
@@ -16,7 +17,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from engram.schemas import Answer, Buffer, Candidate, Decision, Definition, Extractor, Health, Ingest, Task
+from engram.oversight import AuditEntry, Disk, Forecast, Histogram, Served, Token, WhatIf, WhoAmI
+from engram.schemas import Answer, Buffer, Candidate, Decision, Definition, Exemplar, Extractor, Health, Ingest, Task
 
 _NAMES_SHOWN = 8
 _NO_WIDTH = 100_000
@@ -27,9 +29,11 @@ def say(text: str) -> None:
     typer.echo(text)
 
 
-def as_json(found: Answer | Sequence[Answer]) -> None:
-    """What the service said, as it said it."""
-    if isinstance(found, Answer):
+def as_json(found: Answer | Sequence[Answer] | Mapping[str, Any]) -> None:
+    """What the service said, as it said it; or what a command did."""
+    if isinstance(found, Mapping):
+        typer.echo(json.dumps(found, indent=2, ensure_ascii=False))
+    elif isinstance(found, Answer):
         typer.echo(found.model_dump_json(indent=2))
     else:
         typer.echo(json.dumps([each.model_dump(mode="json") for each in found], indent=2, ensure_ascii=False))
@@ -127,6 +131,10 @@ def ingest(found: Ingest) -> None:
     )
     if found.problem is not None:
         say(str(found.problem.get("detail", "")))
+    for problem in found.failures:
+        say(f"before that: {problem.get('detail', '')}")
+    if found.can_retry:
+        say(f"its upload is kept: engram retry {found.id}")
 
 
 def ingests(found: Sequence[Ingest]) -> None:
@@ -136,7 +144,7 @@ def ingests(found: Sequence[Ingest]) -> None:
         table.add_column(heading, justify="right")
     for each in found:
         images = f"{each.images_done:,} of {each.images_total:,}"
-        created = each.created_at.strftime("%Y-%m-%d %H:%M:%S")
+        created = _time(each.created_at)
         table.add_row(each.id, each.buffer, str(each.task), each.state, images, f"{each.body_bytes:,}", created)
     _print(table)
 
@@ -148,9 +156,127 @@ def extractors(found: Sequence[Extractor]) -> None:
         table.add_column(heading, justify="right")
     for each in found:
         shape = "x".join("any" if side is None else str(side) for side in each.input_shape)
-        created = each.created_at.strftime("%Y-%m-%d %H:%M:%S")
+        created = _time(each.created_at)
         table.add_row(each.sha256, shape, str(each.dimensions), f"{each.bytes:,}", created)
     _print(table)
+
+
+def exemplars(found: Sequence[Exemplar]) -> None:
+    """A line for each exemplar."""
+    table = _table("pack", left=1)
+    for heading in ("row", "task", "class", "rank", "bytes", "quality"):
+        table.add_column(heading, justify="right")
+    if has_keys := any(each.key is not None for each in found):
+        table.add_column("key")
+    for each in found:
+        numbers = (each.row, each.task, each.class_id, each.rank, each.bytes, each.quality)
+        table.add_row(each.pack, *map(str, numbers), *([escape(each.key or "-")] if has_keys else []))
+    _print(table)
+
+
+def histogram(found: Histogram) -> None:
+    """A line and a bar for each bin."""
+    table = _table(found.of, "exemplars")
+    table.add_column("")
+    most = max((each.exemplars for each in found.bins), default=1)
+    for each in found.bins:
+        value = f"{each.low:g} to {each.high:g}" if each.low is not None and each.high is not None else str(each.value)
+        table.add_row(escape(value), f"{each.exemplars:,}", "#" * round(40 * each.exemplars / max(1, most)))
+    _print(table)
+    say(f"{found.counted:,} of {found.exemplars:,} exemplars are counted, {found.others:,} of them in no line")
+
+
+def forecast(found: Forecast) -> None:
+    """What a change would leave, and of which classes it would take something."""
+    say(
+        f"{found.buffer}: {found.exemplars_then:,} of {found.exemplars:,} exemplars would stay, "
+        f"{found.used_bytes_then:,} of {found.used_bytes:,} bytes, under a limit of {found.limit_bytes:,}"
+    )
+    table = _table("task", "class", "exemplars", "then", "bytes", "then")
+    for each in found.classes:
+        numbers = (each.task, each.class_id, each.exemplars, each.exemplars_then, each.bytes, each.bytes_then)
+        table.add_row(*(f"{number:,}" for number in numbers))
+    _print(table)
+
+
+def what_if(found: WhatIf) -> None:
+    """What selection would choose, from what."""
+    say(found.says)
+    say(
+        f"R {found.definition}, rule {found.rule}, epsilon {found.epsilon:g}, {found.share_bytes:,} of "
+        f"{found.budget_bytes:,} bytes for this task"
+    )
+    table = _table("quality", "R", "R of all tasks", "passes", "N", "N then", "bytes", "")
+    for each in found.candidates:
+        ratios = ("-" if ratio is None else f"{ratio:.3f}" for ratio in (each.ratio, each.pooled_ratio))
+        passes = "-" if each.pooled_ratio is None else "yes" if each.passes else "no"
+        numbers = (f"{number:,}" for number in (each.exemplars, each.exemplars_then, each.bytes))
+        table.add_row(str(each.quality), *ratios, passes, *numbers, "<-" if each.quality == found.quality else "")
+    _print(table)
+
+
+def disk(found: Disk) -> None:
+    """What takes how much."""
+    table = _table("", "bytes", left=1)
+    for name, size in found.model_dump().items():
+        table.add_row(name.removesuffix("_bytes").replace("_", " "), f"{size:,}")
+    _print(table)
+
+
+def who(found: WhoAmI) -> str:
+    """Whose token it is and what it allows, in words."""
+    return f"{found.who}, {_allowed(found.scope, found.prefix)}"
+
+
+def allows(found: Token) -> str:
+    """What a token allows and for how long, in words."""
+    until = "" if found.expires_at is None else f", until {_time(found.expires_at)}"
+    return f"{_allowed(found.scope, found.prefix)}{until}"
+
+
+def tokens(found: Sequence[Token]) -> None:
+    """A line for each token."""
+    table = _table("id", "name", "scope", "buffers", "created", "by", "last used", "state", left=8)
+    now = datetime.now(UTC)
+    for each in found:
+        used = "never" if each.last_used_at is None else _time(each.last_used_at)
+        state = "good"
+        if each.expires_at is not None:
+            state = "expired" if each.expires_at <= now else f"until {_time(each.expires_at)}"
+        if each.revoked_at is not None:
+            state = f"revoked {_time(each.revoked_at)}"
+        buffers = f"{each.prefix}*" if each.prefix else "all"
+        created = (_time(each.created_at), escape(each.created_by))
+        table.add_row(each.id, escape(each.name), each.scope, buffers, *created, used, state)
+    _print(table)
+
+
+def audit(found: Sequence[AuditEntry]) -> None:
+    """A line for each change."""
+    table = _table("when", "who", "action", "buffer", "what", "request", left=6)
+    for each in found:
+        words = (each.who, each.action, each.buffer or "-", each.subject or "-", each.request_id or "-")
+        table.add_row(_time(each.at), *map(escape, words))
+    _print(table)
+
+
+def draws(found: Sequence[Served]) -> None:
+    """A line for each class of a task and whoever drew from it."""
+    table = _table("buffer", "who", left=2)
+    for heading in ("task", "class", "exemplars", "bytes", "last"):
+        table.add_column(heading, justify="right")
+    for each in found:
+        numbers = (f"{number:,}" for number in (each.task, each.class_id, each.exemplars, each.bytes))
+        table.add_row(each.buffer, escape(each.who), *numbers, _time(each.last_at))
+    _print(table)
+
+
+def _allowed(scope: str | None, prefix: str) -> str:
+    return f"{scope or 'nothing'} on {f'buffers named {prefix}*' if prefix else 'all buffers'}"
+
+
+def _time(at: datetime) -> str:
+    return at.astimezone(UTC).strftime("%Y-%m-%d %H:%M:%S")
 
 
 def _decision(decision: Decision) -> None:

@@ -26,6 +26,7 @@ import pydantic
 
 from engram import forks
 from engram.errors import EngramError, InvalidRequest, RateLimited, Unavailable, from_problem, of_status
+from engram.oversight import AuditPage, ServedList
 from engram.schemas import API_HEADER, API_NUMBER, ExemplarPage, IngestPage
 from engram.transport import KEEPALIVE_S, Connections, Started, Unsupported
 
@@ -56,7 +57,7 @@ _left_to_the_parent: list[httpx.BaseTransport] = []
 of the parent may have held; and one that is forgotten warns of open sockets. Their descriptors end with the process."""
 
 M = TypeVar("M", bound=pydantic.BaseModel)
-P = TypeVar("P", ExemplarPage, IngestPage)
+P = TypeVar("P", ExemplarPage, IngestPage, AuditPage, ServedList)
 
 
 @dataclass(frozen=True)
@@ -222,7 +223,7 @@ class Http:
         """
         asked = {name: value for name, value in query.items() if value is not None}
         while True:
-            page = self.fetch(kind, "GET", f"{path}?{urlencode(asked)}")
+            page = self.fetch(kind, "GET", f"{path}?{urlencode(asked, doseq=True)}")
             yield page
             if page.next is None:
                 return

@@ -104,12 +104,14 @@ class AuditPage(Answer):
 class Disk(Answer):
     """What the service takes on its disk, in bytes, and what is free there.
 
-    `live_bytes` are packs of current generations, each counted once; `retired_bytes` those that only older ones name.
+    `live_bytes` are packs of current generations, each counted once; `retired_bytes` those that only older ones name;
+    `spool_bytes` uploads that wait, or are kept to be tried again.
     """
 
     live_bytes: int
     retired_bytes: int
     spool_bytes: int
+    sample_bytes: int = 0
     extractor_bytes: int
     database_bytes: int
     free_bytes: int

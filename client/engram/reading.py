@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -50,20 +50,47 @@ class Reading:
         return content
 
     def exemplars(
-        self, buffer: str, *, task: int | None = None, class_id: int | None = None, page_size: int = 500
+        self,
+        buffer: str,
+        *,
+        task: int | None = None,
+        class_id: int | None = None,
+        min_bytes: int | None = None,
+        max_bytes: int | None = None,
+        where: Sequence[str] = (),
+        page_size: int = 500,
     ) -> Iterator[Exemplar]:
-        """All exemplars of a buffer, task or class, page after page."""
+        """All exemplars that pass these filters, page after page.
+
+        Args:
+            buffer: a buffer's name.
+            task: only of this task.
+            class_id: only of this class.
+            min_bytes: only those that take at least so many, their fields included.
+            max_bytes: only those that take at most so many.
+            where: conditions on fields, NAME:OPERATION:VALUE, as in "score:ge:0.5" or "key:prefix:train/"; all must
+                hold. Numbers have eq, ne, lt, le, gt, ge; texts eq, ne, prefix.
+            page_size: how many are asked for at a time.
+
+        Raises:
+            NotFound: no such buffer.
+            InvalidRequest: a condition on a field that is not there, or that it cannot have.
+        """
         path = f"{paths.of_buffer(buffer)}/exemplars"
-        for page in self._http.pages(ExemplarPage, path, task=task, class_id=class_id, limit=page_size):
+        filters = {"task": task, "class_id": class_id, "min_bytes": min_bytes, "max_bytes": max_bytes}
+        asked = {**filters, "where": list(where) or None, "limit": page_size}
+        for page in self._http.pages(ExemplarPage, path, **asked):
             yield from page.exemplars
 
-    def exemplar_jpeg(self, buffer: str, pack: str, row: int) -> bytes:
-        """One exemplar as a JPEG file.
+    def exemplar_jpeg(self, buffer: str, pack: str, row: int, *, quality: int | None = None) -> bytes:
+        """One exemplar as a JPEG file, as it is stored or encoded again at a lower quality.
 
         Raises:
             NotFound: no such pack or row in the buffer.
+            InvalidRequest: the quality is not a lower one.
         """
-        return self._http.send("GET", paths.of_exemplar(buffer, pack, row))
+        query = "" if quality is None else f"?quality={quality:d}"
+        return self._http.send("GET", f"{paths.of_exemplar(buffer, pack, row)}{query}")
 
     def exemplar_fields(self, buffer: str, pack: str, row: int) -> dict[str, Any]:
         """The fields of one exemplar as numbers, lists and texts; None stands for NaN and infinities.

@@ -249,6 +249,15 @@ class Uploads:
         """
         return self._http.fetch(Ingest, "DELETE", _path(ingest))
 
+    def retry(self, ingest: str | Ingest) -> Ingest:
+        """The ingest, which failed or was cancelled, queued again from the upload that the service has kept of it.
+
+        Raises:
+            NotFound: no such ingest.
+            Conflict: it has not ended or has committed, or its upload is not kept any more (see `can_retry`).
+        """
+        return self._http.fetch(Ingest, "POST", f"{_path(ingest)}/retry")
+
 
 def _ingests(buffer: str, task: int) -> str:
     """What uploads are sent to; before anything is read, it says what is no task."""

@@ -1,7 +1,7 @@
 """Copies all that a service holds to a folder while it runs, and keeps the last few copies there.
 
     FOLDER/packs/ab/abcd...ef                  packs of all copies: they never change, so each is copied once
-    FOLDER/extractors/SHA256                   likewise
+    FOLDER/extractors/SHA256                   likewise, and samples
     FOLDER/uploads/ID.tar                      uploads that were acknowledged and not yet committed
     FOLDER/2026-11-22T03-15-00.123Z/engram.sqlite  the rows, also of a service on PostgreSQL
     FOLDER/2026-11-22T03-15-00.123Z/backup.json    what this copy consists of (`Backup`)
@@ -47,7 +47,7 @@ from . import __version__, extractors, ingest
 from .database import Database
 from .settings import Settings
 from .storage import PackStore
-from .tables import Base, BufferRow, ExtractorRow, IngestRow, PackRow, SessionRow, WorkerRow
+from .tables import Base, BufferRow, ExtractorRow, IngestRow, PackRow, SessionRow, TaskRow, WorkerRow
 
 logger = logging.getLogger(__name__)
 
@@ -74,18 +74,26 @@ class Backup(Answer):
     database_sha256: str
     packs: dict[Digest, int]
     extractors: dict[Digest, int]
+    samples: list[Digest]
     uploads: dict[Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")], tuple[Digest, int]]
     damaged: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class File:
-    """One file of a copy: its place below a folder of backups and in a data folder, and what it holds."""
+    """One file of a copy: its place below a folder of backups and in a data folder, and what it holds.
+
+    Args:
+        name: below a folder of backups.
+        path: in a data folder.
+        sha256: of its bytes.
+        bytes: how many; None where no row says it.
+    """
 
     name: str
     path: Path
     sha256: str
-    bytes: int
+    bytes: int | None
 
 
 class _Gone(Exception):
@@ -100,10 +108,13 @@ class _Copying:
     settings: Settings
     progress: Progress
     damaged: list[str] = field(default_factory=list)
+    gone: set[str] = field(default_factory=set)
     written: set[Path] = field(default_factory=set)
 
     def run(self, wanted: Backup, opened: Mapping[str, BinaryIO]) -> None:
         """Every file is in the folder, durable, but for those that are damaged.
+
+        One that is missing whenever the rows are looked at is damaged, too: nobody removed it after them.
 
         Raises:
             _Gone: one was removed meanwhile.
@@ -119,7 +130,11 @@ class _Copying:
                     source = opened.get(file.name) or stack.enter_context(file.path.open("rb"))
                     copy(source, target, file)
             except FileNotFoundError:
-                raise _Gone(file.name) from None
+                if file.name not in self.gone:
+                    self.gone.add(file.name)
+                    raise _Gone(file.name) from None
+                logger.error("%s is missing: it is left out of the backup", file.name)
+                self.damaged.append(file.name)
             except StripCorrupt as error:
                 logger.error("%s: it is left out of the backup", error)
                 self.damaged.append(file.name)
@@ -196,7 +211,8 @@ def files_of(made: Backup, settings: Settings) -> list[File]:
         File(f"uploads/{name}.tar", ingest.spool_path(settings.spool_dir, name), sha, size)
         for name, (sha, size) in made.uploads.items()
     ]
-    return packs + models + uploads
+    samples = [File(f"samples/{sha}", settings.samples_dir / sha, sha, None) for sha in made.samples]
+    return packs + models + samples + uploads
 
 
 def copy(source: BinaryIO, target: Path, file: File) -> None:
@@ -206,7 +222,7 @@ def copy(source: BinaryIO, target: Path, file: File) -> None:
         StripCorrupt: they are others than their digest says.
         StorageFull, Unavailable: the disk does not take them.
     """
-    with disk_errors(target, file.bytes):
+    with disk_errors(target, file.bytes or 0):
         target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         temporary = target.parent / f".{target.name}.{token_hex(4)}.tmp"
         found = hashlib.sha256()
@@ -324,6 +340,7 @@ def _named(copied: Database) -> Backup:
     with copied.reading() as session:
         packs = session.execute(select(PackRow.digest, PackRow.bytes).distinct()).all()
         models = session.execute(select(ExtractorRow.sha256, ExtractorRow.bytes)).all()
+        samples = session.scalars(select(TaskRow.sample).where(TaskRow.sample.is_not(None)).distinct()).all()
         waiting = select(IngestRow.id, IngestRow.body_sha256, IngestRow.body_bytes)
         uploads = session.execute(waiting.where(IngestRow.state.in_(ingest.ACTIVE))).all()
     return Backup(
@@ -332,13 +349,14 @@ def _named(copied: Database) -> Backup:
         database_sha256="",
         packs={row.digest: row.bytes for row in packs},
         extractors={row.sha256: row.bytes for row in models},
+        samples=[sample for sample in samples if sample is not None],
         uploads={row.id: (row.body_sha256, row.body_bytes) for row in uploads},
     )
 
 
-def _has(path: Path, size: int) -> bool:
+def _has(path: Path, size: int | None) -> bool:
     try:
-        return path.stat().st_size == size
+        return path.stat().st_size == size or size is None
     except FileNotFoundError:
         return False
 
@@ -375,8 +393,8 @@ def _clear(folder: Path) -> None:
     for place in folder.iterdir():
         if _NAME.fullmatch(place.name) and not (place / _LIST).exists():
             shutil.rmtree(place)
-    for pattern in ("packs/*/.*.tmp", "extractors/.*.tmp", "uploads/.*.tmp"):
-        for path in folder.glob(pattern):
+    for path in _files(folder):
+        if path.name.startswith("."):
             path.unlink()
 
 
@@ -389,7 +407,11 @@ def _prune(folder: Path, keep: int) -> None:
         shutil.rmtree(folder / name)
     settings = Settings(data_dir=folder)
     needed = {file.name for name in names[-keep:] for file in files_of(read(folder, name), settings)}
-    for pattern in ("packs/*/*", "extractors/*", "uploads/*"):
-        for path in folder.glob(pattern):
-            if str(path.relative_to(folder)) not in needed:
-                path.unlink()
+    for path in _files(folder):
+        if str(path.relative_to(folder)) not in needed:
+            path.unlink()
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    for pattern in ("packs/*/*", "extractors/*", "samples/*", "uploads/*"):
+        yield from folder.glob(pattern)

@@ -30,6 +30,7 @@ def usage(session: Session, settings: Settings) -> Disk:
         live_bytes=_sum(session, select(PackRow.digest, PackRow.bytes).where(PackRow.until.is_(None))),
         retired_bytes=_sum(session, retired),
         spool_bytes=_folder_bytes(settings.spool_dir),
+        sample_bytes=_folder_bytes(settings.samples_dir),
         extractor_bytes=_folder_bytes(settings.extractors_dir),
         database_bytes=_database_bytes(session, settings),
         free_bytes=disk.f_bavail * disk.f_frsize,

@@ -34,7 +34,8 @@ INGEST: ContextVar[str] = ContextVar("ingest", default="")
 
 BLOT = "engram_[hidden]"
 
-_TOKEN = re.compile(r"engram_[A-Za-z0-9_-]{24,}")
+# Of 256 bits: longer than any name of ours.
+_TOKEN = re.compile(r"engram_[A-Za-z0-9_-]{40,}")
 _BEARER = re.compile(r"(?i)\b(bearer\s+)[^\s\"',]+")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
 _KNOWN = vars(logging.makeLogRecord({})).keys() | {"message", "asctime", "taskName", "color_message"}
@@ -117,8 +118,11 @@ class JsonLines(_Lines):
         found |= self.context(record)
         if stack := self.stack(record):
             found["exception"] = stack
-        shown = {name: self.hidden(value) if isinstance(value, str) else value for name, value in found.items()}
-        return json.dumps(shown, ensure_ascii=True, default=lambda value: self.hidden(str(value)))
+        shown = {
+            name: value if isinstance(value, int | float) or value is None else self.hidden(str(value))
+            for name, value in found.items()
+        }
+        return json.dumps(shown, ensure_ascii=True)
 
 
 class TextLines(_Lines):

@@ -31,7 +31,7 @@ from sqlalchemy.orm import Session
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from engram import shares
-from engram.errors import EngramError
+from engram.errors import ERRORS, EngramError
 from engram.packs import PackCache
 from engram.schemas import Decision
 
@@ -325,8 +325,9 @@ def _of_tallies(found: dict[str, dict[str, float]]) -> Iterator[Metric]:
         ended.add_metric([state], found.get("ingests", {}).get(state, 0.0))
     yield ended
     failed = _family(CounterMetricFamily, "engram_ingest_failures", "Failed uploads by their problem.", ["problem"])
-    for slug, count in found.get("problems", {}).items():
-        failed.add_metric([slug], count)
+    # All from the start: an increase is only seen of what was there before.
+    for slug in ERRORS:
+        failed.add_metric([slug], found.get("problems", {}).get(slug, 0.0))
     yield failed
     for name, what in ("waiting", "From an upload to the work on it."), ("working", "The work on an upload."):
         tally = found.get(f"{name}_s", {})

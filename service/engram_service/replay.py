@@ -149,7 +149,7 @@ class Replay:
         settings: Settings,
         note: Note = lambda view, runs, size, damaged: None,
     ) -> None:
-        self._note = note
+        self.note = note
         self.database = database
         self.cache = cache
         self.settings = settings
@@ -266,7 +266,7 @@ class Replay:
         if missing and not parts:
             raise Unavailable(f"all {missing} exemplars of this draw are damaged on disk; /healthz names the packs")
         body = write(parts)
-        self._note(view, intact.runs, len(body), missing)
+        self.note(view, intact.runs, len(body), missing)
         return Drawn(body, view.generation, len(intact.rows), missing)
 
     def _weigh(self, view: View, chosen: Plan, write: Write) -> Picked:

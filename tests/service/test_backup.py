@@ -15,9 +15,12 @@ from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
+import alembic.command
+import numpy as np
 import psutil
 import pytest
-from sqlalchemy import select
+from alembic.config import Config
+from sqlalchemy import create_engine, select, text, update
 from typer.testing import CliRunner, Result
 
 from engram.client import Client
@@ -28,17 +31,20 @@ from engram_service import backup, buffers, cli, commit, ingest
 from engram_service.app import create_app, open_database
 from engram_service.backup import back_up, complete
 from engram_service.collect import collect
-from engram_service.database import Database
+from engram_service.database import Database, migrations_folder
 from engram_service.restore import restore
+from engram_service.samples import Sample
 from engram_service.settings import Settings
 from engram_service.storage import PackStore
-from engram_service.tables import ExtractorRow, IngestRow, PackRow, SessionRow, TokenRow
+from engram_service.tables import ExtractorRow, IngestRow, PackRow, SessionRow, TaskRow, TokenRow
 from tests.contents import create, fill, pictures
 from tests.servers import PATIENCE_S, ServiceProcess, ServiceThread, eventually, http
-from tests.uploads import queue, tar_of_arrays, work_through
+from tests.uploads import encoded, queue, tar_of_arrays, work_through
 
 BODY = tar_of_arrays(pictures(7, 4), [7] * 4)
 MODEL = b"a model"
+SAMPLE = Sample(np.array([1]), np.array([0.5]), [""], [encoded(pictures(1, 1)[0])]).to_bytes()
+SAMPLE_SHA256 = hashlib.sha256(SAMPLE).hexdigest()
 MODEL_SHA256 = hashlib.sha256(MODEL).hexdigest()
 
 
@@ -64,7 +70,9 @@ def filled(database: Database, settings: Settings) -> Database:
     fill(database, settings, 2, {2: 12})
     queue(database, settings, BODY, task=7)
     (settings.extractors_dir / MODEL_SHA256).write_bytes(MODEL)
+    (settings.samples_dir / SAMPLE_SHA256).write_bytes(SAMPLE)
     with database.session() as session:
+        session.execute(update(TaskRow).where(TaskRow.task == 1).values(sample=SAMPLE_SHA256))
         shape = [None, 3, 16, 16]
         session.add(ExtractorRow(sha256=MODEL_SHA256, bytes=7, input_shape=shape, dimensions=4, created_at=1.0))
         session.add(
@@ -100,6 +108,17 @@ def files(place: Path) -> dict[str, bytes]:
     return {str(path.relative_to(place)): path.read_bytes() for path in place.rglob("*") if path.is_file()}
 
 
+def downgrade(file: Path, revision: str) -> None:
+    """The database has an older schema."""
+    config = Config()
+    config.set_main_option("script_location", str(migrations_folder()))
+    engine = create_engine(f"sqlite:///{file}")
+    with engine.begin() as connection:
+        config.attributes["connection"] = connection
+        alembic.command.downgrade(config, revision)
+    engine.dispose()
+
+
 def run(*arguments: object) -> Result:
     return CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
 
@@ -115,6 +134,7 @@ def test_what_is_restored_is_what_was_there(
     try:
         assert manifests(database) == manifests(filled)
         assert (elsewhere.extractors_dir / MODEL_SHA256).read_bytes() == MODEL
+        assert (elsewhere.samples_dir / SAMPLE_SHA256).read_bytes() == SAMPLE
         with database.reading() as session:
             assert [row.secret_sha256 for row in session.scalars(select(TokenRow))] == ["5e" * 32]
             assert session.scalars(select(SessionRow)).all() == []
@@ -165,7 +185,8 @@ def test_of_sessions_and_of_what_is_only_kept_nothing_is_in_a_copy(
     assert kept.id not in made.uploads
     assert sorted(path.name for path in (folder / name).iterdir()) == ["backup.json", "engram.sqlite"]
     assert b"cafe" * 16 not in (folder / name / "engram.sqlite").read_bytes()
-    assert {path.stat().st_mode & 0o077 for path in (folder, *folder.rglob("*")) if path.is_dir()} == {0}
+    copied = [path for path in folder.rglob("*") if path.is_file() and path.suffix != ".json"]
+    assert {path.stat().st_mode & 0o077 for path in (folder, *copied)} == {0}
     restore(elsewhere, folder)
     database = opened(elsewhere)
     with database.reading() as session:
@@ -259,7 +280,7 @@ def test_a_copy_without_its_list_is_none_and_the_next_backup_removes_it(
             restore(elsewhere, folder, name=wanted)
     assert not elsewhere.data_dir.exists()
     again, _ = back_up(filled, settings, folder)
-    assert {path.name for path in folder.iterdir()} == {again, "packs", "uploads", "extractors"}
+    assert {path.name for path in folder.iterdir()} == {again, "packs", "uploads", "extractors", "samples"}
     assert not list(folder.rglob("*.tmp"))
 
 
@@ -285,7 +306,16 @@ def test_a_pack_that_is_damaged_is_left_out_and_named_unless_an_earlier_copy_has
         service.stop()
 
 
-@pytest.mark.parametrize("what", ["packs/*/*", "uploads/*", "extractors/*", "*/engram.sqlite"])
+def test_a_pack_without_a_file_does_not_keep_the_rest_from_being_backed_up(
+    filled: Database, store: PackStore, settings: Settings, folder: Path
+) -> None:
+    digest = manifests(filled)[0]["packs"][0]["digest"]
+    store.path(digest).unlink()
+    _, made = back_up(filled, settings, folder)
+    assert made.damaged == (f"packs/{digest[:2]}/{digest}",)
+
+
+@pytest.mark.parametrize("what", ["packs/*/*", "uploads/*", "extractors/*", "samples/*", "*/engram.sqlite"])
 @pytest.mark.parametrize("how", ["changed", "missing"])
 def test_a_damaged_copy_is_not_restored(
     filled: Database, settings: Settings, folder: Path, elsewhere: Settings, what: str, how: str
@@ -353,19 +383,15 @@ def test_a_copy_of_an_older_version_is_migrated_and_one_of_a_newer_version_refus
         digest = hashlib.sha256(rows.read_bytes()).hexdigest()
         listed.write_text(json.dumps(json.loads(listed.read_text()) | {"database_sha256": digest}))
 
+    with filled.reading() as session:
+        current = session.scalar(text("SELECT version_num FROM alembic_version"))
     rewrite("UPDATE alembic_version SET version_num = 'later'")
     with pytest.raises(Conflict, match="does not know"):
         restore(elsewhere, folder)
     assert list(elsewhere.data_dir.iterdir()) == []
-    new = ["tokens", "sessions", "audit", "served", "tallies"]
-    rewrite(
-        "UPDATE alembic_version SET version_num = '0004'",
-        *(f"DROP TABLE {table}" for table in new),
-        *(
-            f"ALTER TABLE ingests DROP COLUMN {column}"
-            for column in ("who", "token_id", "request_id", "started_at", "is_kept", "failures")
-        ),
-    )
+    rewrite(f"UPDATE alembic_version SET version_num = '{current}'")
+    downgrade(rows, "0004")
+    rewrite()
     done = run("restore", folder, "--data-dir", elsewhere.data_dir)
     assert done.exit_code == 0, done.stderr
     assert "its schema is this version's now" in done.stdout

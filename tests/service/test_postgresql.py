@@ -2,28 +2,46 @@
 
 from __future__ import annotations
 
+import re
+import shutil
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
 
+import numpy as np
 import pytest
-from sqlalchemy import text
+from sqlalchemy import create_engine, text
 
 from engram.errors import Conflict, NotFound
 from engram.schemas import BufferCreate, ForkCreate
-from engram_service import buffers
+from engram_service import backup, buffers, ingest, served, tallies
 from engram_service.commit import fork
 from engram_service.database import Database
+from engram_service.replay import View
+from engram_service.restore import restore
+from engram_service.served import Served
 from engram_service.settings import Settings
 from engram_service.storage import PackStore
-from tests.contents import create, fill
+from tests.contents import create, fill, pictures
 from tests.servers import ServiceThread, eventually, http
+from tests.uploads import final, queue, tar_of_arrays, work_through
 
 pytestmark = pytest.mark.services
 
 T = TypeVar("T")
+
+BODY = tar_of_arrays(pictures(7, 4), [7] * 4)
+
+
+def empty_postgres(url: str, name: str) -> str:
+    """Another empty database on the server of this one."""
+    engine = create_engine(url, isolation_level="AUTOCOMMIT")
+    with engine.connect() as connection:
+        connection.execute(text(f"CREATE DATABASE {name}"))
+    engine.dispose()
+    return re.sub(r"/\w+\?", f"/{name}?", url)
 
 
 @pytest.fixture
@@ -126,3 +144,121 @@ def test_two_deletions_of_one_buffer_that_overlap_are_one_deletion(database: Dat
         thread.start()
     thread.join()
     assert isinstance(ended[0], NotFound), repr(ended[0])
+
+
+def test_what_several_services_serve_adds_up_while_buffers_are_deleted_and_nobody_waits_for_ever(
+    database: Database, settings: Settings
+) -> None:
+    names = ["a", "b", "c"]
+    for name in names:
+        create(database, name)
+        fill(database, settings, 0, {0: 2, 1: 2}, name=name)
+    with database.reading() as session:
+        views = [
+            View(name, 1, buffers.find(session, name).created_at, buffers.packs_to_draw_from(session, name, 1))
+            for name in names
+        ]
+    own = [Database(settings) for _ in range(4)]
+    several = [Served(each) for each in own]
+
+    def serve(number: int) -> None:
+        for _ in range(20):
+            # Each in another order.
+            for view in views[number % 3 :] + views[: number % 3]:
+                several[number].note(view, np.array([0, 1, 1]), 10, 0)
+            several[number].flush()
+
+    with ThreadPoolExecutor(6) as pool:
+        running = [pool.submit(serve, number) for number in range(4)]
+        with database.session() as session:
+            buffers.delete(session, "b")
+        for task in range(1, 5):
+            fill(database, settings, task, {0: 2}, name="c")
+        for ended in running:
+            ended.result()
+    for counted, its_database in zip(several, own, strict=True):
+        # A transaction that the server gave up on is written later.
+        counted.stop()
+        its_database.close()
+    with database.reading() as session:
+        found = {(row.buffer, row.class_id): row.exemplars for row in served.page(session, limit=99).served}
+        assert served.by_class(session, "a", limit=9)[1][:3] == (0, 1, 160)
+        assert served.by_who(session, "a", limit=9)[0][:2] == ("service", 240)
+        assert tallies.read(session)["ingests"] == {"committed": 7}
+        first = served.page(session, limit=3)
+        assert len(served.page(session, limit=3, cursor=first.next).served) == 1
+    assert found == {("a", 0): 80, ("a", 1): 160, ("c", 0): 80, ("c", 1): 160}
+
+
+def test_metrics_are_told_of_a_postgresql_database(database: Database, settings: Settings) -> None:
+    create(database)
+    fill(database, settings, 0, {0: 2})
+    service = ServiceThread(settings)
+    try:
+        with http(service) as client:
+            assert client.get("/v1/buffers/b/draw?size=2").status_code == 200
+            text = client.get("/metrics").text
+    finally:
+        service.stop()
+    assert 'engram_draw_exemplars_total{buffer="b"} 2.0' in text
+    assert re.search(r'engram_disk_bytes\{part="database"\} [1-9]', text)
+    assert 'engram_ingests_ended_total{state="committed"} 1.0' in text
+    with database.reading() as session:
+        assert [row.exemplars for row in served.page(session, limit=9).served] == [2]
+
+
+@pytest.mark.parametrize("target", ["postgresql", "sqlite"])
+def test_a_service_is_backed_up_and_restored_to_either_database(
+    database: Database, settings: Settings, postgres_url: str, tmp_path: Path, target: str
+) -> None:
+    create(database)
+    for task in range(2):
+        fill(database, settings, task, {task: 12})
+    waiting = queue(database, settings, BODY, task=5)
+    made = backup.back_up(database, settings, tmp_path / "backups")[1]
+    assert set(made.uploads) == {waiting.id}
+    url = empty_postgres(postgres_url, f"other_{tmp_path.name[-6:]}_{target}") if target == "postgresql" else None
+    other = Settings(data_dir=tmp_path / "other", database_url=url, workers=0)
+    restore(other, tmp_path / "backups")
+    copied = Database(other)
+    try:
+        with database.reading() as one, copied.reading() as two:
+            before, after = buffers.manifest(one, "b"), buffers.manifest(two, "b")
+        assert after.model_copy(update={"created_at": before.created_at}) == before
+        # What is numbered is numbered on.
+        work_through(copied, PackStore(other.packs_dir), other)
+        assert final(copied, waiting).state == "committed"
+    finally:
+        copied.close()
+    if target == "postgresql":
+        shutil.rmtree(other.data_dir)
+        with pytest.raises(Conflict, match="has tables already"):
+            restore(other, tmp_path / "backups")
+
+
+def test_of_two_who_try_an_ingest_again_at_once_one_does(database: Database, settings: Settings) -> None:
+    create(database)
+    queued = queue(database, settings, BODY)
+    with database.session() as session:
+        ingest.cancel(session, queued.id)
+
+    def retry() -> None:
+        with database.session() as session:
+            ingest.retry(session, queued.id)
+
+    with database.session() as session:
+        ingest.retry(session, queued.id)
+        ended: list[Exception] = []
+
+        def second() -> None:
+            try:
+                retry()
+            except Conflict as error:
+                ended.append(error)
+
+        other = threading.Thread(target=second)
+        other.start()
+        other.join(0.3)
+        assert other.is_alive()
+    other.join()
+    assert len(ended) == 1

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from fastapi import Depends, FastAPI
 
-from . import audit_log, login, overview, tokens
+from . import audit_log, exemplar, exemplars, login, overview, task, tokens
+from . import map as task_map
 from .page import STATIC, Console, Files, check_csrf
 
-VIEWS = (overview, tokens, audit_log, login)
+VIEWS = (overview, task, exemplars, exemplar, task_map, tokens, audit_log, login)
 """One per page; what they share is in `page`."""
 
 

@@ -13,7 +13,9 @@ from fastapi.responses import FileResponse
 
 from engram import packs
 from engram.errors import InvalidRequest, Unavailable
+from engram.packs import PackCache
 from engram.schemas import STRIPS_MEDIA_TYPE
+from engram.strip import Exemplars
 
 from .. import buffers
 from ..answers import LARGE_BYTES
@@ -65,15 +67,33 @@ def read_pack(
     elif matches(if_none_match, tag):
         return Response(status_code=304, headers=headers)
     if as_picture:
-        if exemplars is None:
-            raise Unavailable(f"no exemplar of pack {sha256} is intact on disk", digest=sha256)
-        _take_room(request, int(exemplars.lengths.sum(dtype=np.int64)))
-        picture = packs.pick(exemplars, np.arange(len(exemplars))).picture()
-        return Response(picture, media_type=JPEG_MEDIA_TYPE, headers=headers)
+        return _picture(request, sha256, exemplars, headers)
     if not loaded.is_damaged:
         headers["Repr-Digest"] = f"sha-256=:{base64.b64encode(bytes.fromhex(sha256)).decode()}:"
         _check_range(request, path.stat().st_size)
     return FileResponse(path, media_type=STRIPS_MEDIA_TYPE, headers=headers)
+
+
+def picture_of_pack(request: Request, cache: PackCache, digest: str, count: int) -> Response:
+    """The answer with a pack's first strip as a picture.
+
+    Raises:
+        Unavailable: nothing of it is intact, or there is no room for the answer now.
+    """
+    loaded = cache.whole(digest, count)
+    headers = {"Cache-Control": "no-store" if loaded.is_damaged else FOREVER}
+    exemplars = loaded.exemplars
+    if exemplars is not None and len(exemplars) > exemplars.form.max_images:
+        exemplars = exemplars.select(np.arange(exemplars.form.max_images))
+    return _picture(request, digest, exemplars, headers)
+
+
+def _picture(request: Request, digest: str, exemplars: Exemplars | None, headers: dict[str, str]) -> Response:
+    if exemplars is None:
+        raise Unavailable(f"no exemplar of pack {digest} is intact on disk", digest=digest)
+    _take_room(request, int(exemplars.lengths.sum(dtype=np.int64)))
+    picture = packs.pick(exemplars, np.arange(len(exemplars))).picture()
+    return Response(picture, media_type=JPEG_MEDIA_TYPE, headers=headers)
 
 
 def _take_room(request: Request, size: int) -> None:
