@@ -156,7 +156,7 @@ def _commit(
         with database.reading() as session:
             row = find(session, buffer)
             before = read_content(session, store, row)
-            held = {} if resample is None else samples.of_buffer(session, originals, buffer)
+            held = {} if resample is None else samples.OfBuffer(session, originals, buffer)
         check_thawed(row)
         check_expected(row, expected)
         after = change(before)

@@ -31,6 +31,7 @@ from engram.schemas import Extractor
 
 from . import audit
 from .acting import principal
+from .buffers import reached
 from .database import Database
 from .embedder import ExtractorInfo, ExtractorLimits, inspect
 from .ingest import ACTIVE
@@ -130,6 +131,16 @@ def read_all(session: Session) -> list[Extractor]:
     """Every registered model, the oldest first."""
     rows = session.scalars(select(ExtractorRow).order_by(ExtractorRow.created_at, ExtractorRow.sha256))
     return [_describe(row) for row in rows]
+
+
+def uses(session: Session) -> dict[str, list[tuple[str, int]]]:
+    """The tasks (buffer, number) whose decision names each embedder, of buffers that whoever asks may see."""
+    embedder = TaskRow.decision["embedder"].as_string()
+    wanted = select(embedder, TaskRow.buffer, TaskRow.task).where(reached(TaskRow.buffer), embedder.is_not(None))
+    found: dict[str, list[tuple[str, int]]] = {}
+    for sha256, buffer, task in session.execute(wanted.order_by(TaskRow.buffer, TaskRow.task)):
+        found.setdefault(sha256, []).append((buffer, task))
+    return found
 
 
 def remove(database: Database, settings: Settings, sha256: str) -> None:

@@ -17,13 +17,16 @@ from pydantic import SecretStr
 from sqlalchemy import create_engine, text
 
 from engram.errors import Conflict, NotFound
+from engram.memory import Where
+from engram.oversight import WhatIfAsk
 from engram.schemas import BufferCreate, ForkCreate
-from engram_service import backup, buffers, ingest, served, tallies
+from engram_service import backup, buffers, decisions, ingest, samples, served, tallies
 from engram_service.collect import collect
-from engram_service.commit import fork
+from engram_service.commit import fork, remove
 from engram_service.database import Database
 from engram_service.replay import View
 from engram_service.restore import restore
+from engram_service.samples import SampleFolder
 from engram_service.served import Served
 from engram_service.settings import Settings
 from engram_service.storage import PackStore
@@ -219,8 +222,8 @@ def test_what_several_services_serve_adds_up_while_buffers_are_deleted_and_nobod
         its_database.close()
     with database.reading() as session:
         found = {(row.buffer, row.class_id): row.exemplars for row in served.page(session, limit=99).served}
-        assert served.by_class(session, "a", limit=9)[1][:3] == (0, 1, 160)
-        assert served.by_who(session, "a", limit=9)[0][:2] == ("service", 240)
+        assert served.by_class(session, "a", limit=9, after=(0, 0))[0, 1].exemplars == 160
+        assert served.by_who(session, "a", limit=9)["service"].exemplars == 240
         assert tallies.read(session)["ingests"] == {"committed": 7}
         first = served.page(session, limit=3)
         assert len(served.page(session, limit=3, cursor=first.next).served) == 1
@@ -299,3 +302,23 @@ def test_of_two_who_try_an_ingest_again_at_once_one_does(database: Database, set
         assert other.is_alive()
     other.join()
     assert len(ended) == 1
+
+
+def test_originals_come_and_go_with_what_they_are_of(database: Database, settings: Settings) -> None:
+    create(database, quality=None)
+    store = PackStore(settings.packs_dir)
+    queued = queue(database, settings, tar_of_arrays(pictures(3, 40), np.arange(40) % 2))
+    work_through(database, store, settings)
+    assert final(database, queued).state == "committed"
+    fork(database, store, "b", ForkCreate(name="f"))
+    remove(database, store, "b", Where(class_id=1))
+    with database.reading() as session:
+        folder = SampleFolder(settings.samples_dir)
+        kept = {name: samples.of_task(session, folder, name, 0) for name in ("b", "f")}
+        again = decisions.what_if(session, "b", 0, WhatIfAsk(epsilon=0.5))
+    assert {name: {*sample.class_ids.tolist()} for name, sample in kept.items() if sample} == {"b": {0}, "f": {0, 1}}
+    assert again.epsilon == 0.5
+    assert collect(database, store, settings.model_copy(update={"grace_s": 0})).samples == 0
+    with database.session() as session:
+        buffers.delete(session, "f")
+    assert collect(database, store, settings.model_copy(update={"grace_s": 0})).samples == 1
