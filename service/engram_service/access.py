@@ -126,6 +126,10 @@ TABLE: tuple[Row, ...] = (
         DELETE /v1/buffers/{buffer}
         GET /v1/audit
         GET /console/audit
+        POST /console/buffers
+        POST /console/buffers/{buffer}/budget
+        POST /console/buffers/{buffer}/forks
+        POST /console/buffers/{buffer}/delete
         """,
     ),
     *_rows(
@@ -139,6 +143,7 @@ TABLE: tuple[Row, ...] = (
         GET /console/tokens
         POST /console/tokens
         POST /console/tokens/{token_id}/revoke
+        POST /console/extractors/{sha256}/delete
         """,
         everything=True,
     ),
