@@ -30,6 +30,7 @@ from engram.files import disk_errors
 from engram.schemas import Extractor
 
 from . import audit
+from .acting import principal
 from .buffers import reached
 from .database import Database
 from .embedder import ExtractorInfo, ExtractorLimits, inspect
@@ -146,9 +147,11 @@ def remove(database: Database, settings: Settings, sha256: str) -> None:
     """The model is gone. Decisions that name it stay as they are.
 
     Raises:
+        Forbidden: whoever asks does not administer everything: others may use it.
         NotFound: there is no such extractor.
         Conflict: an ingest that has not ended needs it.
     """
+    principal().need_everything("admin")
     with database.session() as session:
         read(session, sha256)
         needed = session.scalars(_ingests_naming(sha256).limit(1)).one_or_none()

@@ -11,6 +11,7 @@ from fastapi import Depends, FastAPI
 from . import (
     audit_log,
     buffer,
+    draws,
     exemplar,
     exemplars,
     extractors,
@@ -29,6 +30,7 @@ from .page import STATIC, Console, Files, check_csrf
 VIEWS = (
     overview,
     buffer,
+    draws,
     forecast,
     snapshots,
     task,
