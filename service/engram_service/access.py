@@ -125,6 +125,10 @@ TABLE: tuple[Row, ...] = (
         DELETE /v1/buffers/{buffer}
         GET /v1/audit
         GET /console/audit
+        POST /console/buffers
+        POST /console/buffers/{buffer}/budget
+        POST /console/buffers/{buffer}/forks
+        POST /console/buffers/{buffer}/delete
         """,
     ),
     *_rows(
@@ -135,6 +139,7 @@ TABLE: tuple[Row, ...] = (
         POST /v1/tokens
         DELETE /v1/tokens/{token_id}
         GET /v1/disk
+        POST /console/extractors/{sha256}/delete
         GET /console/tokens
         POST /console/tokens
         POST /console/tokens/{token_id}/revoke

@@ -96,6 +96,24 @@ GET    /console/tokens                                         admin everything 
 POST   /console/tokens                                         admin everything 422
 POST   /console/tokens/{token_id}/revoke                       admin everything 404
 GET    /console/audit                                          admin            200
+POST   /console/buffers                                        admin            422
+GET    /console/buffers/{buffer}                               read             200
+GET    /console/buffers/{buffer}/classes                       read             200
+POST   /console/buffers/{buffer}/classes                       write            303
+GET    /console/buffers/{buffer}/forecast                      read             200
+POST   /console/buffers/{buffer}/budget                        admin            422
+GET    /console/buffers/{buffer}/snapshots                     read             200
+POST   /console/buffers/{buffer}/forks                         admin            422
+GET    /console/buffers/{buffer}/compare                       read             200
+POST   /console/buffers/{buffer}/tasks/{task}/delete           write            422
+POST   /console/buffers/{buffer}/delete                        admin            422
+GET    /console/ingests                                        read             200
+GET    /console/ingests/{ingest_id}                            read             200
+POST   /console/ingests/{ingest_id}/cancel                     write            409
+POST   /console/ingests/{ingest_id}/retry                      write            409
+GET    /console/draws                                          read             200
+GET    /console/extractors                                     read             200
+POST   /console/extractors/{sha256}/delete                     admin everything 404
 GET    /console/buffers/{buffer}/exemplars                     read             200
 POST   /console/buffers/{buffer}/exemplars/relabel             write            422
 POST   /console/buffers/{buffer}/exemplars/remove              write            422
@@ -118,6 +136,7 @@ BODIES = {
 }
 QUERIES = {
     "/v1/buffers/{buffer}/draw": "size=1",
+    "/console/buffers/{buffer}/compare": "with=lab-1",
     "/v1/buffers/{buffer}/exemplars": "class_id=0",
     "/v1/buffers/{buffer}/histogram": "of=class",
     "/v1/buffers/{buffer}/tasks/{task}/map": "method=none",
@@ -335,10 +354,13 @@ def test_the_console_answers_everybody_as_the_table_says(place: Place, who: str)
                     line.scope != "open" and who == "other prefix" and "{buffer}" in line.path
                 ):
                     expected = 403
+                elif who == "other prefix" and "{ingest_id}" in line.path:
+                    expected = 404
                 else:
                     expected = line.status if line.is_open_to(who) else 403
+                needs_login = line.scope != "open" and who in NOBODIES
                 is_to_login = "console/login" in answer.headers.get("Location", "")
-                if answer.status_code != expected or is_to_login != (expected == 303):
+                if answer.status_code != expected or is_to_login != needs_login:
                     told = f"{answer.status_code} for {expected}: {answer.headers.get('Location')}"
                     wrong[line.name, csrf == own] = told
     assert wrong == {}
