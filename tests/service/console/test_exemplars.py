@@ -321,3 +321,34 @@ def test_values_are_written_as_people_write_them() -> None:
     assert described(np.array(0.1, np.float32)) == "0.1"
     assert described(np.array([1, 2], np.int16)) == "int16 [2]: 1, 2"
     assert described(np.zeros((10, 10), np.float32)).endswith(", …")
+
+
+def test_an_empty_buffer_has_an_empty_grid(
+    client: httpx.Client, served: ServiceThread, page: Callable[..., str]
+) -> None:
+    create(served.state.database)
+    assert "There is no exemplar" in page("/console/buffers/b/exemplars")
+    assert "<figure" not in page("/console/buffers/b/histograms")
+
+
+def test_an_exemplar_of_an_older_generation_is_shown_as_such_and_cannot_be_changed(
+    client: httpx.Client, filled: ServiceThread, page: Callable[..., str]
+) -> None:
+    first = listed(client, task=0)[0]
+    path = f"/console/buffers/b/exemplars/{first['pack']}/{first['row']}"
+    assert "older generation" not in page(path)
+    act(client, "remove", pack=first["pack"], row=first["row"])
+    assert "of an older generation" in page(path)
+    assert "Delete" not in page(path)
+    assert act(client, "remove", pack=first["pack"], row=first["row"]).status_code == 404
+
+
+def test_a_damaged_exemplar_is_a_problem_on_a_page(client: httpx.Client, filled: ServiceThread) -> None:
+    first = listed(client, task=0)[0]
+    filled.state.store.delete(first["pack"])
+    filled.state.cache.forget(first["pack"])
+    for path in ("", "/picture", "/picture?quality=10"):
+        answer = client.get(f"/console/buffers/b/exemplars/{first['pack']}/{first['row']}{path}")
+        assert (answer.status_code, answer.headers["content-type"]) == (503, "text/html; charset=utf-8")
+    assert client.get(f"/console/buffers/b/packs/{first['pack']}/picture").status_code == 503
+    assert client.get("/console/buffers/b/exemplars").status_code == 200
