@@ -24,7 +24,7 @@ export OMP_NUM_THREADS ?= 1
 export PYTHONDONTWRITEBYTECODE =
 
 .NOTPARALLEL:
-.PHONY: help install test slow browser screenshots kills fuzz fuzz-quick lint format types check docs site pictures demo bench bench-quick clean
+.PHONY: help install test slow browser screenshots kills fuzz fuzz-quick lint format types check docs site pictures screenshots demo bench bench-quick clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
