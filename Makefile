@@ -16,7 +16,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 DEV := $(VENV)/.installed-dev
 DEMO := $(VENV)/.installed-demo
-BENCHES := strip draw oversight ingest selection ratios stream step budget classincremental gem
+BENCHES := strip draw oversight console ingest selection ratios stream step budget classincremental gem
 
 # The tests and the benchmarks count on one thread per process: more only fight over the cores.
 export OMP_NUM_THREADS ?= 1
@@ -24,7 +24,7 @@ export OMP_NUM_THREADS ?= 1
 export PYTHONDONTWRITEBYTECODE =
 
 .NOTPARALLEL:
-.PHONY: help install test slow browser screenshots kills fuzz fuzz-quick lint format types check docs site pictures demo bench bench-quick clean
+.PHONY: help install test slow browser screenshots kills fuzz fuzz-quick lint format types check docs site pictures screenshots demo bench bench-quick clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile

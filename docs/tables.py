@@ -16,6 +16,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import typer
+import yaml
 from prometheus_client.metrics_core import Metric
 from pydantic import SecretStr
 
@@ -122,6 +123,25 @@ def metrics_table() -> str:
     return "\n".join(lines)
 
 
+def alerts() -> list[tuple[str, str, str, str]]:
+    """(name, severity, expression, what it means and what to do) of every alert."""
+    groups = yaml.safe_load((FOLDER.parent / "deploy" / "prometheus" / "alerts.yml").read_text(encoding="utf-8"))
+    rules = [rule for group in groups["groups"] for rule in group["rules"] if "alert" in rule]
+    return [
+        (rule["alert"], rule["labels"]["severity"], rule["expr"], rule["annotations"].get("description", ""))
+        for rule in rules
+    ]
+
+
+def alerts_table() -> str:
+    """Every alert, what it is raised for, and what to do."""
+    lines = ["| alert | raised when | look at it | means |", "|---|---|---|---|"]
+    soon = {"page": "now", "ticket": "today"}
+    for name, how, when, what in alerts():
+        lines.append(f"| `{name}` | `{one_line(when)}` | {soon[how]} | {one_line(what)} |")
+    return "\n".join(lines)
+
+
 def commands(name: str) -> list[tuple[str, Any]]:
     """Every command of one of our three programs as it is typed, without arguments; the program itself is the first.
 
@@ -211,6 +231,7 @@ def render(text: str) -> str:
         "errors": errors_table,
         "decisions": decisions_table,
         "metrics": metrics_table,
+        "alerts": alerts_table,
         **{name: partial(commands_text, name) for name in COMMANDS},
     }
     return re.sub(
