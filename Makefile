@@ -16,7 +16,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 DEV := $(VENV)/.installed-dev
 DEMO := $(VENV)/.installed-demo
-BENCHES := strip draw oversight ingest selection ratios stream step budget classincremental gem
+BENCHES := strip draw oversight console ingest selection ratios stream step budget classincremental gem
 
 # The tests and the benchmarks count on one thread per process: more only fight over the cores.
 export OMP_NUM_THREADS ?= 1

@@ -90,7 +90,7 @@ def serve_thread(migrated: Path, tmp_path: Path) -> Iterator[Callable[..., Servi
         folder = tmp_path / "data"
         if not folder.exists():
             shutil.copytree(migrated, folder)
-        running.append(ServiceThread(Settings(data_dir=folder, **{"workers": 0, **given})))  # type: ignore[arg-type]
+        running.append(ServiceThread(Settings(**{"data_dir": folder, "workers": 0, **given})))  # type: ignore[arg-type]
         return running[-1]
 
     yield serve

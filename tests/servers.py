@@ -20,7 +20,10 @@ from engram_service.edge import Server, listen
 from engram_service.settings import Settings
 from engram_trainer.local_service import START_S, LocalService, environment
 
-__all__ = ["ServiceProcess", "ServiceThread", "environment", "eventually", "http"]
+__all__ = ["ADMIN_TOKEN", "ServiceProcess", "ServiceThread", "environment", "eventually", "http"]
+
+ADMIN_TOKEN = "the-token-of-the-environment"
+"""Of services of tests that need one."""
 
 PATIENCE_S = 60.0
 """Far longer than anything takes, on a machine that does many other things, too; less than pytest waits."""

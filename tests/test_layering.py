@@ -116,7 +116,7 @@ ORDER = {
         "sessions",
         "gate",
         "commit replay heartbeat",
-        "collect health served listing recoding decisions forecast maps",
+        "collect health served listing recoding decisions comparison forecast maps",
         "room work metrics backup",
         "routes interface",
         "console",

@@ -2,8 +2,9 @@
 
     from engram import Client, LocalBuffer, Mirror, ReplayLoader
 
-Formats have modules of their own: `engram.strip`, `engram.pack`, `engram.tar`, `engram.draw`, `engram.batch`. A data
-set for PyTorch is in `engram.torch`, the one module that imports torch.
+Formats have modules of their own: `engram.strip`, `engram.pack`, `engram.tar`, `engram.draw`, `engram.batch`; what
+operators ask for is in `engram.oversight`. A data set for PyTorch is in `engram.torch`, the one module that imports
+torch.
 """
 
 from engram.batch import Batch

@@ -279,7 +279,7 @@ class Ingest(Answer):
     """The work of turning one upload into exemplars. `problem` is a problem+json document once it has failed.
 
     One that failed or was cancelled `can_retry` while its upload is kept; `failures` are the problems of the tries
-    before the current one, the oldest first.
+    before the current one, the oldest first. `who` uploaded it, or had it tried again last.
     """
 
     id: str
@@ -295,6 +295,7 @@ class Ingest(Answer):
     problem: dict[str, Any] | None
     failures: list[dict[str, Any]] = []
     can_retry: bool = False
+    who: str | None = None
     generation: int | None
     created_at: datetime
     updated_at: datetime

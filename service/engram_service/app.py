@@ -95,7 +95,7 @@ def create_app(settings: Settings) -> FastAPI:
     )
     app.state.settings, app.state.database = settings, database
     app.state.store, app.state.cache = store, cache
-    app.state.replay = replay
+    app.state.replay, app.state.served = replay, served
     app.state.room = Room(database, store, settings)
     app.state.extractor_turns = Turns(settings)
     app.state.liveness = Liveness(settings)

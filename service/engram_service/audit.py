@@ -18,6 +18,7 @@ from sqlalchemy.orm import Session
 from engram.oversight import AuditEntry, AuditPage
 
 from .acting import ACTING, principal
+from .logs import blotted
 from .settings import Settings
 from .tables import AuditRow
 
@@ -125,7 +126,7 @@ def _bounded(value: Any) -> Any:
     """The value, or the beginning of it: whoever sends names by the thousand must not fill the disk with them."""
     if isinstance(value, str):
         # PostgreSQL keeps no NUL in a text.
-        text = value.replace("\0", "\N{REPLACEMENT CHARACTER}").encode(errors="replace").decode()
+        text = blotted(value.replace("\0", "\N{REPLACEMENT CHARACTER}").encode(errors="replace").decode())
         return text if len(text) <= MAX_CHARACTERS else text[: MAX_CHARACTERS - 1] + "…"
     if isinstance(value, dict):
         some = {_bounded(name): _bounded(each) for name, each in list(value.items())[:MAX_ITEMS]}

@@ -124,9 +124,11 @@ def delete(session: Session, name: str, *, expected: Expected | None = None) -> 
     """The buffer is gone with everything in it; its packs leave the disk when the collector runs.
 
     Raises:
+        Forbidden: whoever asks may not delete it.
         NotFound: there is no such buffer.
         Conflict: it is not as `expected`.
     """
+    principal().need("admin", name)
     row = session.get(BufferRow, name, with_for_update=True)
     if row is None:
         raise _unknown(name)

@@ -183,6 +183,11 @@ def restore(
     typer.echo(f"backup {found.name} is restored to {settings.data_dir}: {len(found.made.packs)} packs")
     if found.was_outdated:
         typer.echo(f"it was made by engram {found.made.version}; its schema is this version's now")
+    if found.tokens:
+        typer.echo(
+            f"{found.tokens} tokens hold as they did at {found.made.made_at:%Y-%m-%d %H:%M:%S} UTC: revoke again those "
+            "that were revoked since"
+        )
     _tell_left_out(found.left_out)
 
 

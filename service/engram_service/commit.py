@@ -156,7 +156,7 @@ def _commit(
         with database.reading() as session:
             row = find(session, buffer)
             before = read_content(session, store, row)
-            held = {} if resample is None else samples.of_buffer(session, originals, buffer)
+            held = {} if resample is None else samples.OfBuffer(session, originals, buffer)
         check_thawed(row)
         check_expected(row, expected)
         after = change(before)
@@ -203,10 +203,14 @@ def change(
     """The buffer has this budget and its classes these names; returns the new generation.
 
     Raises:
+        Forbidden: whoever asks may not change budgets.
         NotFound: no such buffer.
         Conflict: a name belongs to another class; or as `commit`.
         StorageFull, Unavailable: as `commit`.
     """
+
+    if wanted.budget_bytes is not None:
+        principal().need("admin", buffer)
 
     def make(content: Content) -> Content:
         if wanted.class_names:
@@ -231,9 +235,12 @@ def reshare(
     """The buffer has this budget and no longer has this task; returns the new generation. See `memory.reshare`.
 
     Raises:
+        Forbidden: whoever asks may not change budgets.
         NotFound: no such buffer or task.
         Conflict, StorageFull, Unavailable: as `commit`.
     """
+    if budget_bytes is not None:
+        principal().need("admin", buffer)
     make = partial(memory.reshare, budget_bytes=budget_bytes, without_task=without_task)
     deed = Deed("buffer.change") if without_task is None else Deed("task.delete", f"task {without_task}")
     return commit(database, store, buffer, make, deed=deed, expected=expected, emergency=emergency)

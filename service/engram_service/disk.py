@@ -10,7 +10,7 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
-from sqlalchemy import Select, func, select, text
+from sqlalchemy import case, func, select, text
 from sqlalchemy.orm import Session
 
 from engram.oversight import Disk
@@ -23,12 +23,14 @@ _DATABASE_FILES = ("engram.sqlite", "engram.sqlite-wal", "engram.sqlite-shm")
 
 def usage(session: Session, settings: Settings) -> Disk:
     """What everything takes now, in bytes."""
-    live = select(PackRow.digest).where(PackRow.until.is_(None))
-    retired = select(PackRow.digest, PackRow.bytes).where(PackRow.until.is_not(None), PackRow.digest.not_in(live))
+    is_live = func.max(case((PackRow.until.is_(None), 1), else_=0)).label("is_live")
+    each = select(PackRow.digest, func.max(PackRow.bytes).label("bytes"), is_live).group_by(PackRow.digest).subquery()
+    sums = select(each.c.is_live, func.sum(each.c.bytes)).group_by(each.c.is_live)
+    packs = {is_live: int(size) for is_live, size in session.execute(sums)}
     disk = os.statvfs(settings.data_dir)
     return Disk(
-        live_bytes=_sum(session, select(PackRow.digest, PackRow.bytes).where(PackRow.until.is_(None))),
-        retired_bytes=_sum(session, retired),
+        live_bytes=packs.get(1, 0),
+        retired_bytes=packs.get(0, 0),
         spool_bytes=_folder_bytes(settings.spool_dir),
         sample_bytes=_folder_bytes(settings.samples_dir),
         extractor_bytes=_folder_bytes(settings.extractors_dir),
@@ -36,11 +38,6 @@ def usage(session: Session, settings: Settings) -> Disk:
         free_bytes=disk.f_bavail * disk.f_frsize,
         total_bytes=disk.f_blocks * disk.f_frsize,
     )
-
-
-def _sum(session: Session, packs: Select[str, int]) -> int:
-    each = packs.distinct().subquery()
-    return int(session.scalar(select(func.coalesce(func.sum(each.c.bytes), 0))) or 0)
 
 
 def _folder_bytes(folder: Path) -> int:

@@ -30,6 +30,8 @@ from engram.files import disk_errors
 from engram.schemas import Extractor
 
 from . import audit
+from .acting import principal
+from .buffers import reached
 from .database import Database
 from .embedder import ExtractorInfo, ExtractorLimits, inspect
 from .ingest import ACTIVE
@@ -131,13 +133,25 @@ def read_all(session: Session) -> list[Extractor]:
     return [_describe(row) for row in rows]
 
 
+def uses(session: Session) -> dict[str, list[tuple[str, int]]]:
+    """The tasks (buffer, number) whose decision names each embedder, of buffers that whoever asks may see."""
+    embedder = TaskRow.decision["embedder"].as_string()
+    wanted = select(embedder, TaskRow.buffer, TaskRow.task).where(reached(TaskRow.buffer), embedder.is_not(None))
+    found: dict[str, list[tuple[str, int]]] = {}
+    for sha256, buffer, task in session.execute(wanted.order_by(TaskRow.buffer, TaskRow.task)):
+        found.setdefault(sha256, []).append((buffer, task))
+    return found
+
+
 def remove(database: Database, settings: Settings, sha256: str) -> None:
     """The model is gone. Decisions that name it stay as they are.
 
     Raises:
+        Forbidden: whoever asks does not administer everything: others may use it.
         NotFound: there is no such extractor.
         Conflict: an ingest that has not ended needs it.
     """
+    principal().need_everything("admin")
     with database.session() as session:
         read(session, sha256)
         needed = session.scalars(_ingests_naming(sha256).limit(1)).one_or_none()

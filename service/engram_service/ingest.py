@@ -287,7 +287,34 @@ def read(session: Session, ingest_id: str) -> Ingest:
     return to_model(_row(session, ingest_id))
 
 
-def page(session: Session, buffer: str | None, *, limit: int, before: str | None) -> IngestPage:
+@dataclass(frozen=True)
+class Activity:
+    """How many ingests wait and how many are worked on; images committed of late, and ingests that failed."""
+
+    waiting: int
+    working: int
+    images: int
+    failed: int
+
+
+def activity(session: Session, *, lately_s: float) -> Activity:
+    """What has happened to the ingests of buffers that whoever asks may see."""
+    since = time.time() - lately_s
+    counted = select(IngestRow.state, func.count(), func.sum(IngestRow.images_total)).where(
+        buffers.reached(IngestRow.buffer), or_(IngestRow.state.in_(ACTIVE), IngestRow.updated_at > since)
+    )
+    found = {state: (count, images or 0) for state, count, images in session.execute(counted.group_by(IngestRow.state))}
+    return Activity(
+        waiting=found.get("received", (0, 0))[0],
+        working=sum(found.get(state, (0, 0))[0] for state in ("selecting", "encoding")),
+        images=int(found.get("committed", (0, 0))[1]),
+        failed=found.get("failed", (0, 0))[0],
+    )
+
+
+def page(
+    session: Session, buffer: str | None, *, limit: int, before: str | None, state: State | None = None
+) -> IngestPage:
     """Ingests of a buffer, or of all that whoever asks may see, the newest first, from the one older than this on.
 
     Raises:
@@ -300,6 +327,8 @@ def page(session: Session, buffer: str | None, *, limit: int, before: str | None
     wanted = select(IngestRow).where(buffers.reached(IngestRow.buffer)).order_by(IngestRow.id.desc()).limit(limit + 1)
     if buffer is not None:
         wanted = wanted.where(IngestRow.buffer == buffer)
+    if state is not None:
+        wanted = wanted.where(IngestRow.state == state)
     if before is not None:
         wanted = wanted.where(IngestRow.id < before)
     found = [to_model(row) for row in session.scalars(wanted)]
@@ -403,6 +432,7 @@ def to_model(row: IngestRow) -> Ingest:
         problem=row.problem,
         failures=row.failures,
         can_retry=row.is_kept,
+        who=row.who,
         generation=row.generation,
         created_at=datetime.fromtimestamp(row.created_at, UTC),
         updated_at=datetime.fromtimestamp(row.updated_at, UTC),

@@ -119,13 +119,12 @@ def histogram(replay: Replay, view: View, filters: Filters, of: str) -> Histogra
         InvalidRequest: there is no such thing to count.
         Unavailable: the disk does not answer.
     """
-    known = view.remembered.get((of, filters))
+    key = "histogram", of, filters
+    known = view.remembered.get(key)
     if isinstance(known, Histogram):
         return known
     found = _counted(replay, view, filters, of)
-    if len(view.remembered) >= _REMEMBERED:
-        view.remembered.clear()
-    view.remembered[of, filters] = found
+    view.remember(key, found, _REMEMBERED)
     return found
 
 

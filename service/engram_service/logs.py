@@ -68,6 +68,11 @@ def set_up(level: str, form: LogFormat, *, worker: str = "", secret: str = "") -
     logging.getLogger("alembic").setLevel(logging.WARNING)
 
 
+def blotted(text: str) -> str:
+    """The text without the tokens that are in it."""
+    return _TOKEN.sub(BLOT, text)
+
+
 class _Lines(logging.Formatter):
     """What both forms do: say what is going on, and hide what looks like a token."""
 
@@ -90,7 +95,7 @@ class _Lines(logging.Formatter):
         """The text without anything that looks like a token."""
         if self._secret:
             text = text.replace(self._secret, BLOT)
-        return _BEARER.sub(rf"\1{BLOT}", _TOKEN.sub(BLOT, text))
+        return _BEARER.sub(rf"\1{BLOT}", blotted(text))
 
     def stack(self, record: logging.LogRecord) -> str:
         """The exception and where it was raised; nothing without one."""

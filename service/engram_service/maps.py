@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from engram import packs
-from engram.errors import InvalidRequest, NotFound
+from engram.errors import InvalidRequest, NotFound, Unavailable
 from engram.oversight import MapMethod, MapPoint, TaskMap
 from engram.packs import LoadedPack
 from engram.selection.embedding import BuiltinEmbedder, FloatArray
@@ -43,6 +43,8 @@ _LIBRARIES: dict[MapMethod, str] = {"tsne": "sklearn", "umap": "umap"}
 _SEED = 0x656E6772616D
 _CHUNK_VALUES = 2**23
 _PERPLEXITY = 30.0
+# A megabyte or so each.
+_REMEMBERED = 8
 _NEIGHBOURS = 15
 
 # One at a time: the slow methods take seconds of a core, and whoever waits for the same map finds it made.
@@ -73,7 +75,7 @@ def of_task(replay: Replay, view: View, task: int, method: MapMethod, sample: Sa
         if isinstance(known, TaskMap):
             return known
         found = _made(replay, view, task, method, sample)
-        view.remembered[key] = found
+        view.remember(key, found, _REMEMBERED)
         return found
 
 
@@ -97,6 +99,8 @@ def _made(replay: Replay, view: View, task: int, method: MapMethod, sample: Samp
             {"pack": digest, "row": row, "class_id": c}
             for row, c in zip(rows.tolist(), class_ids.tolist(), strict=True)
         ]
+    if not features:
+        raise Unavailable(f"no exemplar of task {task} of buffer {view.buffer!r} is intact on disk")
     kept = [] if sample is None else sample.class_ids.tolist()
     if sample is not None:
         features.append(embedder.embed(sample.pixels()))
@@ -124,7 +128,7 @@ def _shape(replay: Replay, view: View, row: int) -> tuple[int, int, int]:
     place = int(view.layout.locate(np.array([row])).packs[0])
     form = replay.cache.get(view.digests[place], view.counts[place]).exemplars
     if form is None:
-        raise NotFound(f"no exemplar of pack {view.digests[place]} is intact on disk", digest=view.digests[place])
+        raise Unavailable(f"no exemplar of pack {view.digests[place]} is intact on disk", digest=view.digests[place])
     return form.form.shape
 
 
@@ -180,4 +184,5 @@ def principal_axes(features_ND: FloatArray) -> tuple[Points, float]:
 def _scaled(points_N2: Points) -> Points:
     low, high = points_N2.min(axis=0), points_N2.max(axis=0)
     span = float((high - low).max())
-    return (points_N2 - (low + high) / 2) * (2 / span if span > 0 else 0.0)
+    scaled: Points = (points_N2 - (low + high) / 2) * (2 / span if span > 0 else 0.0)
+    return scaled

@@ -35,7 +35,7 @@ from engram.errors import ERRORS, EngramError
 from engram.packs import PackCache
 from engram.schemas import Decision
 
-from . import __version__, buffers, health, tallies
+from . import __version__, buffers, disk, health, tallies
 from .database import Database
 from .ingest import ACTIVE, FINAL
 from .liveness import Liveness
@@ -43,7 +43,7 @@ from .logs import ACCESS
 from .problems import STATUS
 from .served import Served
 from .settings import Settings
-from .tables import BufferRow, ExtractorRow, IngestRow, PackRow, TaskRow, WorkerRow
+from .tables import BufferRow, IngestRow, PackRow, TaskRow, WorkerRow
 
 logger = logging.getLogger(__name__)
 
@@ -169,7 +169,7 @@ class Metrics(Collector):
         try:
             with self._database.reading() as session:
                 found = [*self._of_database(session)]
-        except EngramError as error:
+        except (EngramError, OSError) as error:
             logger.warning("metrics of the database are left out: %s", error)
             found = []
         yield from found
@@ -188,10 +188,11 @@ class Metrics(Collector):
         damaged = self._cache.damaged()
         named = buffers.named_packs(session, damaged) if damaged else set[str]()
         yield _gauge("engram_damaged_packs", "Packs on disk that were found damaged and are still named.", len(named))
-        disk = _family(GaugeMetricFamily, "engram_disk_bytes", "What the service takes on its disk.", ["part"])
-        for part, size in self._disk_parts(session).items():
-            disk.add_metric([part], size)
-        yield disk
+        taken = _family(GaugeMetricFamily, "engram_disk_bytes", "What the service takes on its disk.", ["part"])
+        used = disk.usage(session, self._settings)
+        for part in _PARTS:
+            taken.add_metric([part], getattr(used, f"{part}_bytes"))
+        yield taken
 
     def _of_buffers(self, session: Session, rows: Iterable[BufferRow]) -> Iterator[Metric]:
         held = _held(session)
@@ -247,34 +248,16 @@ class Metrics(Collector):
                 family.add_metric([buffer], dict(zip(_DRAWN, values, strict=True))[name])
             yield family
 
-    def _disk_parts(self, session: Session) -> dict[str, int]:
-        live = select(PackRow.digest, func.max(PackRow.bytes).label("bytes")).where(PackRow.until.is_(None))
-        every = select(PackRow.digest, func.max(PackRow.bytes).label("bytes")).group_by(PackRow.digest).subquery()
-        current = live.group_by(PackRow.digest).subquery()
-        live_bytes = int(session.scalar(select(func.coalesce(func.sum(current.c.bytes), 0))) or 0)
-        all_bytes = int(session.scalar(select(func.coalesce(func.sum(every.c.bytes), 0))) or 0)
-        waiting = select(func.coalesce(func.sum(IngestRow.body_bytes), 0)).where(IngestRow.state.in_(ACTIVE))
-        return {
-            "live": live_bytes,
-            "retired": all_bytes - live_bytes,
-            "spool": int(session.scalar(waiting) or 0),
-            "extractors": int(session.scalar(select(func.coalesce(func.sum(ExtractorRow.bytes), 0))) or 0),
-            "database": self._database_bytes(session),
-        }
-
-    def _database_bytes(self, session: Session) -> int:
-        if not self._database.is_sqlite:
-            return int(session.scalar(select(func.pg_database_size(func.current_database()))) or 0)
-        files = self._settings.data_dir.glob("engram.sqlite*")
-        return sum(file.stat().st_size for file in files)
-
     def _of_disk(self) -> Iterator[Metric]:
         try:
-            disk = os.statvfs(self._settings.data_dir)
+            found = os.statvfs(self._settings.data_dir)
         except OSError:
             return
-        yield _gauge("engram_disk_free_bytes", "Free on the disk of the data folder.", disk.f_bavail * disk.f_frsize)
-        yield _gauge("engram_disk_size_bytes", "The disk of the data folder.", disk.f_blocks * disk.f_frsize)
+        yield _gauge("engram_disk_free_bytes", "Free on the disk of the data folder.", found.f_bavail * found.f_frsize)
+        yield _gauge("engram_disk_size_bytes", "The disk of the data folder.", found.f_blocks * found.f_frsize)
+
+
+_PARTS = ("live", "retired", "spool", "sample", "extractor", "database")
 
 
 _DRAWN = {

@@ -84,9 +84,16 @@ class View:
         self._rest = [(pack.task, pack.quality, pack.bytes) for pack in held]
         self._class_bytes = [size for pack in held if isinstance(pack, DrawnFrom) for size in pack.class_bytes]
         self.schema = Schema.declare(fields or {})
-        self.remembered: dict[object, object] = {}
+        self.remembered: dict[tuple[object, ...], object] = {}
         """What was computed of the generation once: see `listing`, `maps`."""
         self.used_at = time.monotonic()
+
+    def remember(self, key: tuple[object, ...], value: object, most: int) -> None:
+        """It is found under the key from now on, with at most so many others whose keys begin alike."""
+        alike = [other for other in list(self.remembered) if other[0] == key[0]]
+        for other in alike[: max(0, len(alike) - most + 1)]:
+            self.remembered.pop(other, None)
+        self.remembered[key] = value
 
     @property
     def bytes(self) -> int:

@@ -16,17 +16,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pydantic import ValidationError
-from sqlalchemy import BigInteger, Integer, select, text, update
+from sqlalchemy import BigInteger, Integer, func, select, text, update
 
 from engram.errors import Conflict, NotFound, StripCorrupt, Unavailable
 from engram.files import disk_errors, fsync_path
 from engram.schemas import first_fault
 
-from . import __version__, backup
+from . import __version__, audit, backup
 from .backup import Backup, Progress
 from .database import Database
 from .settings import Settings
-from .tables import Base, BufferRow
+from .tables import Base, BufferRow, TokenRow
 
 _WAITING = "restoring"
 """Where the rows are until all else is there; no service looks for them in it."""
@@ -34,12 +34,14 @@ _WAITING = "restoring"
 
 @dataclass(frozen=True)
 class Restored:
-    """What was restored. `left_out` are files that were damaged or missing in the backup, or when it was made."""
+    """What was restored. `left_out` are files that were damaged or missing in the backup, or when it was made; `tokens`
+    counts those that are good, as they were then."""
 
     name: str
     made: Backup
     was_outdated: bool
     left_out: list[str]
+    tokens: int
 
 
 def restore(
@@ -70,14 +72,14 @@ def restore(
     settings.make_folders()
     waiting = settings.model_copy(update={"data_dir": settings.data_dir / _WAITING, "database_url": None})
     try:
-        was_outdated = _prepare_rows(folder / name, waiting, made)
+        was_outdated, tokens = _prepare_rows(folder / name, waiting, made)
         left_out = _copy_files(settings, folder, made, leave_out_damaged, progress)
         _put_rows(settings, waiting)
     except BaseException:
         for place in settings.data_dir.iterdir():
             shutil.rmtree(place) if place.is_dir() else place.unlink()
         raise
-    return Restored(name, made, was_outdated, sorted({*left_out, *made.damaged}))
+    return Restored(name, made, was_outdated, sorted({*left_out, *made.damaged}), tokens)
 
 
 def _chosen(folder: Path, name: str | None) -> tuple[str, Backup]:
@@ -117,8 +119,11 @@ def _check_empty(settings: Settings) -> None:
             raise Conflict("the database has tables already; create an empty one and restore to that")
 
 
-def _prepare_rows(place: Path, waiting: Settings, made: Backup) -> bool:
-    """The rows wait beside what they name, in the schema of this version; true if they had an older one."""
+def _prepare_rows(place: Path, waiting: Settings, made: Backup) -> tuple[bool, int]:
+    """The rows wait beside what they name, in the schema of this version.
+
+    Returns whether they had an older one, and how many tokens are good.
+    """
     path = waiting.data_dir / "engram.sqlite"
     source = place / "engram.sqlite"
     with disk_errors(path, 0):
@@ -142,9 +147,12 @@ def _prepare_rows(place: Path, waiting: Settings, made: Backup) -> bool:
             for row in session.scalars(select(BufferRow)).all():
                 another = int(row.created_at) + random.SystemRandom().randrange(1, 10**6) / 10**6
                 session.execute(update(BufferRow).where(BufferRow.name == row.name).values(created_at=another))
+            audit.record(session, "service.restore", subject=place.name)
+            good = select(func.count()).select_from(TokenRow).where(TokenRow.revoked_at.is_(None))
+            tokens = session.scalar(good) or 0
     finally:
         database.close()
-    return state == "outdated"
+    return state == "outdated", tokens
 
 
 def _copy_files(

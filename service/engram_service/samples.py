@@ -148,11 +148,25 @@ def named(session: Session, digests: Sequence[str]) -> set[str]:
     return {digest for digest in session.scalars(select(TaskRow.sample).where(TaskRow.sample.in_(digests))) if digest}
 
 
-def of_buffer(session: Session, folder: SampleFolder, buffer: str) -> dict[int, Sample]:
-    """The samples of its tasks."""
-    rows = session.execute(select(TaskRow.task, TaskRow.sample).where(TaskRow.buffer == buffer))
-    found = {task: folder.get(digest) for task, digest in rows if digest is not None}
-    return {task: sample for task, sample in found.items() if sample is not None}
+class OfBuffer(Mapping[int, Sample]):
+    """The samples of a buffer's tasks, each read when it is asked for; one that cannot be read is as good as none."""
+
+    def __init__(self, session: Session, folder: SampleFolder, buffer: str) -> None:
+        rows = session.execute(select(TaskRow.task, TaskRow.sample).where(TaskRow.buffer == buffer))
+        self._digests = {task: digest for task, digest in rows if digest is not None}
+        self._folder = folder
+
+    def __getitem__(self, task: int) -> Sample:
+        found = self._folder.get(self._digests[task])
+        if found is None:
+            raise KeyError(task)
+        return found
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._digests)
+
+    def __len__(self) -> int:
+        return len(self._digests)
 
 
 def of_task(session: Session, folder: SampleFolder, buffer: str, task: int) -> Sample | None:
@@ -196,8 +210,8 @@ def joined(
         ids = {name: class_id for class_id, name in after.class_names.items()}
         class_ids = np.array([ids[name] for name in names], np.int64)[class_ids]
     both = replace(drawn, class_ids=class_ids)
-    if task in held:
-        old = held[task]
+    old = held.get(task)
+    if old is not None:
         both = Sample(
             np.concatenate([old.class_ids, class_ids]),
             np.concatenate([old.draws, drawn.draws]),
@@ -240,8 +254,9 @@ def relabelled(
 
 def _meant(before: Content, held: Mapping[int, Sample], where: Where) -> Iterator[tuple[int, Sample, Mask, bool]]:
     """Of each task with originals that are named: the sample, which these are, and whether that is certain."""
-    for task, sample in held.items():
-        if where.task not in (None, task):
+    for task in held:
+        sample = held.get(task) if where.task in (None, task) else None
+        if sample is None:
             continue
         is_named = np.array([where.names(class_id) for class_id in sample.class_ids.tolist()], np.bool_)
         keys = where.keys
@@ -279,5 +294,5 @@ def _first(class_ids: IntArray, draws: npt.NDArray[np.float64], count: int) -> I
 
 def _png(image: UInt8Array) -> bytes:
     out = io.BytesIO()
-    Image.fromarray(image if image.shape[2] == 3 else image[..., 0]).save(out, "PNG")
+    Image.fromarray(image if image.shape[2] == 3 else image[..., 0]).save(out, "PNG", compress_level=1)
     return out.getvalue()

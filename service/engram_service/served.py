@@ -20,11 +20,11 @@ from binascii import Error as NotBase64
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from sqlalchemy import case, func, select, tuple_
+from sqlalchemy import ColumnElement, case, func, select, tuple_
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import Session
 
@@ -33,6 +33,7 @@ from engram.errors import EngramError, InvalidRequest
 from engram.oversight import Served as ServedModel
 from engram.oversight import ServedList
 
+from . import buffers
 from .acting import principal
 from .database import Database
 from .replay import View
@@ -123,10 +124,10 @@ class Served:
             self._fold()
             return {name: Totals(**vars(totals)) for name, totals in self._totals.items()}
 
-    def forget_others(self, buffers: set[str]) -> None:
+    def forget_others(self, known: set[str]) -> None:
         """Totals of other buffers than these are dropped: those were deleted."""
         with self._lock:
-            for name in self._totals.keys() - buffers:
+            for name in self._totals.keys() - known:
                 del self._totals[name]
 
     def start(self) -> None:
@@ -271,29 +272,30 @@ def page(
     buffer: str | None = None,
     who: str | None = None,
     task: int | None = None,
-    prefix: str = "",
     limit: int,
     cursor: str | None = None,
 ) -> ServedList:
-    """What draws have served, in order of buffer, principal, task and class.
+    """What draws have served of buffers that whoever asks may see, in order of buffer, principal, task and class.
 
     Args:
         session: of a transaction.
         buffer, who, task: only what was served of this buffer or task, or to this principal.
-        prefix: only of buffers whose names begin so.
         limit: rows on the page.
         cursor: `next` of the page before.
 
     Raises:
+        Forbidden: the buffer is none that whoever asks may see.
+        NotFound: there is no such buffer.
         InvalidRequest: the cursor is none of ours.
     """
+    if buffer is not None:
+        principal().need("read", buffer)
+        buffers.find(session, buffer)
     order = ServedRow.buffer, ServedRow.who, ServedRow.task, ServedRow.class_id
-    wanted = select(ServedRow).order_by(*order).limit(limit + 1)
+    wanted = select(ServedRow).where(buffers.reached(ServedRow.buffer)).order_by(*order).limit(limit + 1)
     for column, value in (ServedRow.buffer, buffer), (ServedRow.who, who), (ServedRow.task, task):
         if value is not None:
             wanted = wanted.where(column == value)
-    if prefix:
-        wanted = wanted.where(ServedRow.buffer.startswith(prefix, autoescape=True))
     if cursor is not None:
         wanted = wanted.where(tuple_(*order) > tuple_(*_after(cursor)))
     rows = session.scalars(wanted).all()
@@ -303,44 +305,65 @@ def page(
     )
 
 
-class ByClass(NamedTuple):
-    """What was served of one class of one task, to all together."""
+class Sum(NamedTuple):
+    """What was served of several classes, or to several principals, together. Of nothing `last_at` is None."""
 
-    task: int
-    class_id: int
     exemplars: int
     bytes: int
-    last_at: float
-
-
-class ByWho(NamedTuple):
-    """What was served to one principal."""
-
-    who: str
-    exemplars: int
-    bytes: int
-    last_at: float
-
-
-def by_class(session: Session, buffer: str, *, limit: int) -> list[ByClass]:
-    """What was served of the first classes of a buffer, in order of task and class."""
-    columns = ServedRow.task, ServedRow.class_id
-    wanted = select(*columns, *_SUMS).where(ServedRow.buffer == buffer).group_by(*columns).order_by(*columns)
-    # PostgreSQL sums 64-bit integers as decimals.
-    return [
-        ByClass(task, class_id, int(exemplars), int(size), last_at)
-        for task, class_id, exemplars, size, last_at in session.execute(wanted.limit(limit))
-    ]
-
-
-def by_who(session: Session, buffer: str, *, limit: int) -> list[ByWho]:
-    """What was served of a buffer to those who drew most."""
-    wanted = select(ServedRow.who, *_SUMS).where(ServedRow.buffer == buffer).group_by(ServedRow.who)
-    wanted = wanted.order_by(_SUMS[0].desc(), ServedRow.who).limit(limit)
-    return [ByWho(who, int(exemplars), int(size), last_at) for who, exemplars, size, last_at in session.execute(wanted)]
+    last_at: float | None
 
 
 _SUMS = func.sum(ServedRow.exemplars), func.sum(ServedRow.bytes), func.max(ServedRow.last_at)
+
+
+def by_buffer(session: Session, *, limit: int) -> dict[str, Sum]:
+    """What was served of each buffer that whoever asks may see, the first ones by name."""
+    column = ServedRow.buffer
+    wanted = select(column, *_SUMS).where(buffers.reached(column)).group_by(column).order_by(column).limit(limit)
+    return {name: _sum(sums) for name, *sums in session.execute(wanted)}
+
+
+def by_who(session: Session, buffer: str, *, limit: int) -> dict[str, Sum]:
+    """What was served of a buffer to those who drew most."""
+    wanted = select(ServedRow.who, *_SUMS).where(ServedRow.buffer == buffer).group_by(ServedRow.who)
+    wanted = wanted.order_by(_SUMS[0].desc(), ServedRow.who).limit(limit)
+    return {who: _sum(sums) for who, *sums in session.execute(wanted)}
+
+
+def by_task(session: Session, buffer: str, *, who: str | None = None) -> dict[int, Sum]:
+    """What was served of each task of a buffer, to all together or to one."""
+    wanted = select(ServedRow.task, *_SUMS).where(*_of(buffer, who)).group_by(ServedRow.task).order_by(ServedRow.task)
+    return {task: _sum(sums) for task, *sums in session.execute(wanted)}
+
+
+def by_class(
+    session: Session,
+    buffer: str,
+    *,
+    who: str | None = None,
+    task: int | None = None,
+    limit: int,
+    after: tuple[int, int] | None = None,
+) -> dict[tuple[int, int], Sum]:
+    """What was served of each (task, class) of a buffer, in their order, those after one of them; as `by_task`."""
+    order = ServedRow.task, ServedRow.class_id
+    wanted = select(*order, *_SUMS).where(*_of(buffer, who)).group_by(*order).order_by(*order).limit(limit)
+    if task is not None:
+        wanted = wanted.where(ServedRow.task == task)
+    if after is not None:
+        wanted = wanted.where(tuple_(*order) > tuple_(*after))
+    return {(number, class_id): _sum(sums) for number, class_id, *sums in session.execute(wanted)}
+
+
+def _of(buffer: str, who: str | None) -> list[ColumnElement[bool]]:
+    conditions = [ServedRow.buffer == buffer]
+    return conditions if who is None else [*conditions, ServedRow.who == who]
+
+
+def _sum(sums: Sequence[Any]) -> Sum:
+    # PostgreSQL sums 64-bit integers as decimals.
+    exemplars, size, last_at = sums
+    return Sum(int(exemplars), int(size), last_at)
 
 
 def _model(row: ServedRow) -> ServedModel:

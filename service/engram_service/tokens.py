@@ -30,6 +30,7 @@ from engram.oversight import Token, TokenCreate, TokenMade
 from . import audit
 from .acting import ADMIN, RESERVED, Principal, principal
 from .database import Database
+from .logs import blotted
 from .rates import Rates
 from .settings import Settings
 from .tables import TokenRow
@@ -88,13 +89,15 @@ def create(session: Session, wanted: TokenCreate) -> TokenMade:
 
     Raises:
         Forbidden: whoever asks does not reach everything, or has less than the token would.
-        InvalidRequest: the name is that of a principal without a token.
+        InvalidRequest: the name is that of a principal without a token, or holds a token.
     """
     maker = principal()
     maker.need_everything("admin")
     maker.need(wanted.scope)
     if wanted.name.casefold() in RESERVED:
         raise InvalidRequest(f"{wanted.name!r} is what the service calls somebody else; choose another name")
+    if blotted(wanted.name) != wanted.name:
+        raise InvalidRequest("the name holds what looks like a token; names are seen by many")
     secret, now = make_secret(), time.time()
     row = TokenRow(
         id=token_hex(8),

@@ -78,3 +78,10 @@ def photographs(count: int) -> dict[str, npt.NDArray[np.uint8]]:
         lefts = rng.integers(0, picture.shape[1] - SIDE, count)
         found[name] = np.stack([picture[y : y + SIDE, x : x + SIDE] for y, x in zip(tops, lefts, strict=True)])
     return found
+
+
+def use(client: Client, *, draws: int = 40) -> None:
+    """Somebody has drawn from the buffers."""
+    for step in range(draws):
+        client.draw(FASHION, size=64, seed=1, step=step, strategy="class_balanced")
+        client.draw(PHOTOGRAPHS, size=32, seed=1, step=step)

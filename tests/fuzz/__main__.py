@@ -19,7 +19,14 @@ import httpx
 from engram_trainer.local_service import environment, local_service
 from tests.fuzz import memory
 
-SETTINGS = {"max_draw": memory.MAX_DRAW, "max_global_draw": memory.MAX_GLOBAL_DRAW, "max_wait_s": 0.05}
+TOKEN = "of-the-fuzzer"
+HEADERS = {"Authorization": f"Bearer {TOKEN}"}
+SETTINGS = {
+    "admin_token": TOKEN,
+    "max_draw": memory.MAX_DRAW,
+    "max_global_draw": memory.MAX_GLOBAL_DRAW,
+    "max_wait_s": 0.05,
+}
 
 RULES = {
     "register_extractor": "the body is a model that can serve, and its digest is in the address",
@@ -27,6 +34,7 @@ RULES = {
     "change_buffer": "something is changed; names of classes are printable and no numbers",
     "remove_exemplars": "a class or a key is named",
     "relabel_exemplars": "a class or a key is named",
+    "create_token": "its name is not that of somebody without a token",
     "upload": "the body is a tar, of the digest that a header states",
 }
 """Operations that may answer 422 to what their schema allows, and the rule that no schema can state."""
@@ -54,11 +62,12 @@ def main() -> int:
     with TemporaryDirectory() as name:
         folder = Path(name)
         with local_service(folder / "service", **SETTINGS) as service:
-            with httpx.Client(base_url=service.url, timeout=60) as client:
+            with httpx.Client(base_url=service.url, headers=HEADERS, timeout=60) as client:
                 held = memory.fill(client)
             (folder / "schemathesis.toml").write_text(configuration(held))
             command = [str(Path(sys.executable).with_name("schemathesis")), "--config-file", "schemathesis.toml"]
             command += ["run", f"{service.url}/openapi.json", "--checks", ",".join(CHECKS), "--seed", str(given.seed)]
+            command += ["--header", f"Authorization: {HEADERS['Authorization']}"]
             # A few routes have no parameters to vary; the phases of coverage and of sequences make 800 and more beside.
             with httpx.Client(base_url=service.url) as client:
                 routes = sum(map(len, client.get("/openapi.json").json()["paths"].values()))
@@ -69,7 +78,12 @@ def main() -> int:
                 command,
                 cwd=folder,
                 env=environment()
-                | {"FUZZ_URL": service.url, "FUZZ_TALLY": str(tally), "FUZZ_HELD": json.dumps(in_paths(held))},
+                | {
+                    "FUZZ_URL": service.url,
+                    "FUZZ_TOKEN": TOKEN,
+                    "FUZZ_TALLY": str(tally),
+                    "FUZZ_HELD": json.dumps(in_paths(held)),
+                },
                 check=False,
             )
             count = report(json.loads(tally.read_text())) if tally.exists() else 0

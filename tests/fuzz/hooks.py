@@ -1,7 +1,7 @@
 """What schemathesis is told about this service: valid uploads, whose body belongs to which address, and what to renew.
 
-The environment names the service (FUZZ_URL), what there is by parameters of paths (FUZZ_HELD), and where the tally of
-answers goes (FUZZ_TALLY).
+The environment names the service (FUZZ_URL) and its token (FUZZ_TOKEN), what there is by parameters of paths
+(FUZZ_HELD), and where the tally of answers goes (FUZZ_TALLY).
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ from engram.errors import InvalidRequest
 from engram_service.routes.draw import parse
 from tests.fuzz import memory
 
-_client = httpx.Client(base_url=os.environ["FUZZ_URL"], timeout=60)
+_client = httpx.Client(
+    base_url=os.environ["FUZZ_URL"], headers={"Authorization": f"Bearer {os.environ['FUZZ_TOKEN']}"}, timeout=60
+)
 _tally: Counter[tuple[str, str, int]] = Counter()
 _changed: set[str] = set()
 _numbers = itertools.count()

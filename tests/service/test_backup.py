@@ -36,7 +36,7 @@ from engram_service.restore import restore
 from engram_service.samples import Sample
 from engram_service.settings import Settings
 from engram_service.storage import PackStore
-from engram_service.tables import ExtractorRow, IngestRow, PackRow, SessionRow, TaskRow, TokenRow
+from engram_service.tables import AuditRow, ExtractorRow, IngestRow, PackRow, SessionRow, TaskRow, TokenRow
 from tests.contents import create, fill, pictures
 from tests.servers import PATIENCE_S, ServiceProcess, ServiceThread, eventually, http
 from tests.uploads import encoded, queue, tar_of_arrays, work_through
@@ -136,6 +136,8 @@ def test_what_is_restored_is_what_was_there(
         assert (elsewhere.extractors_dir / MODEL_SHA256).read_bytes() == MODEL
         assert (elsewhere.samples_dir / SAMPLE_SHA256).read_bytes() == SAMPLE
         with database.reading() as session:
+            (said,) = session.scalars(select(AuditRow).where(AuditRow.action == "service.restore"))
+            assert (said.who, said.subject) == ("service", name)
             assert [row.secret_sha256 for row in session.scalars(select(TokenRow))] == ["5e" * 32]
             assert session.scalars(select(SessionRow)).all() == []
         # What was acknowledged is still promised.
@@ -439,7 +441,8 @@ def test_the_commands_say_what_they_did(filled: Database, settings: Settings, fo
     name = complete(folder)[0]
     assert done.stdout.startswith(f"backup {name}: 3 packs of ")
     restored = run("restore", folder, "--data-dir", tmp_path / "again", "--name", name)
-    assert restored.stdout == f"backup {name} is restored to {tmp_path / 'again'}: 3 packs\n", restored.stderr
+    assert restored.stdout.startswith(f"backup {name} is restored to {tmp_path / 'again'}: 3 packs\n"), restored.stderr
+    assert "1 tokens hold as they did at " in restored.stdout
     assert run("restore", folder, "--data-dir", tmp_path / "again").exit_code == 2
     assert run("restore", tmp_path, "--data-dir", tmp_path / "third").exit_code == 2
 
@@ -458,7 +461,7 @@ def test_a_backup_that_never_catches_up_gives_up_and_leaves_earlier_ones_alone(
             collect(filled, store, settings.model_copy(update={"grace_s": 0.0, "retired_bytes": 0}))
             with filled.reading() as session:
                 live = set(session.scalars(select(PackRow.digest)))
-            for digest, _ in store.digests():
+            for digest, _age_s in store.digests():
                 if digest in live and not list(folder.glob(f"packs/*/{digest}")):
                     store.path(digest).unlink()
 

@@ -113,6 +113,15 @@ def test_what_is_not_installed_is_said(
     assert "umap" not in read(client).methods
 
 
+def test_a_task_of_which_nothing_is_intact_has_no_map(client: httpx.Client, served: ServiceThread) -> None:
+    create(served.state.database)
+    fill(served.state.database, served.settings, 0, {0: 3})
+    digest = client.get("/v1/buffers/b/manifest").json()["packs"][0]["digest"]
+    served.state.store.delete(digest)
+    served.state.cache.forget(digest)
+    assert client.get("/v1/buffers/b/tasks/0/map").status_code == 503
+
+
 @pytest.mark.parametrize(
     ("path", "status"), [("b/tasks/9/map", 404), ("x/tasks/0/map", 404), ("b/tasks/0/map?method=x", 422)]
 )

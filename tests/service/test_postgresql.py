@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,18 +13,24 @@ from typing import TypeVar
 
 import numpy as np
 import pytest
+from pydantic import SecretStr
 from sqlalchemy import create_engine, text
 
 from engram.errors import Conflict, NotFound
+from engram.memory import Where
+from engram.oversight import WhatIfAsk
 from engram.schemas import BufferCreate, ForkCreate
-from engram_service import backup, buffers, ingest, served, tallies
-from engram_service.commit import fork
+from engram_service import backup, buffers, decisions, ingest, samples, served, tallies
+from engram_service.collect import collect
+from engram_service.commit import fork, remove
 from engram_service.database import Database
 from engram_service.replay import View
 from engram_service.restore import restore
+from engram_service.samples import SampleFolder
 from engram_service.served import Served
 from engram_service.settings import Settings
 from engram_service.storage import PackStore
+from engram_service.tokens import RECHECK_S
 from tests.contents import create, fill, pictures
 from tests.servers import ServiceThread, eventually, http
 from tests.uploads import final, queue, tar_of_arrays, work_through
@@ -146,6 +153,39 @@ def test_two_deletions_of_one_buffer_that_overlap_are_one_deletion(database: Dat
     assert isinstance(ended[0], NotFound), repr(ended[0])
 
 
+def test_tokens_sessions_and_the_audit_of_two_replicas(settings: Settings, database: Database) -> None:
+    create(database, "lab-1")
+    create(database, "other")
+    guarded = settings.model_copy(update={"admin_token": SecretStr("of-the-environment"), "workers": 0})
+    services = [ServiceThread(guarded) for _ in range(2)]
+    try:
+        with http(services[0], "of-the-environment") as admin:
+            made = admin.post("/v1/tokens", json={"name": "lab", "scope": "admin", "prefix": "lab-"}).json()
+            with http(services[1], made["token"]) as lab, http(services[1]) as browser:
+                assert [found["name"] for found in lab.get("/v1/buffers").json()["buffers"]] == ["lab-1"]
+                assert [found["buffer"] for found in lab.get("/v1/audit").json()["entries"]] == ["lab-1"]
+                assert lab.get("/v1/buffers/other").status_code == 403
+                csrf = re.findall(r'name="csrf" value="([^"]+)"', browser.get("/console/login").text)[0]
+                begun = browser.post("/console/login", data={"csrf": csrf, "token": made["token"]})
+                assert begun.status_code == 303, begun.text
+                assert browser.get("/console").status_code == 200
+                admin.delete(f"/v1/tokens/{made['id']}")
+                revoked_at = time.monotonic()
+                while lab.get("/v1/buffers").status_code == 200:
+                    assert time.monotonic() < revoked_at + 4 * RECHECK_S
+                assert browser.get("/console").status_code == 303
+            services[1].state.tokens.write_down()
+            (token,) = admin.get("/v1/tokens").json()["tokens"]
+            assert token["last_used_at"] is not None
+            actions = [entry["action"] for entry in admin.get("/v1/audit", params={"limit": 3}).json()["entries"]]
+            assert actions == ["token.revoke", "session.begin", "token.create"]
+        old = guarded.model_copy(update={"audit_s": 1e-6})
+        assert collect(database, PackStore(settings.packs_dir), old).records == 5
+    finally:
+        for service in services:
+            service.stop()
+
+
 def test_what_several_services_serve_adds_up_while_buffers_are_deleted_and_nobody_waits_for_ever(
     database: Database, settings: Settings
 ) -> None:
@@ -182,8 +222,8 @@ def test_what_several_services_serve_adds_up_while_buffers_are_deleted_and_nobod
         its_database.close()
     with database.reading() as session:
         found = {(row.buffer, row.class_id): row.exemplars for row in served.page(session, limit=99).served}
-        assert served.by_class(session, "a", limit=9)[1][:3] == (0, 1, 160)
-        assert served.by_who(session, "a", limit=9)[0][:2] == ("service", 240)
+        assert served.by_class(session, "a", limit=9, after=(0, 0))[0, 1].exemplars == 160
+        assert served.by_who(session, "a", limit=9)["service"].exemplars == 240
         assert tallies.read(session)["ingests"] == {"committed": 7}
         first = served.page(session, limit=3)
         assert len(served.page(session, limit=3, cursor=first.next).served) == 1
@@ -262,3 +302,23 @@ def test_of_two_who_try_an_ingest_again_at_once_one_does(database: Database, set
         assert other.is_alive()
     other.join()
     assert len(ended) == 1
+
+
+def test_originals_come_and_go_with_what_they_are_of(database: Database, settings: Settings) -> None:
+    create(database, quality=None)
+    store = PackStore(settings.packs_dir)
+    queued = queue(database, settings, tar_of_arrays(pictures(3, 40), np.arange(40) % 2))
+    work_through(database, store, settings)
+    assert final(database, queued).state == "committed"
+    fork(database, store, "b", ForkCreate(name="f"))
+    remove(database, store, "b", Where(class_id=1))
+    with database.reading() as session:
+        folder = SampleFolder(settings.samples_dir)
+        kept = {name: samples.of_task(session, folder, name, 0) for name in ("b", "f")}
+        again = decisions.what_if(session, "b", 0, WhatIfAsk(epsilon=0.5))
+    assert {name: {*sample.class_ids.tolist()} for name, sample in kept.items() if sample} == {"b": {0}, "f": {0, 1}}
+    assert again.epsilon == 0.5
+    assert collect(database, store, settings.model_copy(update={"grace_s": 0})).samples == 0
+    with database.session() as session:
+        buffers.delete(session, "f")
+    assert collect(database, store, settings.model_copy(update={"grace_s": 0})).samples == 1

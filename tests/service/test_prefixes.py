@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import httpx
@@ -12,13 +12,11 @@ from tests.contents import create, fill
 from tests.servers import ServiceThread, http
 from tests.uploads import queue
 
-ADMIN = "the-token-of-the-environment"
-
 
 @pytest.fixture
-def guarded(serve_thread: Callable[..., ServiceThread]) -> ServiceThread:
-    """A service with a buffer `lab-1` and one beside the prefix, each with a pack and a waiting upload."""
-    service = serve_thread(admin_token=ADMIN)
+def filled(guarded: ServiceThread) -> ServiceThread:
+    """The service with a buffer `lab-1` and one beside the prefix, each with a pack and a waiting upload."""
+    service = guarded
     for seed, name in enumerate(("lab-1", "other")):
         create(service.state.database, name, budget_bytes=5000)
         fill(service.state.database, service.settings, 0, {seed: 3}, name=name, seed=seed)
@@ -28,16 +26,10 @@ def guarded(serve_thread: Callable[..., ServiceThread]) -> ServiceThread:
 
 
 @pytest.fixture
-def admin(guarded: ServiceThread) -> Iterator[httpx.Client]:
-    with http(guarded, ADMIN) as found:
-        yield found
-
-
-@pytest.fixture
-def lab(guarded: ServiceThread, admin: httpx.Client) -> Iterator[httpx.Client]:
+def lab(filled: ServiceThread, admin: httpx.Client) -> Iterator[httpx.Client]:
     """Whoever may do everything to buffers whose names begin with "lab-"."""
     made = admin.post("/v1/tokens", json={"name": "lab", "scope": "admin", "prefix": "lab-"}).json()
-    with http(guarded, made["token"]) as found:
+    with http(filled, made["token"]) as found:
         yield found
 
 
@@ -94,14 +86,14 @@ def test_new_buffers_get_names_within_the_prefix(admin: httpx.Client, lab: httpx
     assert len(admin.get("/v1/buffers").json()["buffers"]) == 4
 
 
-def test_a_budget_is_for_administrators_and_names_are_for_writers(guarded: ServiceThread, admin: httpx.Client) -> None:
+def test_a_budget_is_for_administrators_and_names_are_for_writers(filled: ServiceThread, admin: httpx.Client) -> None:
     made = admin.post("/v1/tokens", json={"name": "trainer", "scope": "write", "prefix": "lab-"}).json()
     changes: list[tuple[dict[str, Any], int]] = [
         ({"class_names": {"0": "zero"}}, 200),
         ({"budget_bytes": 4000}, 403),
         ({"budget_bytes": 4000, "class_names": {"1": "one"}}, 403),
     ]
-    with http(guarded, made["token"]) as client:
+    with http(filled, made["token"]) as client:
         for change, status in changes:
             assert client.patch("/v1/buffers/lab-1", json=change).status_code == status
     found = admin.get("/v1/buffers/lab-1").json()

@@ -42,7 +42,8 @@ def upload(database: Database, settings: Settings, images: UInt8Array, class_ids
 
 def held(database: Database, settings: Settings, name: str = "b") -> dict[int, Sample]:
     with database.reading() as session:
-        return samples.of_buffer(session, SampleFolder(settings.samples_dir), name)
+        found = samples.OfBuffer(session, SampleFolder(settings.samples_dir), name)
+        return {task: sample for task in found if (sample := found.get(task)) is not None}
 
 
 def on_disk(settings: Settings) -> int:

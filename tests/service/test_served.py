@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from engram import batch
-from engram.errors import InvalidRequest, StorageFull
+from engram.errors import Forbidden, InvalidRequest, StorageFull
 from engram.oversight import ServedList
 from engram.schemas import ExemplarPage
 from engram_service import acting, buffers, served
@@ -60,8 +60,8 @@ def counts(page: ServedList) -> Counts:
 
 
 @contextmanager
-def as_principal(who: str) -> Iterator[None]:
-    token = acting.ACTING.set(Acting(Principal(who, "read")))
+def as_principal(who: str, prefix: str = "") -> Iterator[None]:
+    token = acting.ACTING.set(Acting(Principal(who, "read", prefix)))
     try:
         yield
     finally:
@@ -257,16 +257,20 @@ def test_pages_follow_one_another_and_filters_narrow_them(filled: ServiceThread,
     only = client.get("/v1/draws", params={"who": "Ann <b>", "task": 2}).json()["served"]
     assert {(row["who"], row["task"]) for row in only} == {("Ann <b>", 2)}
     with database.reading() as session:
-        bounded = served.page(session, prefix="b", limit=100)
-        assert {row.buffer for row in bounded.served} == {"b"}
-        assert served.page(session, prefix="%", limit=100).served == []
-        by_class = served.by_class(session, "b", limit=3)
-        assert [(row.task, row.class_id, row.exemplars) for row in by_class] == [(0, 0, 3), (0, 1, 3), (1, 2, 3)]
-        assert {row.who: row.exemplars for row in served.by_who(session, "b", limit=9)} == {
-            "zoe": 5,
-            "Ann <b>": 5,
-            "bob\t": 5,
-        }
+        with as_principal("t", prefix="b"):
+            bounded = served.page(session, limit=100)
+            assert {row.buffer for row in bounded.served} == {"b"} == {*served.by_buffer(session, limit=9)}
+            with pytest.raises(Forbidden):
+                served.page(session, buffer="a", limit=1)
+        with as_principal("t", prefix="B"):
+            assert served.page(session, limit=100).served == []
+        of_class = served.by_class(session, "b", limit=3)
+        assert [(*place, found.exemplars) for place, found in of_class.items()] == [(0, 0, 3), (0, 1, 3), (1, 2, 3)]
+        rest = served.by_class(session, "b", who="zoe", limit=9, after=(1, 2))
+        assert [(*place, found.exemplars) for place, found in rest.items()] == [(2, 0, 1), (2, 3, 1)]
+        assert {task: found.exemplars for task, found in served.by_task(session, "b").items()} == {0: 6, 1: 3, 2: 6}
+        everyone = served.by_who(session, "b", limit=9)
+        assert {who: found.exemplars for who, found in everyone.items()} == {"zoe": 5, "Ann <b>": 5, "bob\t": 5}
 
 
 @pytest.mark.parametrize(

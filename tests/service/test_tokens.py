@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import httpx
@@ -16,22 +15,9 @@ from engram_service import tokens
 from engram_service.settings import Settings
 from engram_service.tables import TokenRow
 from engram_service.tokens import Tokens
-from tests.servers import ServiceThread, http
-
-ADMIN = "the-token-of-the-environment"
+from tests.servers import ADMIN_TOKEN, ServiceThread, http
 
 Make = Callable[..., dict[str, Any]]
-
-
-@pytest.fixture
-def guarded(serve_thread: Callable[..., ServiceThread]) -> ServiceThread:
-    return serve_thread(admin_token=ADMIN)
-
-
-@pytest.fixture
-def admin(guarded: ServiceThread) -> Iterator[httpx.Client]:
-    with http(guarded, ADMIN) as found:
-        yield found
 
 
 @pytest.fixture
@@ -77,7 +63,7 @@ def test_a_secret_says_whether_it_is_one() -> None:
 def test_a_token_tells_who_it_is_of(guarded: ServiceThread, make: Make) -> None:
     made = make(name="lab 7", scope="write", prefix="lab-")
     assert get(guarded, made["token"], "/v1/whoami").json() == {"who": "lab 7", "scope": "write", "prefix": "lab-"}
-    assert get(guarded, ADMIN, "/v1/whoami").json() == {"who": "admin", "scope": "admin", "prefix": ""}
+    assert get(guarded, ADMIN_TOKEN, "/v1/whoami").json() == {"who": "admin", "scope": "admin", "prefix": ""}
 
 
 def test_a_revoked_token_is_refused_at_once(guarded: ServiceThread, admin: httpx.Client, make: Make) -> None:
@@ -96,7 +82,7 @@ def test_a_revoked_token_is_refused_at_once(guarded: ServiceThread, admin: httpx
 def test_another_replica_refuses_a_revoked_token_within_its_recheck(
     serve_thread: Callable[..., ServiceThread], guarded: ServiceThread, admin: httpx.Client, make: Make
 ) -> None:
-    other, made = serve_thread(admin_token=ADMIN), make()
+    other, made = serve_thread(admin_token=ADMIN_TOKEN, data_dir=guarded.settings.data_dir), make()
     assert get(other, made["token"]).status_code == 200
     admin.delete(f"/v1/tokens/{made['id']}")
     revoked_at = time.monotonic()
@@ -124,6 +110,7 @@ def test_a_token_is_not_held_for_good_beyond_its_end(settings: Settings, guarded
 IMPOSSIBLE: list[dict[str, Any]] = [
     {"name": ""},
     {"name": "admin"},
+    {"name": tokens.make_secret()},
     {"name": "Local"},
     {"name": "service"},
     {"name": "<b>"},
@@ -194,23 +181,27 @@ def test_a_token_beyond_its_rate_is_told_when_to_come_back(guarded: ServiceThrea
 def test_the_rate_of_the_settings_is_of_every_token_without_its_own(
     serve_thread: Callable[..., ServiceThread],
 ) -> None:
-    service = serve_thread(admin_token=ADMIN, requests_per_s=1.5)
-    with http(service, ADMIN) as admin:
+    service = serve_thread(admin_token=ADMIN_TOKEN, requests_per_s=1.5)
+    with http(service, ADMIN_TOKEN) as admin:
         quick = admin.post("/v1/tokens", json={"name": "quick", "requests_per_s": 1000}).json()["token"]
     statuses = [get(service, quick).status_code for _ in range(20)]
     assert set(statuses) == {200}
-    assert 429 in [get(service, ADMIN).status_code for _ in range(4)]
+    assert 429 in [get(service, ADMIN_TOKEN).status_code for _ in range(4)]
     assert httpx.get(f"{service.url}/healthz").status_code == 200
 
 
-def test_a_flood_of_wrong_tokens_is_not_looked_at_and_stops_nobody_else(guarded: ServiceThread, make: Make) -> None:
-    token = make()["token"]
+def test_a_flood_of_wrong_tokens_is_not_looked_at_and_stops_nobody_else(
+    serve_thread: Callable[..., ServiceThread],
+) -> None:
+    guarded = serve_thread(admin_token=ADMIN_TOKEN)
+    with http(guarded, ADMIN_TOKEN) as admin:
+        token = admin.post("/v1/tokens", json={"name": "trainer"}).json()["token"]
     assert get(guarded, token).status_code == 200
     statuses = [get(guarded, tokens.make_secret()).status_code for _ in range(25)]
     assert statuses[0] == 401
     assert statuses[-1] == 429
     assert get(guarded, token).status_code == 200
-    assert get(guarded, ADMIN).status_code == 200
+    assert get(guarded, ADMIN_TOKEN).status_code == 200
 
 
 def test_when_a_token_was_used_is_written_down_beside_the_requests(guarded: ServiceThread, make: Make) -> None:
@@ -233,26 +224,10 @@ def test_when_a_token_was_used_is_written_down_beside_the_requests(guarded: Serv
     assert used_at() == first
 
 
-def test_nothing_of_a_token_is_in_an_answer_or_the_log(
-    guarded: ServiceThread, make: Make, caplog: pytest.LogCaptureFixture
-) -> None:
-    caplog.set_level(logging.DEBUG)
-    made = make()
-    wrong = tokens.make_secret()
-    answers = [
-        get(guarded, made["token"], "/v1/whoami"),
-        get(guarded, wrong),
-        get(guarded, made["token"], "/v1/tokens"),
-    ]
-    for secret in (made["token"], wrong, ADMIN):
-        for part in (secret, secret[7:20], secret[-10:]):
-            assert not any(part in answer.text + str(answer.headers) for answer in answers)
-            assert part not in caplog.text
-
-
 def test_every_answer_has_the_id_of_its_request(guarded: ServiceThread) -> None:
     def ask(path: str, given: str | bytes | None) -> str:
-        headers = {b"Authorization": f"Bearer {ADMIN}".encode()} | ({} if given is None else {b"X-Request-ID": given})
+        named = {} if given is None else {b"X-Request-ID": given}
+        headers = {b"Authorization": f"Bearer {ADMIN_TOKEN}".encode(), **named}
         answer = httpx.get(guarded.url + path, headers=headers)  # type: ignore[arg-type]
         return answer.headers["X-Request-ID"]
 

@@ -8,17 +8,47 @@ from __future__ import annotations
 
 from fastapi import Depends, FastAPI
 
-from . import audit_log, exemplar, exemplars, login, overview, task, tokens
+from . import (
+    audit_log,
+    buffer,
+    draws,
+    exemplar,
+    exemplars,
+    extractors,
+    forecast,
+    ingests,
+    login,
+    overview,
+    snapshots,
+    task,
+    tokens,
+)
 from . import map as task_map
+from .overview import Paces
 from .page import STATIC, Console, Files, check_csrf
 
-VIEWS = (overview, task, exemplars, exemplar, task_map, tokens, audit_log, login)
+VIEWS = (
+    overview,
+    buffer,
+    draws,
+    forecast,
+    snapshots,
+    task,
+    exemplars,
+    exemplar,
+    task_map,
+    ingests,
+    extractors,
+    tokens,
+    audit_log,
+    login,
+)
 """One per page; what they share is in `page`."""
 
 
 def install(app: FastAPI) -> None:
     """`app` answers /console and everything below it."""
-    app.state.console = Console()
+    app.state.console, app.state.paces = Console(), Paces()
     app.mount(f"/{STATIC}", Files())
     for view in VIEWS:
         app.include_router(view.router, prefix="/console", dependencies=[Depends(check_csrf)], include_in_schema=False)

@@ -110,9 +110,12 @@ def remove(
     key: Number = "",
     pack: Number = "",
     row: Number = "",
+    confirm: Number = "",
 ) -> Response:
-    """Exemplars are removed: one, those of a key, or a class."""
+    """Exemplars are removed: one, those of a key, or, once that was typed, a class."""
     where, expected = _meant(database, buffer, task, class_id, key, pack, row)
+    if where.is_whole and confirm.strip() != f"delete {where.class_id}":
+        raise InvalidRequest(f"type `delete {where.class_id}` to confirm that all exemplars of the class go")
     commit.remove(database, store, buffer, where, expected=expected, emergency=room.emergency)
     return redirect(request, "buffers", buffer, "exemplars", **_afterwards(where))
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hmac
 import json
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cache
@@ -46,6 +46,9 @@ HEADERS = {
     "Cross-Origin-Opener-Policy": "same-origin",
     "Cross-Origin-Resource-Policy": "same-origin",
 }
+
+MAX_SEGMENTS = 60
+"""Of a bar; more would be thinner than a pixel on a phone."""
 
 _FOLDER = Path(__file__).parent
 
@@ -86,7 +89,12 @@ class Console:
             lstrip_blocks=True,
         )
         self.templates.filters.update(
-            bytes=readable_bytes, count=readable_count, time=readable_time, iso=_iso, percent=_percent
+            bytes=readable_bytes,
+            count=readable_count,
+            time=readable_time,
+            iso=_iso,
+            percent=_percent,
+            segments=_segments,
         )
         self.templates.globals.update(version=__version__)
 
@@ -291,6 +299,13 @@ def _iso(moment: datetime | float) -> str:
 
 def _utc(moment: datetime | float) -> datetime:
     return moment.astimezone(UTC) if isinstance(moment, datetime) else datetime.fromtimestamp(moment, UTC)
+
+
+def _segments(sizes: Mapping[object, int], what: str) -> list[tuple[str, int]]:
+    """Parts of a bar, each named; of very many only so many as one can tell apart, and the rest."""
+    parts = [(f"{what}{key}", size) for key, size in sizes.items()]
+    first, rest = parts[:MAX_SEGMENTS], parts[MAX_SEGMENTS:]
+    return [*first, (f"{len(rest)} more", sum(size for _, size in rest))] if rest else first
 
 
 def _percent(part: float, whole: float) -> str:

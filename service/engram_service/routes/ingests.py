@@ -15,7 +15,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect
 
 from engram.errors import BadUpload, InvalidRequest
-from engram.schemas import MAX_TASK, Ingest, IngestOptions, IngestPage
+from engram.schemas import MAX_TASK, Ingest, IngestOptions, IngestPage, State
 
 from .. import buffers, extractors, ingest
 from ..database import Database
@@ -96,6 +96,7 @@ def list_ingests(
     database: DatabasePart,
     settings: SettingsPart,
     buffer: Annotated[str | None, Query(description="Only those of this buffer.")] = None,
+    state: Annotated[State | None, Query(description="Only those in this state.")] = None,
     limit: Annotated[int, Query(ge=1, description="Ingests on the page.")] = 100,
     cursor: Annotated[str | None, Query(pattern="^[0-9a-f]{32}$", description="`next` of the page before.")] = None,
 ) -> IngestPage:
@@ -103,7 +104,7 @@ def list_ingests(
     if limit > settings.max_page:
         raise InvalidRequest(f"limit must lie in 1..{settings.max_page}, got {limit}", max_page=settings.max_page)
     with database.reading() as session:
-        return ingest.page(session, buffer, limit=limit, before=cursor)
+        return ingest.page(session, buffer, limit=limit, before=cursor, state=state)
 
 
 @router.get("/v1/ingests/{ingest_id}")

@@ -14,20 +14,7 @@ from sqlalchemy import func, select, update
 from engram_service import sessions
 from engram_service.collect import collect
 from engram_service.tables import AuditRow, SessionRow, TokenRow
-from tests.servers import ServiceThread, http
-
-ADMIN = "the-token-of-the-environment"
-
-
-@pytest.fixture
-def guarded(serve_thread: Callable[..., ServiceThread]) -> ServiceThread:
-    return serve_thread(admin_token=ADMIN)
-
-
-@pytest.fixture
-def admin(guarded: ServiceThread) -> Iterator[httpx.Client]:
-    with http(guarded, ADMIN) as found:
-        yield found
+from tests.servers import ADMIN_TOKEN, ServiceThread, http
 
 
 @pytest.fixture
@@ -65,7 +52,7 @@ def test_who_is_not_logged_in_is_sent_to_the_login_and_back(guarded: ServiceThre
     wanted = re.search(r'name="next" value="([^"]+)"', page.text)
     assert wanted is not None
     assert wanted[1] == "/console/audit?who=a%20b&amp;action=token"
-    answer = log_in(browser, ADMIN, next=wanted[1].replace("&amp;", "&"))
+    answer = log_in(browser, ADMIN_TOKEN, next=wanted[1].replace("&amp;", "&"))
     assert answer.status_code == 303
     back = browser.get(str(answer.url.join(answer.headers["Location"])))
     assert str(back.url).endswith("/console/audit?who=a%20b&action=token")
@@ -86,14 +73,14 @@ def test_the_login_leads_to_no_other_place(guarded: ServiceThread, browser: http
         "console",
         "javascript:alert(1)",
     ):
-        answer = log_in(browser, ADMIN, next=wanted)
+        answer = log_in(browser, ADMIN_TOKEN, next=wanted)
         assert (answer.status_code, answer.headers["Location"]) == (303, "../console"), wanted
         browser.cookies.clear()
 
 
 def test_the_cookie_is_for_the_console_and_no_script(guarded: ServiceThread, browser: httpx.Client) -> None:
     first = browser.get("/console/login").headers["Set-Cookie"]
-    begun = log_in(browser, ADMIN).headers["Set-Cookie"]
+    begun = log_in(browser, ADMIN_TOKEN).headers["Set-Cookie"]
     for cookie in (first, begun):
         assert "; HttpOnly" in cookie
         assert "; SameSite=Strict" in cookie
@@ -118,14 +105,14 @@ def test_logging_in_makes_a_new_cookie_and_stores_its_digest_alone(
 ) -> None:
     browser.get("/console/login")
     before = dict(browser.cookies)[sessions.COOKIE]
-    log_in(browser, ADMIN)
+    log_in(browser, ADMIN_TOKEN)
     after = dict(browser.cookies)[sessions.COOKIE]
     assert before != after
     stored = b"".join(path.read_bytes() for path in guarded.settings.data_dir.glob("engram.sqlite*"))
     assert after.encode() not in stored
-    assert ADMIN.encode() not in stored
+    assert ADMIN_TOKEN.encode() not in stored
     assert rows(guarded) == 1
-    log_in(browser, ADMIN)
+    log_in(browser, ADMIN_TOKEN)
     assert rows(guarded) == 1
     assert httpx.get(f"{guarded.url}/console", cookies={sessions.COOKIE: after}).status_code == 303
 
@@ -135,7 +122,7 @@ def test_a_cookie_that_somebody_else_has_chosen_is_nobody_s(guarded: ServiceThre
     with http(guarded) as victim:
         victim.cookies.set(sessions.COOKIE, planted, path="/console")
         csrf = csrf_of(victim.get("/console/login"))
-        begun = victim.post("/console/login", data={"csrf": csrf, "token": ADMIN})
+        begun = victim.post("/console/login", data={"csrf": csrf, "token": ADMIN_TOKEN})
         assert begun.status_code == 303
         assert planted not in begun.headers["Set-Cookie"]
     assert httpx.get(f"{guarded.url}/console", cookies={sessions.COOKIE: planted}).status_code == 303
@@ -152,11 +139,12 @@ def test_a_wrong_token_begins_nothing(guarded: ServiceThread, admin: httpx.Clien
 
 
 def test_logins_are_refused_after_many_that_were_wrong_and_do_not_fill_the_audit(
-    guarded: ServiceThread, browser: httpx.Client
+    serve_thread: Callable[..., ServiceThread],
 ) -> None:
-    csrf = csrf_of(browser.get("/console/login"))
-    form = {"csrf": csrf, "token": "wrong"}
-    statuses = [browser.post("/console/login", data=form).status_code for _ in range(25)]
+    guarded = serve_thread(admin_token=ADMIN_TOKEN)
+    with http(guarded) as browser:
+        form = {"csrf": csrf_of(browser.get("/console/login")), "token": "wrong"}
+        statuses = [browser.post("/console/login", data=form).status_code for _ in range(25)]
     assert statuses[:20] == [401] * 20
     assert statuses[-1] == 429
     with guarded.state.database.reading() as session:
@@ -169,9 +157,9 @@ def test_a_form_without_the_session_s_token_changes_nothing(
     other = csrf_of(httpx.get(f"{guarded.url}/console/login"))
     browser.get("/console/login")
     for given in ({}, {"csrf": ""}, {"csrf": other}):
-        assert browser.post("/console/login", data={"token": ADMIN, **given}).status_code == 403
+        assert browser.post("/console/login", data={"token": ADMIN_TOKEN, **given}).status_code == 403
     assert rows(guarded) == 0
-    log_in(browser, ADMIN)
+    log_in(browser, ADMIN_TOKEN)
     for given in ({}, {"csrf": ""}, {"csrf": other}):
         assert browser.post("/console/tokens", data={"name": "x", **given}).status_code == 403
         assert browser.post("/console/logout", data=given).status_code == 403
@@ -180,7 +168,7 @@ def test_a_form_without_the_session_s_token_changes_nothing(
 
 
 def test_a_form_of_another_site_is_refused_whatever_it_holds(guarded: ServiceThread, browser: httpx.Client) -> None:
-    log_in(browser, ADMIN)
+    log_in(browser, ADMIN_TOKEN)
     csrf = csrf_of(browser.get("/console/tokens"))
     host = guarded.url.partition("://")[2]
     foreign = [
@@ -199,7 +187,7 @@ def test_a_form_of_another_site_is_refused_whatever_it_holds(guarded: ServiceThr
 
 
 def test_a_session_ends_with_logging_out(guarded: ServiceThread, admin: httpx.Client, browser: httpx.Client) -> None:
-    log_in(browser, ADMIN)
+    log_in(browser, ADMIN_TOKEN)
     cookie = dict(browser.cookies)[sessions.COOKIE]
     csrf = csrf_of(browser.get("/console"))
     out = browser.post("/console/logout", data={"csrf": csrf})
@@ -229,7 +217,7 @@ def test_a_session_ends_with_the_end_of_its_token_and_after_its_time(
         session.execute(update(TokenRow).values(expires_at=time.time() - 1))
     guarded.state.tokens.forget()
     assert browser.get("/console").status_code == 303
-    log_in(browser, ADMIN)
+    log_in(browser, ADMIN_TOKEN)
     assert browser.get("/console").status_code == 200
     with guarded.state.database.session() as session:
         session.execute(update(SessionRow).values(expires_at=time.time() - 1))
@@ -241,10 +229,9 @@ def test_a_session_ends_with_the_end_of_its_token_and_after_its_time(
 def test_a_session_ends_when_the_environment_has_another_token(
     serve_thread: Callable[..., ServiceThread], guarded: ServiceThread, browser: httpx.Client
 ) -> None:
-    log_in(browser, ADMIN)
+    log_in(browser, ADMIN_TOKEN)
     cookie = dict(browser.cookies)[sessions.COOKIE]
-    guarded.stop()
-    changed = serve_thread(admin_token="another-token")
+    changed = serve_thread(admin_token="another-token", data_dir=guarded.settings.data_dir)
     assert httpx.get(f"{changed.url}/console", cookies={sessions.COOKIE: cookie}).status_code == 303
 
 
@@ -267,7 +254,7 @@ def test_sessions_of_one_token_are_bounded(guarded: ServiceThread, monkeypatch: 
     opened = []
     for _ in range(5):
         with http(guarded) as browser:
-            log_in(browser, ADMIN)
+            log_in(browser, ADMIN_TOKEN)
             opened.append(dict(browser.cookies)[sessions.COOKIE])
     statuses = [httpx.get(f"{guarded.url}/console", cookies={sessions.COOKIE: cookie}).status_code for cookie in opened]
     assert statuses == [303, 303, 200, 200, 200]
