@@ -50,6 +50,7 @@ COMMANDS = {
 """The modules that may import what only commands need: typer and rich."""
 
 IMPORT_NAMES = {
+    "jinja2": ["jinja2", "markupsafe"],
     "pillow": ["PIL"],
     "fastapi": ["fastapi", "starlette", "anyio"],
     "pydantic": ["pydantic", "pydantic_core"],

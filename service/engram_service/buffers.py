@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
@@ -422,13 +422,21 @@ def _described(session: Session, rows: Sequence[BufferRow]) -> list[Buffer]:
     packs = packs.where(PackRow.until.is_(None))
     if wanted is not None:
         tasks, packs = tasks.where(TaskRow.buffer.in_(wanted)), packs.where(PackRow.buffer.in_(wanted))
+    # Texts are read at once, as in `packs_to_draw_from`.
+    of_tasks, of_packs = session.execute(tasks).all(), session.execute(packs).all()
     seen: dict[str, dict[int, list[int]]] = {}
-    for buffer, task, text in session.execute(tasks):
-        seen.setdefault(buffer, {})[task] = sorted(map(int, json.loads(text)))
+    for (buffer, task, _), found in zip(of_tasks, _read(row[-1] for row in of_tasks), strict=True):
+        seen.setdefault(buffer, {})[task] = sorted(map(int, found))
     held: dict[str, list[tuple[int, int, list[list[int]]]]] = {}
-    for buffer, size, exemplars, text in session.execute(packs):
-        held.setdefault(buffer, []).append((size, exemplars, json.loads(text)))
+    for (buffer, size, exemplars, _), runs in zip(of_packs, _read(row[-1] for row in of_packs), strict=True):
+        held.setdefault(buffer, []).append((size, exemplars, runs))
     return [_model(row, seen.get(row.name, {}), held.get(row.name, [])) for row in rows]
+
+
+def _read(texts: Iterable[str]) -> list[Any]:
+    """These JSON texts as values."""
+    found: list[Any] = json.loads(f"[{','.join(texts)}]")
+    return found
 
 
 def _model(row: BufferRow, classes: dict[int, list[int]], packs: list[tuple[int, int, list[list[int]]]]) -> Buffer:

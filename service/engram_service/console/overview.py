@@ -66,6 +66,7 @@ def create_buffer(
     fields: Text = "",
 ) -> Response:
     """A new, empty buffer; then its page."""
+    principal().need("admin")
     given = {
         "name": name.strip(),
         "budget": budget,

@@ -37,6 +37,7 @@ def make_fork(
     generation: Text = "",
 ) -> Response:
     """A buffer that begins with the content of this one; frozen, a snapshot of it."""
+    principal().need("admin", buffer)
     given = {"name": name, "frozen": frozen, "budget": budget}
     try:
         asked: dict[str, Any] = {"name": name.strip(), "frozen": bool(frozen)}

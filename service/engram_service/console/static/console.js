@@ -112,7 +112,16 @@
     if (data.links) plot.over.classList.add("links");
   }
 
+  // What scrolls sideways has to be reached by keyboard.
+  function reachable(root) {
+    for (const wide of root.querySelectorAll(".wide")) {
+      if (wide.scrollWidth > wide.clientWidth) wide.tabIndex = 0;
+      else wide.removeAttribute("tabindex");
+    }
+  }
+
   function ready(root) {
+    reachable(document);
     for (const host of root.querySelectorAll(".plot[data-chart]")) draw(host);
     for (const time of root.querySelectorAll("time[datetime]")) {
       time.title = new Date(time.dateTime).toLocaleString();
@@ -135,6 +144,7 @@
   addEventListener("resize", () => {
     if (innerWidth !== width) {
       width = innerWidth;
+      reachable(document);
       redraw();
     }
   });
