@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 from urllib.parse import urlencode
 
 from fastapi import APIRouter, Query, Request, Response
+
+from engram.oversight import AuditEntry
 
 from .. import audit
 from ..routes.parts import DatabasePart
@@ -15,7 +17,7 @@ router = APIRouter(prefix="/audit")
 
 PAGE = 50
 
-KINDS = ("buffer", "exemplars", "extractor", "ingest", "session", "task", "token")
+KINDS = ("buffer", "exemplars", "extractor", "ingest", "service", "session", "task", "token")
 """What actions begin with."""
 
 
@@ -41,4 +43,19 @@ def list_audit(
     given = {"buffer": buffer, "who": who, "action": action}
     filters = urlencode({key: value for key, value in given.items() if value})
     twin = f"/v1/audit?{filters}" if filters else "/v1/audit"
-    return render(request, "audit.html", page=found, given=given, kinds=KINDS, twin=twin)
+    return render(
+        request,
+        "audit.html",
+        page=found,
+        changed={entry.id: changes(entry) for entry in found.entries},
+        given=given,
+        kinds=KINDS,
+        twin=twin,
+    )
+
+
+def changes(entry: AuditEntry) -> list[tuple[str, Any, Any]]:
+    """Each value that a change has changed: its name, what it was and what it became; None where there was nothing."""
+    before, after = entry.before or {}, entry.after or {}
+    both = [(name, before.get(name), after.get(name)) for name in {**before, **after}]
+    return [(name, was, became) for name, was, became in both if was != became]
