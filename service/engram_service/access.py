@@ -140,7 +140,6 @@ TABLE: tuple[Row, ...] = (
         POST /v1/tokens
         DELETE /v1/tokens/{token_id}
         GET /v1/disk
-        POST /console/extractors/{sha256}/delete
         GET /console/tokens
         POST /console/tokens
         POST /console/tokens/{token_id}/revoke
