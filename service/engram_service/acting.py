@@ -10,13 +10,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import get_args
+from typing import NamedTuple, get_args
 
 from engram.errors import Forbidden
 from engram.oversight import TokenScope
 
 SCOPES: tuple[TokenScope, ...] = get_args(TokenScope)
 """Each includes those before it."""
+
+_RANKS = {scope: rank for rank, scope in enumerate(SCOPES)}
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ class Principal:
 
     def may(self, scope: TokenScope) -> bool:
         """Whether what needs this scope is allowed."""
-        return self.scope is not None and SCOPES.index(self.scope) >= SCOPES.index(scope)
+        return self.scope is not None and _RANKS[self.scope] >= _RANKS[scope]
 
     def reaches(self, buffer: str) -> bool:
         """Whether a buffer of this name is the principal's to see."""
@@ -80,15 +82,14 @@ RESERVED = frozenset({SERVICE.who, LOCAL.who, ADMIN.who})
 """Names that no token gets."""
 
 
-@dataclass(frozen=True)
-class Acting:
+class Acting(NamedTuple):
     """A principal at work: in one request, or, without an id, outside of any."""
 
     principal: Principal = SERVICE
     request_id: str = ""
 
 
-ACTING: ContextVar[Acting] = ContextVar("acting", default=Acting())  # noqa: B039 (frozen)
+ACTING: ContextVar[Acting] = ContextVar("acting", default=Acting())  # noqa: B039 (a tuple)
 
 
 @contextmanager

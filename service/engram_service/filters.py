@@ -101,7 +101,7 @@ class Filters:
         """Whether exemplars must be looked at one by one; tasks and classes are known by run."""
         return bool(self.where) or self.min_bytes is not None or self.max_bytes is not None
 
-    def pass_(self, exemplars: Exemplars, places: IntArray) -> Mask:
+    def mask(self, exemplars: Exemplars, places: IntArray) -> Mask:
         """Which of these exemplars of a pack, ascending, have the bytes and the values.
 
         Raises:

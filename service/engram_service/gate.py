@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import ipaddress
 import re
+from functools import lru_cache
+from hashlib import sha256
 from typing import Any
 from urllib.parse import quote
 
@@ -28,7 +30,7 @@ from .acting import ACTING, LOCAL, NOBODY, Acting, Principal
 from .problems import problem_response
 from .sessions import COOKIE, Session, Sessions, csrf_of, make_cookie
 from .settings import Settings
-from .tokens import Tokens, digest_of
+from .tokens import Tokens
 
 _COOKIE = re.compile(rf"(?:^|;) *{COOKIE}=([A-Za-z0-9_-]{{43}}) *(?:;|$)")
 
@@ -103,14 +105,14 @@ class Gate:
         # The scheme is case-insensitive (RFC 9110); the token is not.
         if given[:7].lower() != b"bearer ":
             raise Unauthorized("the Authorization header is not `Bearer` and a token of this service")
-        secret = given[7:].decode("latin-1")
-        digest = digest_of(secret)
+        secret = given[7:]
+        digest = sha256(secret).hexdigest()
         found = self._tokens.peek(digest)
         if found is not None:
             return found
         if self._tokens.is_known(digest):
             return await run_sync(self._tokens.find, digest)
-        return await run_sync(self._tokens.try_secret, secret, (scope.get("client") or ("",))[0])
+        return await run_sync(self._tokens.try_secret, secret.decode("latin-1"), (scope.get("client") or ("",))[0])
 
     async def _begin_session(self, scope: Scope, row: Row | None, send: Send) -> Send:
         """`engram.session` is whoever the cookie is of; the answer sets one where there is none.
@@ -249,6 +251,7 @@ def _header(scope: Scope, name: bytes) -> bytes:
     return b""
 
 
+@lru_cache(64)
 def _is_from_here(authority: bytes) -> bool:
     """Whether `host`, `host:port` or `[address]:port` is this machine; an empty one is that of HTTP/1.0."""
     name = authority.decode("latin-1").lower()

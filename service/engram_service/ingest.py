@@ -47,7 +47,7 @@ from .acting import ACTING, SERVICE, Acting, Principal, on_behalf, principal
 from .database import Database
 from .receiving import ReceivedFile, fill
 from .settings import Settings
-from .tables import IngestRow
+from .tables import ExtractorRow, IngestRow
 
 ACTIVE: tuple[State, ...] = ("received", "selecting", "encoding")
 FINAL: tuple[State, ...] = tuple(state for state in get_args(State) if state not in ACTIVE)
@@ -364,7 +364,7 @@ def retry(session: Session, ingest_id: str) -> Ingest:
     """The ingest is queued again, behind all others of its buffer, as if its upload had just arrived.
 
     Raises:
-        NotFound: no such ingest.
+        NotFound: no such ingest, or the extractor that it asks for is gone.
         Conflict: it has not ended or has committed, its upload is not kept any more, or the buffer is frozen.
     """
     row = _row(session, ingest_id, is_locked=True)
@@ -379,6 +379,12 @@ def retry(session: Session, ingest_id: str) -> Ingest:
             f"the upload of ingest {ingest_id} is not kept any more, or was sent again (ENGRAM_FAILED_S, "
             "ENGRAM_FAILED_BYTES); upload its images again",
             ingest=ingest_id,
+        )
+    extractor = row.options.get("extractor")
+    if extractor is not None and session.get(ExtractorRow, extractor) is None:
+        raise NotFound(
+            f"extractor {extractor}, which ingest {ingest_id} asks for, is gone; register it again, then try again",
+            extractor=extractor,
         )
     was = {"state": row.state, "problem": row.problem, "attempts": row.attempts}
     if row.problem is not None:

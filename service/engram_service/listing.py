@@ -57,9 +57,9 @@ class _Candidates:
     """The exemplars of a task, a class, or all, numbered through."""
 
     def __init__(self, layout: Layout, filters: Filters, first: int = 0) -> None:
-        self._begins, counts = layout.stretches(filters.task, filters.class_id, first)
+        begins, counts = layout.stretches(filters.task, filters.class_id, first)
         self._ends = np.cumsum(counts)
-        self._shift = self._begins - (self._ends - counts)
+        self._shift = begins - (self._ends - counts)
         self.count = int(self._ends[-1]) if len(counts) else 0
 
     def rows(self, places: IntArray) -> IntArray:
@@ -220,8 +220,11 @@ def _numbers(values: npt.NDArray[Any]) -> list[Bin]:
     if values.dtype.kind in "iu":
         edges = np.unique(np.linspace(low, high + 1, _NUMBERS + 1).round())
     else:
-        # The largest value lies in the last bin, not on its end.
-        edges = np.linspace(low, np.nextafter(high, np.inf), _NUMBERS + 1)
+        # Edges are values that the field can have, so that filters by them cut where the bins do. The largest value
+        # lies in the last bin, not on its end.
+        edges = np.linspace(low, high, _NUMBERS + 1).astype(values.dtype)
+        edges[-1] = np.nextafter(edges[-1], np.array(np.finfo(values.dtype).max))
+        edges = np.unique(edges).astype(np.float64)
     return _between(values.astype(np.float64), edges)
 
 
@@ -242,7 +245,7 @@ def _passing(replay: Replay, view: View, rows: IntArray, filters: Filters) -> tu
     def look(exemplars: Exemplars, own: IntArray, places: IntArray) -> tuple[IntArray, int]:
         is_read = bool(filters.where) and exemplars.record_lengths is not None
         read = int(exemplars.record_lengths[places].sum(dtype=np.int64)) if is_read else 0  # type: ignore[index]
-        return own[filters.pass_(exemplars, places)], read
+        return own[filters.mask(exemplars, places)], read
 
     found = list(_from_packs(replay, view, rows, look))
     passing = [own + view.layout.pack_starts[at] for at, (own, _) in found]

@@ -28,7 +28,7 @@ from engram.packs import LoadedPack
 from engram.selection.embedding import BuiltinEmbedder, FloatArray
 
 from .replay import Replay, View
-from .samples import Sample
+from .samples import Sample, SampleFolder
 
 IntArray = npt.NDArray[np.int64]
 Points = npt.NDArray[np.float64]
@@ -56,8 +56,10 @@ def methods() -> list[MapMethod]:
     return ["pca", *(method for method, library in _LIBRARIES.items() if find_spec(library) is not None)]
 
 
-def of_task(replay: Replay, view: View, task: int, method: MapMethod, sample: Sample | None) -> TaskMap:
-    """The map of a task.
+def of_task(
+    replay: Replay, view: View, task: int, method: MapMethod, folder: SampleFolder, digest: str | None
+) -> TaskMap:
+    """The map of a task, with the originals of the sample of this digest.
 
     Raises:
         NotFound: the task holds no exemplar.
@@ -70,11 +72,11 @@ def of_task(replay: Replay, view: View, task: int, method: MapMethod, sample: Sa
             methods=methods(),
         )
     with _TURN:
-        key = ("map", task, method, None if sample is None else (len(sample), sample.draws.tobytes()))
+        key = "map", task, method, digest
         known = view.remembered.get(key)
         if isinstance(known, TaskMap):
             return known
-        found = _made(replay, view, task, method, sample)
+        found = _made(replay, view, task, method, None if digest is None else folder.get(digest))
         view.remember(key, found, _REMEMBERED)
         return found
 

@@ -134,6 +134,19 @@ class SampleFolder:
             return None
         return Sample.from_bytes(data)
 
+    def picture(self, digest: str, number: int) -> bytes | None:
+        """One original of a sample as a PNG file, without reading the others; None if it is not there."""
+        try:
+            with (self.folder / digest).open("rb") as file:
+                sizes = json.loads(file.readline())["bytes"]
+                if not 0 <= number < len(sizes):
+                    return None
+                file.seek(sum(sizes[:number]), os.SEEK_CUR)
+                return file.read(sizes[number])
+        except (OSError, ValueError) as error:
+            logger.warning("a sample of originals cannot be read: %s", error)
+            return None
+
     def old(self, older_than_s: float) -> Iterator[Path]:
         """Files of samples, or that were to become some, which were written so long ago."""
         now = time.time()
@@ -169,10 +182,9 @@ class OfBuffer(Mapping[int, Sample]):
         return len(self._digests)
 
 
-def of_task(session: Session, folder: SampleFolder, buffer: str, task: int) -> Sample | None:
-    """The originals that are kept of a task, None if there are none."""
-    row = session.get(TaskRow, (buffer, task))
-    return None if row is None or row.sample is None else folder.get(row.sample)
+def of_task(session: Session, buffer: str, task: int) -> str | None:
+    """The digest of the sample that a task has, None if it has none."""
+    return session.scalar(select(TaskRow.sample).where(TaskRow.buffer == buffer, TaskRow.task == task))
 
 
 def draw(images: Images, per_class: int, seed: str) -> Sample | None:

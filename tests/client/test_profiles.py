@@ -7,7 +7,7 @@ import string
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner, Result
 
@@ -43,6 +43,7 @@ def test_what_is_written_is_read_and_nobody_else_can_read_it(file: Path) -> None
     assert "engram_1" not in repr(Profile("u", "engram_1"))
 
 
+@settings(max_examples=30)
 @given(url=st.text(st.characters(exclude_categories=["Cs"])), token=st.text(st.characters(exclude_categories=["Cs"])))
 def test_any_text_survives(tmp_path_factory: pytest.TempPathFactory, url: str, token: str) -> None:
     with pytest.MonkeyPatch.context() as patch:

@@ -34,6 +34,11 @@ RULES = {
     "change_buffer": "something is changed; names of classes are printable and no numbers",
     "remove_exemplars": "a class or a key is named",
     "relabel_exemplars": "a class or a key is named",
+    "list_exemplars": "filters name fields that there are, in a grammar",
+    "read_histogram": "filters and what is counted name fields that there are",
+    "read_exemplar": "the quality is below that of the exemplar",
+    "read_map": "the method is one that is installed",
+    "list_draws": "the cursor is `next` of a page",
     "create_token": "its name is not that of somebody without a token",
     "upload": "the body is a tar, of the digest that a header states",
 }

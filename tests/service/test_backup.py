@@ -6,6 +6,7 @@ import fcntl
 import hashlib
 import json
 import os
+import shutil
 import signal
 import sqlite3
 import threading
@@ -59,10 +60,11 @@ def elsewhere(tmp_path: Path) -> Settings:
     return Settings(data_dir=tmp_path / "elsewhere", workers=0)
 
 
-@pytest.fixture
-def filled(database: Database, settings: Settings) -> Database:
+@pytest.fixture(scope="module")
+def prepared(migrated: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three tasks, a snapshot of two of them, a waiting upload, an extractor, a token and somebody logged in."""
-    store = PackStore(settings.packs_dir)
+    settings = Settings(data_dir=shutil.copytree(migrated, tmp_path_factory.mktemp("prepared") / "data"))
+    database, store = Database(settings), PackStore(settings.packs_dir)
     create(database)
     for task in range(2):
         fill(database, settings, task, {task: 12})
@@ -81,6 +83,19 @@ def filled(database: Database, settings: Settings) -> Database:
             )
         )
         session.add(SessionRow(id_sha256="cafe" * 16, token_sha256="5e" * 32, created_at=1.0, expires_at=2e9))
+    database.close()
+    return settings.data_dir
+
+
+@pytest.fixture
+def settings(prepared: Path, tmp_path: Path) -> Settings:
+    """Of a service with all of that, in a folder of the test's own."""
+    return Settings(data_dir=shutil.copytree(prepared, tmp_path / "data"))
+
+
+@pytest.fixture
+def filled(database: Database) -> Database:
+    """Its database."""
     return database
 
 
@@ -318,7 +333,7 @@ def test_a_pack_without_a_file_does_not_keep_the_rest_from_being_backed_up(
 
 
 @pytest.mark.parametrize("what", ["packs/*/*", "uploads/*", "extractors/*", "samples/*", "*/engram.sqlite"])
-@pytest.mark.parametrize("how", ["changed", "missing"])
+@pytest.mark.parametrize("how", ["changed", pytest.param("missing", marks=pytest.mark.slow)])
 def test_a_damaged_copy_is_not_restored(
     filled: Database, settings: Settings, folder: Path, elsewhere: Settings, what: str, how: str
 ) -> None:

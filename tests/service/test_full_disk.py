@@ -11,7 +11,8 @@ import pytest
 
 from engram import Client
 from engram.errors import StorageFull, Unavailable
-from engram_service import storage
+from engram.oversight import TokenCreate
+from engram_service import storage, tokens
 from engram_service.app import create_app
 from engram_service.collect import collect
 from engram_service.database import Database
@@ -44,27 +45,32 @@ def full(tmp_path: Path) -> Iterator[ServiceThread]:
             session.connection().exec_driver_sql("UPDATE ingests SET state = 'committed'")
         for path in settings.spool_dir.iterdir():
             path.unlink()
+        with database.session() as session:
+            tokens.create(session, TokenCreate(name="trainer"))
         fill_up(disk / "others")
         assert free_bytes(disk) == 0
         yield service
         service.stop()
 
 
-CHANGES: dict[str, Callable[[httpx.Client], httpx.Response]] = {
-    "delete a task": lambda client: client.delete("/v1/buffers/b/tasks/1"),
-    "delete a buffer": lambda client: client.delete("/v1/buffers/b"),
-    "shrink a budget": lambda client: client.patch("/v1/buffers/b", json={"budget_bytes": 60_000}),
-    "remove a class": lambda client: client.delete("/v1/buffers/b/exemplars?class_id=2"),
+CHANGES: dict[str, tuple[str, Callable[[httpx.Client], httpx.Response]]] = {
+    "delete a task": ("task.delete", lambda client: client.delete("/v1/buffers/b/tasks/1")),
+    "delete a buffer": ("buffer.delete", lambda client: client.delete("/v1/buffers/b")),
+    "shrink a budget": ("buffer.change", lambda client: client.patch("/v1/buffers/b", json={"budget_bytes": 60_000})),
+    "remove a class": ("exemplars.remove", lambda client: client.delete("/v1/buffers/b/exemplars?class_id=2")),
 }
+"""What each is in the audit, and how it is done."""
 
 
 @pytest.mark.parametrize("name", CHANGES)
 def test_what_frees_room_works_on_a_full_disk_and_frees_it_at_once(full: ServiceThread, name: str) -> None:
     store: PackStore = full.state.store
     before = sum(store.path(digest).stat().st_size for digest, _ in store.digests())
+    action, change = CHANGES[name]
     with http(full) as client:
-        answer = CHANGES[name](client)
+        answer = change(client)
         assert answer.status_code in (200, 204), answer.text
+        assert client.get("/v1/audit?limit=1").json()["entries"][0]["action"] == action
         left = {pack["digest"] for pack in client.get("/v1/buffers/c/manifest").json()["packs"]}
         if name != "delete a buffer":
             left |= {pack["digest"] for pack in client.get("/v1/buffers/b/manifest").json()["packs"]}
@@ -72,6 +78,13 @@ def test_what_frees_room_works_on_a_full_disk_and_frees_it_at_once(full: Service
             assert client.get("/v1/buffers/b/draw?size=50").status_code == 200
     assert {digest for digest, _ in store.digests()} == left
     assert sum(store.path(digest).stat().st_size for digest in left) < before
+
+
+def test_a_token_can_be_revoked_on_a_full_disk(full: ServiceThread) -> None:
+    with http(full) as client:
+        made = [token["id"] for token in client.get("/v1/tokens").json()["tokens"]]
+        assert [client.delete(f"/v1/tokens/{token_id}").status_code for token_id in made] == [200]
+        assert client.get("/v1/audit?limit=1").json()["entries"][0]["action"] == "token.revoke"
 
 
 @pytest.mark.slow

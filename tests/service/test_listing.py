@@ -24,7 +24,7 @@ from engram.selection.images import ArrayImages
 from engram_service import buffers, filters, listing
 from engram_service.commit import commit
 from engram_service.database import Database
-from engram_service.filters import Filters
+from engram_service.filters import Condition, Filters
 from engram_service.listing import histogram, page
 from engram_service.replay import Replay, View
 from engram_service.settings import Settings
@@ -227,6 +227,21 @@ def test_many_different_numbers_are_counted_in_bins(
     view.remembered.clear()
     assert [(each.low, each.high) for each in found.bins] == [(-3, -1), (-1, 2), (2, 4)]
     assert sum(each.exemplars for each in found.bins) == found.counted == found.exemplars
+
+
+@given(values=st.lists(st.floats(-3, 3, width=32), min_size=40, max_size=80, unique=True))
+@settings(max_examples=30)
+def test_bins_of_numbers_hold_what_filters_by_their_ends_find(values: list[float]) -> None:
+    column = np.array(values, np.float32)
+    bins = listing._numbers(column)
+    assert sum(each.exemplars for each in bins) == len(values)
+    for each in bins:
+        low, high = (
+            Condition.parse(f"score:{op}:{end!r}", SCHEMA) for op, end in (("ge", each.low), ("lt", each.high))
+        )
+        data, places = np.frombuffer(column.tobytes(), np.uint8), np.arange(len(column)) * 4
+        sizes = np.full(len(column), 4)
+        assert (low.holds(data, places, sizes) & high.holds(data, places, sizes)).sum() == each.exemplars
 
 
 def test_of_very_many_exemplars_a_field_is_counted_on_evenly_spread_ones(

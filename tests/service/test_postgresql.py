@@ -314,9 +314,9 @@ def test_originals_come_and_go_with_what_they_are_of(database: Database, setting
     remove(database, store, "b", Where(class_id=1))
     with database.reading() as session:
         folder = SampleFolder(settings.samples_dir)
-        kept = {name: samples.of_task(session, folder, name, 0) for name in ("b", "f")}
+        kept = {name: samples.OfBuffer(session, folder, name)[0] for name in ("b", "f")}
         again = decisions.what_if(session, "b", 0, WhatIfAsk(epsilon=0.5))
-    assert {name: {*sample.class_ids.tolist()} for name, sample in kept.items() if sample} == {"b": {0}, "f": {0, 1}}
+    assert {name: {*sample.class_ids.tolist()} for name, sample in kept.items()} == {"b": {0}, "f": {0, 1}}
     assert again.epsilon == 0.5
     assert collect(database, store, settings.model_copy(update={"grace_s": 0})).samples == 0
     with database.session() as session:

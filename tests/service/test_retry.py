@@ -11,6 +11,7 @@ from sqlalchemy import select, update
 from engram.errors import Conflict, NotFound
 from engram.schemas import BufferChange, ForkCreate, Ingest
 from engram_service import buffers, commit, ingest, work
+from engram_service.acting import ACTING, Acting, Principal
 from engram_service.collect import collect
 from engram_service.database import Database
 from engram_service.settings import Settings
@@ -234,6 +235,26 @@ def test_nothing_is_tried_again_in_a_snapshot_or_a_buffer_that_is_gone(
         retry(database, queued)
     collect(database, store, settings)
     assert spooled(settings) == set()
+
+
+def test_an_ingest_of_another_prefix_is_not_there_to_be_tried_again(database: Database, settings: Settings) -> None:
+    create(database)
+    queued = queue(database, settings, BODY)
+    cancel(database, queued)
+    for prefix, is_theirs in (("c", False), ("b", True)):
+        token = ACTING.set(Acting(Principal("somebody", "write", prefix=prefix), "r1"))
+        try:
+            if is_theirs:
+                retry(database, queued)
+            else:
+                with pytest.raises(NotFound):
+                    retry(database, queued)
+        finally:
+            ACTING.reset(token)
+    with database.reading() as session:
+        row = session.get_one(IngestRow, queued.id)
+        # What its worker does now is done on their behalf.
+        assert (row.who, row.request_id) == ("somebody", "r1")
 
 
 def test_only_the_last_failures_are_remembered(database: Database, store: PackStore, settings: Settings) -> None:

@@ -188,3 +188,16 @@ def test_a_damaged_sample_is_as_good_as_none(database: Database, settings: Setti
     assert held(database, settings) == {}
     upload(database, settings, pictures(1, 3), [0, 0, 0])
     assert len(held(database, settings)[0]) == 3
+
+
+def test_one_original_is_read_without_the_others(database: Database, settings: Settings) -> None:
+    make(database, fields={})
+    upload(database, settings, pictures(0, 3), [0, 0, 0])
+    folder = SampleFolder(settings.samples_dir)
+    with database.reading() as session:
+        digest = samples.of_task(session, "b", 0)
+    assert digest is not None
+    (sample,) = held(database, settings).values()
+    assert [folder.picture(digest, number) for number in range(4)] == [*sample.pictures, None]
+    assert folder.picture(digest, -1) is None
+    assert folder.picture("0" * 64, 0) is None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import signal
+import stat
 from collections.abc import Callable
 from pathlib import Path
 
@@ -98,3 +99,9 @@ def test_a_port_that_is_taken_is_said_in_one_line(served: ServiceThread, tmp_pat
 def test_a_setting_that_is_wrong_is_said_in_one_line() -> None:
     ended = CliRunner().invoke(cli.app, ["serve", "--port", "70000"])
     assert (ended.exit_code, ended.stderr.splitlines()[0][:21]) == (2, "engram-service: port:")
+
+
+def test_what_the_service_keeps_is_of_its_user_alone(tmp_path: Path) -> None:
+    settings = Settings(data_dir=tmp_path / "data")
+    settings.make_folders()
+    assert {stat.S_IMODE(folder.stat().st_mode) for folder in settings.folders} == {0o700}

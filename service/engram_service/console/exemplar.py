@@ -105,10 +105,11 @@ def show_original(
     """One original of those that are kept of a task, as it was uploaded."""
     with database.reading() as session:
         buffers.find(session, buffer)
-        found = samples.of_task(session, SampleFolder(settings.samples_dir), buffer, task)
-    if found is None or not 0 <= number < len(found):
+        digest = samples.of_task(session, buffer, task)
+    picture = None if digest is None else SampleFolder(settings.samples_dir).picture(digest, number)
+    if picture is None:
         raise NotFound(f"task {task} of buffer {buffer!r} keeps no original {number}", buffer=buffer, task=task)
-    return Response(found.pictures[number], media_type="image/png", headers={"Cache-Control": "private, max-age=60"})
+    return Response(picture, media_type="image/png", headers={"Cache-Control": "private, max-age=60"})
 
 
 def place_in(entry: PackEntry, row: int) -> tuple[int, int]:

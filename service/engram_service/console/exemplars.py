@@ -29,6 +29,9 @@ PAGE = 120
 MAX_COUNTED_FIELDS = 4
 """Fields that are counted beside class and bytes."""
 
+MAX_LISTED = 300
+"""Tasks, or classes, that can be chosen from a list; the number of one of more is typed."""
+
 _QUERY = ("task", "class_id", "min_bytes", "max_bytes", "where")
 
 Number = Annotated[str, Form()]
@@ -70,7 +73,8 @@ def show_exemplars(
         has_key=view.schema.has_key,
         total=_total(view, asked),
         conditions=[(text, [other for other in asked.where if other != text]) for text in asked.where],
-        strips=_strips(view, asked),
+        strip=_strip(view, asked),
+        most_listed=MAX_LISTED,
         gone=gone_when(settings.grace_s),
     )
 
@@ -205,13 +209,12 @@ def _total(view: View, asked: Asked) -> int:
     return int(view.layout.stretches(asked.task, asked.class_id)[1].sum())
 
 
-def _strips(view: View, asked: Asked) -> list[tuple[int, str]]:
-    """The packs of the tasks asked for: (task, digest)."""
-    return [
-        (entry.task, entry.digest)
-        for entry in (view.entry(at) for at in range(min(len(view.digests), 1000)))
-        if asked.task == entry.task
-    ]
+def _strip(view: View, asked: Asked) -> str | None:
+    """The pack of the task asked for."""
+    if asked.task is None:
+        return None
+    begins, _ = view.layout.stretches(asked.task, None)
+    return view.digests[int(view.layout.locate(begins[:1]).packs[0])] if len(begins) else None
 
 
 def _meant(

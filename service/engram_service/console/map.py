@@ -36,8 +36,8 @@ def show_map(
     view = replay.view(buffer, None)
     with database.reading() as session:
         whole = buffers.read(session, buffer)
-        sample = samples.of_task(session, SampleFolder(settings.samples_dir), buffer, task)
-    found = maps.of_task(replay, view, task, method, sample)
+        digest = samples.of_task(session, buffer, task)
+    found = maps.of_task(replay, view, task, method, SampleFolder(settings.samples_dir), digest)
     classes = sorted({each.class_id for each in (*found.points, *found.originals)})
     return render(
         request,

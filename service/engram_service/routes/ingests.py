@@ -144,8 +144,6 @@ def retry(database: DatabasePart, response: Response, ingest_id: str) -> Ingest:
     """Queue an ingest again that failed or was cancelled, from the upload that is kept of it (see `can_retry`)."""
     with database.session() as session:
         queued = ingest.retry(session, ingest_id)
-        if queued.options.extractor is not None:
-            extractors.read(session, queued.options.extractor)
     response.headers["Location"] = f"/v1/ingests/{ingest_id}"
     return queued
 

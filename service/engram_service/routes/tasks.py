@@ -51,8 +51,8 @@ def read_map(
     """Read a two-dimensional layout of a task's exemplars, at most 2,000, and of the originals kept beside them."""
     view = replay.view(buffer, None)
     with database.reading() as session:
-        sample = samples.of_task(session, SampleFolder(settings.samples_dir), buffer, task)
-    return maps.of_task(replay, view, task, method, sample)
+        digest = samples.of_task(session, buffer, task)
+    return maps.of_task(replay, view, task, method, SampleFolder(settings.samples_dir), digest)
 
 
 @router.delete("/{task}", status_code=204)

@@ -17,9 +17,10 @@ from PIL import Image
 from engram import tar
 from engram.schemas import BufferCreate, IngestOptions
 from engram_service import buffers
+from engram_service.console import exemplars
 from engram_service.console.exemplar import boxes, described
 from tests.contents import create, pictures
-from tests.servers import ServiceThread
+from tests.servers import ServiceThread, http
 from tests.uploads import final, queue, work_through
 
 FIELDS = {"key": "utf8", "score": "float32", "boxes": "float32 [any, 4]", "flag": "bool"}
@@ -211,6 +212,41 @@ def test_a_frozen_buffer_offers_no_change(
     assert "Delete" not in page("/console/buffers/f/exemplars", class_id=0)
 
 
+def test_changes_are_offered_to_those_who_may_make_them(serve_thread: Callable[..., ServiceThread]) -> None:
+    served = serve_thread(admin_token="of the environment".replace(" ", "-"))
+    create(served.state.database)
+    upload(served, 0, pictures(0, 4), np.arange(4) % 2)
+    with http(served, "of-the-environment") as admin:
+        tokens = {
+            scope: admin.post("/v1/tokens", json={"name": scope, "scope": scope}).json() for scope in ("read", "write")
+        }
+        other = admin.post("/v1/tokens", json={"name": "other", "scope": "write", "prefix": "x"}).json()
+    for token, offered in ((tokens["read"], False), (tokens["write"], True), (other, None)):
+        with http(served) as browser:
+            csrf = csrf_of(browser.get("/console/login").text)
+            browser.post("/console/login", data={"csrf": csrf, "token": token["token"]})
+            for path in ("exemplars?class_id=0", "tasks/0", "tasks/0/map", "histograms"):
+                answer = browser.get(f"/console/buffers/b/{path}")
+                assert answer.status_code == (403 if offered is None else 200)
+            grid = browser.get("/console/buffers/b/exemplars?class_id=0")
+            assert ("Delete" in grid.text) == bool(offered)
+            if offered:
+                continue
+            fields = {"csrf": csrf_of(grid.text), "class_id": "0", "confirm": "delete 0"}
+            assert browser.post("/console/buffers/b/exemplars/remove", data=fields).status_code == 403
+    with http(served, "of-the-environment") as admin:
+        assert admin.get("/v1/buffers/b").json()["exemplars"] == 4
+
+
+def test_of_very_many_classes_the_number_is_typed(
+    filled: ServiceThread, page: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(exemplars, "MAX_LISTED", 2)
+    found = page("/console/buffers/b/exemplars", class_id=1)
+    assert re.search(r'<input name="class_id" type="text" value="1"', found)
+    assert '<select name="task">' in found
+
+
 def test_the_confirmation_says_when_it_is_gone_from_where(page: Callable[..., str], filled: ServiceThread) -> None:
     said = page("/console/buffers/b/exemplars", class_id=0)
     for part in ("mirrors at their next sync", "10 minutes", "backups as long as you keep them", "snapshots and forks"):
@@ -285,3 +321,34 @@ def test_values_are_written_as_people_write_them() -> None:
     assert described(np.array(0.1, np.float32)) == "0.1"
     assert described(np.array([1, 2], np.int16)) == "int16 [2]: 1, 2"
     assert described(np.zeros((10, 10), np.float32)).endswith(", …")
+
+
+def test_an_empty_buffer_has_an_empty_grid(
+    client: httpx.Client, served: ServiceThread, page: Callable[..., str]
+) -> None:
+    create(served.state.database)
+    assert "There is no exemplar" in page("/console/buffers/b/exemplars")
+    assert "<figure" not in page("/console/buffers/b/histograms")
+
+
+def test_an_exemplar_of_an_older_generation_is_shown_as_such_and_cannot_be_changed(
+    client: httpx.Client, filled: ServiceThread, page: Callable[..., str]
+) -> None:
+    first = listed(client, task=0)[0]
+    path = f"/console/buffers/b/exemplars/{first['pack']}/{first['row']}"
+    assert "older generation" not in page(path)
+    act(client, "remove", pack=first["pack"], row=first["row"])
+    assert "of an older generation" in page(path)
+    assert "Delete" not in page(path)
+    assert act(client, "remove", pack=first["pack"], row=first["row"]).status_code == 404
+
+
+def test_a_damaged_exemplar_is_a_problem_on_a_page(client: httpx.Client, filled: ServiceThread) -> None:
+    first = listed(client, task=0)[0]
+    filled.state.store.delete(first["pack"])
+    filled.state.cache.forget(first["pack"])
+    for path in ("", "/picture", "/picture?quality=10"):
+        answer = client.get(f"/console/buffers/b/exemplars/{first['pack']}/{first['row']}{path}")
+        assert (answer.status_code, answer.headers["content-type"]) == (503, "text/html; charset=utf-8")
+    assert client.get(f"/console/buffers/b/packs/{first['pack']}/picture").status_code == 503
+    assert client.get("/console/buffers/b/exemplars").status_code == 200

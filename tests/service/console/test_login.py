@@ -96,6 +96,11 @@ def test_the_cookie_is_for_the_console_and_no_script(guarded: ServiceThread, bro
         assert answer.status_code == 401
 
 
+def test_behind_a_proxy_with_tls_the_cookie_is_for_tls_alone(browser: httpx.Client) -> None:
+    page = browser.get("/console/login", headers={"X-Forwarded-Proto": "https"})
+    assert "; Secure" in page.headers["Set-Cookie"]
+
+
 def test_a_bearer_token_opens_no_page(admin: httpx.Client) -> None:
     assert admin.get("/console").status_code == 303
 
