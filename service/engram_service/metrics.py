@@ -18,7 +18,7 @@ import os
 import platform
 import time
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from prometheus_client import CollectorRegistry, ProcessCollector
@@ -141,7 +141,7 @@ class Metrics(Collector):
         """How many are open: the server tells it once it runs."""
         self._served, self._database, self._cache, self._settings = served, database, cache, settings
         self._liveness = Liveness(settings)
-        self._ratios: dict[str, tuple[float, int, float | None]] = {}
+        self._known: dict[str, tuple[tuple[float, int, int], float | None, int]] = {}
         self._beats: dict[str, tuple[int, float]] = {}
         self._registry = CollectorRegistry()
         self._registry.register(self)
@@ -194,9 +194,9 @@ class Metrics(Collector):
             taken.add_metric([part], getattr(used, f"{part}_bytes"))
         yield taken
 
-    def _of_buffers(self, session: Session, rows: Iterable[BufferRow]) -> Iterator[Metric]:
+    def _of_buffers(self, session: Session, rows: Sequence[BufferRow]) -> Iterator[Metric]:
         held = _held(session)
-        limits = _limits(session, rows)
+        details = self._details(session, rows)
         used = _of_buffer("used_bytes", "Bytes of the packs of the current generation.")
         limit = _of_buffer("limit_bytes", "What used_bytes never exceeds.")
         exemplars = _of_buffer("exemplars", "Exemplars.")
@@ -204,30 +204,30 @@ class Metrics(Collector):
         generation = _of_buffer("generation", "The current generation.")
         quality = _of_buffer("quality", "JPEG quality of all exemplars; absent before there is one.")
         ratio = _of_buffer("decision_ratio", "R of the quality that the last decision chose; 1 is lossless.")
-        found_ratios = self._chosen_ratios(session, rows)
         for row in rows:
             size, count, packs = held.get(row.name, (0, 0, 0))
             used.add_metric([row.name], size)
-            limit.add_metric([row.name], limits[row.name])
+            chosen, limit_bytes = details[row.name]
+            limit.add_metric([row.name], limit_bytes)
             exemplars.add_metric([row.name], count)
             tasks.add_metric([row.name], packs)
             generation.add_metric([row.name], row.generation)
             if row.quality is not None:
                 quality.add_metric([row.name], row.quality)
-            chosen = found_ratios[row.name]
             if chosen is not None:
                 ratio.add_metric([row.name], chosen)
         yield from (used, limit, exemplars, tasks, generation, quality, ratio)
 
-    def _chosen_ratios(self, session: Session, rows: Iterable[BufferRow]) -> dict[str, float | None]:
-        """R of the choice in the last task of each buffer that has a decision; read once for each generation."""
-        known, self._ratios = self._ratios, {}
-        for row in rows:
-            held = known.get(row.name)
-            if held is None or held[:2] != (row.created_at, row.generation):
-                held = row.created_at, row.generation, _last_ratio(session, row.name)
-            self._ratios[row.name] = held
-        return {name: ratio for name, (_, _, ratio) in self._ratios.items()}
+    def _details(self, session: Session, rows: Sequence[BufferRow]) -> dict[str, tuple[float | None, int]]:
+        """R of the last choice in each buffer, and its limit; read once for each generation."""
+        known, self._known = self._known, {}
+        keys = {row.name: (row.created_at, row.generation, row.budget_bytes) for row in rows}
+        changed = [row for row in rows if row.name not in known or known[row.name][0] != keys[row.name]]
+        limits = _limits(session, changed)
+        self._known = {name: known[name] for name in keys if name not in limits}
+        for row in changed:
+            self._known[row.name] = keys[row.name], _last_ratio(session, row.name), limits[row.name]
+        return {name: (ratio, limit) for name, (_, ratio, limit) in self._known.items()}
 
     def _alive(self, session: Session) -> int:
         """Workers whose counters have moved of late, by the stopwatch of this process; all at the first look."""

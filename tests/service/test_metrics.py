@@ -372,9 +372,13 @@ def test_one_page_has_what_all_processes_did_also_those_that_were_killed(
 
 
 @pytest.mark.slow
-def test_a_page_of_100_buffers_of_20_tasks_takes_less_than_50_ms(client: httpx.Client, served: ServiceThread) -> None:
+def test_a_page_of_100_buffers_of_20_tasks_takes_less_than_50_ms(served: ServiceThread) -> None:
     many_buffers(served.state.database, 100, 20)
-    took = [value(scrape(client), "scrape_seconds") or 9.0 for _ in range(6)]
+    took = []
+    for _ in range(6):
+        began = time.thread_time()
+        served.state.metrics.page("")
+        took.append(time.thread_time() - began)
     assert min(took[1:]) < 0.05, took
 
 
