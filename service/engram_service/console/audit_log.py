@@ -40,22 +40,15 @@ def list_audit(
             limit=PAGE,
             before=int(cursor) if cursor else None,
         )
+    entries = [(entry, _changes(entry)) for entry in found.entries]
     given = {"buffer": buffer, "who": who, "action": action}
     filters = urlencode({key: value for key, value in given.items() if value})
     twin = f"/v1/audit?{filters}" if filters else "/v1/audit"
-    return render(
-        request,
-        "audit.html",
-        page=found,
-        changed={entry.id: changes(entry) for entry in found.entries},
-        given=given,
-        kinds=KINDS,
-        twin=twin,
-    )
+    return render(request, "audit.html", entries=entries, next=found.next, given=given, kinds=KINDS, twin=twin)
 
 
-def changes(entry: AuditEntry) -> list[tuple[str, Any, Any]]:
-    """Each value that a change has changed: its name, what it was and what it became; None where there was nothing."""
+def _changes(entry: AuditEntry) -> list[tuple[str, Any, Any]]:
+    """Name, before and after of whatever was there before or is there now, but for what stayed as it was."""
     before, after = entry.before or {}, entry.after or {}
-    both = [(name, before.get(name), after.get(name)) for name in {**before, **after}]
-    return [(name, was, became) for name, was, became in both if was != became]
+    names = dict.fromkeys([*before, *after])
+    return [(name, before.get(name), after.get(name)) for name in names if before.get(name) != after.get(name)]
