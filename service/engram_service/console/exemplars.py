@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, NamedTuple
 
 from fastapi import APIRouter, Form, Request, Response
@@ -240,7 +241,7 @@ def _meant(
 def _integer(what: str, text: str, most: int) -> int | None:
     if not text:
         return None
-    if not text.isascii() or not text.isdigit() or int(text) > most:
+    if re.fullmatch("[0-9]{1,10}", text) is None or int(text) > most:
         raise InvalidRequest(f"{what} is a number in 0..{most}, got {text[:40]!r}")
     return int(text)
 

@@ -204,6 +204,14 @@ def test_a_form_that_names_nothing_changes_nothing(
     assert client.get("/v1/buffers/b").json()["generation"] == generation
 
 
+def test_a_number_without_end_is_a_slip_and_no_defect(client: httpx.Client, filled: ServiceThread) -> None:
+    endless = "1" * 5000
+    for fields in ({"class_id": endless}, {"task": endless}, {"pack": "x", "row": endless}):
+        for what in ("remove", "relabel"):
+            assert act(client, what, to="1", **fields).status_code == 422, fields
+    assert act(client, "relabel", class_id="0", to=endless).status_code == 422
+
+
 def test_a_frozen_buffer_offers_no_change(
     client: httpx.Client, filled: ServiceThread, page: Callable[..., str]
 ) -> None:
