@@ -39,11 +39,6 @@ RULES = {
     "read_exemplar": "the quality is below that of the exemplar",
     "read_map": "the method is one that is installed",
     "list_draws": "the cursor is `next` of a page",
-    "list_exemplars": "conditions are on fields that the buffer has",
-    "read_histogram": "conditions are on fields that the buffer has",
-    "read_exemplar": "a lower quality lies below the one that the exemplar is stored at",
-    "read_map": "the method is one whose library is there",
-    "list_draws": "a cursor is the `next` of a page",
     "create_token": "its name is not that of somebody without a token",
     "upload": "the body is a tar, of the digest that a header states",
 }
