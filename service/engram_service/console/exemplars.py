@@ -228,8 +228,10 @@ def _meant(
     """
     if pack:
         number = _integer("row", row, 2**31 - 1)
+        if number is None:
+            raise InvalidRequest(f"say which row of pack {pack[:64]} is meant")
         with database.reading() as session:
-            return commit.place_of(session, buffer, pack, number or 0)
+            return commit.place_of(session, buffer, pack, number)
     where = Where(
         task=_integer("task", task, MAX_TASK),
         class_id=_integer("class id", class_id, MAX_CLASS_ID),

@@ -67,6 +67,8 @@ def test_the_login_leads_to_no_other_place(guarded: ServiceThread, browser: http
         "/consolex",
         "/console/../v1/buffers",
         "/console/..",
+        "/console/%2e%2e/%2E./v1/buffers",
+        "/console/.%2e",
         "/console\\..\\x",
         "/console/x\n",
         "/console@evil.example",
