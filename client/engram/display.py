@@ -6,6 +6,7 @@ What is read from a pipe has no width: there nothing is folded and no name is cu
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
@@ -22,11 +23,12 @@ from engram.schemas import Answer, Buffer, Candidate, Decision, Definition, Exem
 
 _NAMES_SHOWN = 8
 _NO_WIDTH = 100_000
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 
 def say(text: str) -> None:
     """A line on standard output."""
-    typer.echo(text)
+    typer.echo(_plain(text))
 
 
 def as_json(found: Answer | Sequence[Answer] | Mapping[str, Any]) -> None:
@@ -41,7 +43,7 @@ def as_json(found: Answer | Sequence[Answer] | Mapping[str, Any]) -> None:
 
 def fail(message: str) -> NoReturn:
     """One line on standard error, and exit code 1."""
-    typer.echo(f"error: {message}", err=True)
+    typer.echo(_plain(f"error: {message}"), err=True)
     raise typer.Exit(1)
 
 
@@ -117,7 +119,7 @@ def task(found: Task) -> None:
         table.add_column("name")
     for row in found.classes:
         numbers = (row.class_id, row.seen, row.exemplars, row.bytes, row.share_bytes)
-        table.add_row(*(f"{value:,}" for value in numbers), *([escape(row.name or "-")] if is_named else []))
+        table.add_row(*(f"{value:,}" for value in numbers), *([_cell(row.name or "-")] if is_named else []))
     _print(table)
     if found.decision is not None:
         _decision(found.decision)
@@ -170,7 +172,7 @@ def exemplars(found: Sequence[Exemplar]) -> None:
         table.add_column("key")
     for each in found:
         numbers = (each.row, each.task, each.class_id, each.rank, each.bytes, each.quality)
-        table.add_row(each.pack, *map(str, numbers), *([escape(each.key or "-")] if has_keys else []))
+        table.add_row(each.pack, *map(str, numbers), *([_cell(each.key or "-")] if has_keys else []))
     _print(table)
 
 
@@ -181,7 +183,7 @@ def histogram(found: Histogram) -> None:
     most = max((each.exemplars for each in found.bins), default=1)
     for each in found.bins:
         value = f"{each.low:g} to {each.high:g}" if each.low is not None and each.high is not None else str(each.value)
-        table.add_row(escape(value), f"{each.exemplars:,}", "#" * round(40 * each.exemplars / max(1, most)))
+        table.add_row(_cell(value), f"{each.exemplars:,}", "#" * round(40 * each.exemplars / max(1, most)))
     _print(table)
     say(f"{found.counted:,} of {found.exemplars:,} exemplars are counted, {found.others:,} of them in no line")
 
@@ -246,8 +248,8 @@ def tokens(found: Sequence[Token]) -> None:
         if each.revoked_at is not None:
             state = f"revoked {_time(each.revoked_at)}"
         buffers = f"{each.prefix}*" if each.prefix else "all"
-        created = (_time(each.created_at), escape(each.created_by))
-        table.add_row(each.id, escape(each.name), each.scope, buffers, *created, used, state)
+        created = (_time(each.created_at), _cell(each.created_by))
+        table.add_row(each.id, _cell(each.name), each.scope, buffers, *created, used, state)
     _print(table)
 
 
@@ -256,7 +258,7 @@ def audit(found: Sequence[AuditEntry]) -> None:
     table = _table("when", "who", "action", "buffer", "what", "request", left=6)
     for each in found:
         words = (each.who, each.action, each.buffer or "-", each.subject or "-", each.request_id or "-")
-        table.add_row(_time(each.at), *map(escape, words))
+        table.add_row(_time(each.at), *map(_cell, words))
     _print(table)
 
 
@@ -267,7 +269,7 @@ def draws(found: Sequence[Served]) -> None:
         table.add_column(heading, justify="right")
     for each in found:
         numbers = (f"{number:,}" for number in (each.task, each.class_id, each.exemplars, each.bytes))
-        table.add_row(each.buffer, escape(each.who), *numbers, _time(each.last_at))
+        table.add_row(each.buffer, _cell(each.who), *numbers, _time(each.last_at))
     _print(table)
 
 
@@ -317,7 +319,17 @@ def _names(found: Task) -> str:
     """The classes of a task as a cell: their names, the ids of those that have none."""
     shown = [row.name or str(row.class_id) for row in found.classes[:_NAMES_SHOWN]]
     more = len(found.classes) - len(shown)
-    return escape(", ".join(shown) + (f" and {more:,} more" if more else ""))
+    return _cell(", ".join(shown) + (f" and {more:,} more" if more else ""))
+
+
+def _cell(text: str) -> str:
+    """A text in a table: what others have uploaded is no markup, and nothing that a terminal obeys."""
+    return escape(_plain(text).replace("\n", "\\n"))
+
+
+def _plain(text: str) -> str:
+    """The text, its control characters but the ends of lines written as escapes."""
+    return _CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
 def _table(*headings: str, left: int = 0) -> Table:

@@ -23,7 +23,7 @@ MapMethod = Literal["pca", "tsne", "umap"]
 MAX_NEW_CLASSES = 10_000
 """Of one forecast."""
 
-TokenName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9 ._@-]{0,99}$")]
+TokenName = Annotated[str, Field(pattern=r"^[A-Za-z0-9]([A-Za-z0-9 ._@-]{0,98}[A-Za-z0-9._@-])?$")]
 BufferPrefix = Annotated[str, Field(pattern=r"^([a-z0-9][a-z0-9._-]{0,62})?$")]
 
 
@@ -45,7 +45,7 @@ class TokenCreate(Model):
     scope: TokenScope = "read"
     prefix: BufferPrefix = ""
     expires_in_s: Annotated[float, Field(gt=0, le=10 * 365 * 86400)] | None = None
-    requests_per_s: Annotated[float, Field(gt=0, le=1e6)] | None = None
+    requests_per_s: Annotated[float, Field(ge=1e-6, le=1e6)] | None = None
 
 
 class Token(Answer):

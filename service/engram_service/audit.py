@@ -118,8 +118,14 @@ def _describe(row: AuditRow) -> AuditEntry:
         buffer=row.buffer,
         subject=row.subject,
         before=row.before,
-        after=row.after,
+        after=_reached(row.after),
     )
+
+
+def _reached(after: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Without the name of the buffer that another was forked from, where whoever asks may not know of it."""
+    source = None if after is None else after.get("forked_from")
+    return after if source is None or principal().reaches(source) else {**(after or {}), "forked_from": None}
 
 
 def _bounded(value: Any) -> Any:

@@ -517,8 +517,7 @@ def _write_fork(
             session,
             "buffer.fork",
             buffer=wanted.name,
-            subject=f"of {source.name} at generation {source.generation}",
-            after={**_figures(source.generation, after), "frozen": wanted.frozen},
+            after={"forked_from": source.name, **_figures(source.generation, after), "frozen": wanted.frozen},
         )
         return describe(session, made)
 

@@ -7,6 +7,7 @@ where the first exemplars ever would have to go. Then the quality is chosen too,
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -22,9 +23,12 @@ from engram.strip import Exemplars
 from .buffers import check_thawed, find, live_packs
 from .commit import read_content
 from .storage import PackStore
+from .turns import Turn
 
 MAX_PIXELS = 2**25
 """Of all images of a buffer whose quality has to be chosen for a forecast: some seconds of one core."""
+
+_TURN = Turn("forecasts are being made that choose a quality")
 
 
 def forecast(
@@ -38,15 +42,16 @@ def forecast(
     Raises:
         NotFound: there is no such buffer.
         Conflict: it is frozen; or nothing had to go so far, and choosing a quality would take too long for a forecast.
-        Unavailable: the disk does not give what is asked of it.
+        Unavailable: the disk does not give what is asked of it, or too many wait for forecasts that encode images.
     """
     row = find(session, buffer)
     check_thawed(row)
     before = read_content(session, _Indexes(store.folder), row)
     if before.is_roomy:
         before = read_content(session, _Bounded(store.folder, _pixels(before)), row)
-    after = before if budget_bytes is None else memory.reshare(before, budget_bytes=budget_bytes)
-    after = memory.expect(after, new_classes) if new_classes else after
+    with _TURN.taken() if before.is_roomy else nullcontext():
+        after = before if budget_bytes is None else memory.reshare(before, budget_bytes=budget_bytes)
+        after = memory.expect(after, new_classes) if new_classes else after
     now = {
         live.task: dict(zip((class_id for class_id, _ in live.runs), live.class_bytes, strict=True))
         for live in live_packs(session, buffer)

@@ -12,7 +12,6 @@ Letters: N points, D dimensions of the embedding.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
 from importlib import import_module
 from importlib.util import find_spec
@@ -29,6 +28,7 @@ from engram.selection.embedding import BuiltinEmbedder, FloatArray
 
 from .replay import Replay, View
 from .samples import Sample, SampleFolder
+from .turns import Turn
 
 IntArray = npt.NDArray[np.int64]
 Points = npt.NDArray[np.float64]
@@ -48,7 +48,7 @@ _REMEMBERED = 8
 _NEIGHBOURS = 15
 
 # One at a time: the slow methods take seconds of a core, and whoever waits for the same map finds it made.
-_TURN = threading.Lock()
+_TURN = Turn("maps are being made")
 
 
 def methods() -> list[MapMethod]:
@@ -64,15 +64,18 @@ def of_task(
     Raises:
         NotFound: the task holds no exemplar.
         InvalidRequest: the method's library is not installed.
-        Unavailable: the disk does not answer.
+        Unavailable: the disk does not answer, or too many wait for other maps.
     """
     if method not in methods():
         raise InvalidRequest(
             f"a map by {method} needs a library that this service does not have: pip install 'engram[maps]'",
             methods=methods(),
         )
-    with _TURN:
-        key = "map", task, method, digest
+    key = "map", task, method, digest
+    known = view.remembered.get(key)
+    if isinstance(known, TaskMap):
+        return known
+    with _TURN.taken():
         known = view.remembered.get(key)
         if isinstance(known, TaskMap):
             return known

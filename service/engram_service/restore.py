@@ -76,7 +76,8 @@ def restore(
         left_out = _copy_files(settings, folder, made, leave_out_damaged, progress)
         _put_rows(settings, waiting)
     except BaseException:
-        for place in settings.data_dir.iterdir():
+        for name in _held(settings.data_dir):
+            place = settings.data_dir / name
             shutil.rmtree(place) if place.is_dir() else place.unlink()
         raise
     return Restored(name, made, was_outdated, sorted({*left_out, *made.damaged}), tokens)
@@ -101,9 +102,7 @@ def _chosen(folder: Path, name: str | None) -> tuple[str, Backup]:
 
 
 def _check_empty(settings: Settings) -> None:
-    held = [path.name for path in settings.data_dir.glob("*")] if settings.data_dir.exists() else []
-    # A disk of its own may come with this folder.
-    held = sorted(name for name in held if name != "lost+found")
+    held = _held(settings.data_dir) if settings.data_dir.exists() else []
     if held:
         raise Conflict(
             f"the data folder {settings.data_dir} is not empty ({', '.join(held[:3])}); stop the service that uses it, "
@@ -117,6 +116,11 @@ def _check_empty(settings: Settings) -> None:
             database.close()
         if state != "empty":
             raise Conflict("the database has tables already; create an empty one and restore to that")
+
+
+def _held(folder: Path) -> list[str]:
+    """What is in the folder, but for what a disk of its own may come with."""
+    return sorted(path.name for path in folder.iterdir() if path.name != "lost+found")
 
 
 def _prepare_rows(place: Path, waiting: Settings, made: Backup) -> tuple[bool, int]:

@@ -18,7 +18,7 @@ from secrets import token_bytes
 from sqlalchemy import ColumnElement, delete, select
 from sqlalchemy.orm import Session as Transaction
 
-from engram.errors import EngramError, Unauthorized
+from engram.errors import EngramError, RateLimited, Unauthorized
 
 from . import audit
 from .acting import ACTING, NOBODY, Acting, Principal, on_behalf, principal
@@ -34,6 +34,9 @@ COOKIE = "engram_console"
 
 REFUSALS_PER_S, REFUSALS_BURST = 1 / 60, 20.0
 """Logins that failed and have a row each in the audit; those between are counted in the next one."""
+
+BEGUN_PER_S, BEGUN_BURST = 1 / 10, 100.0
+"""Logins of one token. Each has a row in the audit, so whoever may only read must not make any number of them."""
 
 MAX_SESSIONS = 100
 """Of one token at a time; the oldest ends for the next."""
@@ -63,7 +66,7 @@ class Sessions:
     def __init__(self, database: Database, tokens: Tokens, settings: Settings) -> None:
         self._database, self._tokens = database, tokens
         self.session_s = settings.session_s
-        self._refusals = Rates()
+        self._refusals, self._begun = Rates(), Rates()
         self._untold = 0
 
     def find(self, cookie: str) -> Session | None:
@@ -95,7 +98,7 @@ class Sessions:
 
         Raises:
             Unauthorized: the token is nobody's, was revoked or has expired.
-            RateLimited: too many wrong ones came from this address.
+            RateLimited: too many wrong ones came from this address, or too many logins of this token.
             Unavailable, StorageFull: the database does not take the session.
         """
         try:
@@ -104,6 +107,12 @@ class Sessions:
             self._refused(address)
             raise
         cookie, token, now = make_cookie(), digest_of(secret), time.time()
+        wait_s = self._begun.take(token, BEGUN_PER_S, BEGUN_BURST)
+        if wait_s > 0:
+            raise RateLimited(
+                f"the token of {found.who!r} has logged in too often; it may again in {wait_s:.3g} s",
+                retry_after_s=wait_s,
+            )
         with on_behalf(Acting(found, ACTING.get().request_id)), self._database.session() as session:
             session.execute(delete(SessionRow).where(SessionRow.id_sha256 == digest_of(before)))
             of_token = select(SessionRow.id_sha256).where(SessionRow.token_sha256 == token)

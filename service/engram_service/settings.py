@@ -49,7 +49,7 @@ class Settings(BaseSettings):
     """The first bearer token, which may do everything and makes the others. Without one the service only listens on
     loopback, where whoever names no token may do everything."""
 
-    requests_per_s: Annotated[float | None, Field(gt=0)] = None
+    requests_per_s: Annotated[float | None, Field(ge=1e-6)] = None
     """How many requests a second each token may make that has no rate of its own, in each service process; twice as
     many at once. None: any number."""
 

@@ -251,10 +251,12 @@ class Tokens:
             raise
 
     def forget(self) -> None:
-        """Every token is looked up again: one was revoked."""
+        """Every token is looked up again: one was revoked. Those that were good are still let through a flood of wrong
+        ones from their address, to be looked up."""
         with self._lock:
             self._changes += 1
-            self._known.clear()
+            for known in self._known.values():
+                known.fresh_until = 0.0
 
     def write_down(self) -> None:
         """The database knows when tokens were used, as exactly as `USED_S` says. It may fail, which is said in the log.

@@ -11,7 +11,7 @@ import pytest
 from pydantic import SecretStr
 from sqlalchemy import delete
 
-from engram_service import tokens
+from engram_service import sessions, tokens
 from engram_service.settings import Settings
 from engram_service.tables import Base
 from tests.servers import ADMIN_TOKEN, ServiceThread, http
@@ -28,8 +28,9 @@ def once_guarded(migrated: Path, tmp_path_factory: pytest.TempPathFactory) -> It
 
 @pytest.fixture
 def guarded(once_guarded: ServiceThread, monkeypatch: pytest.MonkeyPatch) -> ServiceThread:
-    """A service with a token, without worker, its database empty; it does not mind wrong tokens of earlier tests."""
+    """A service with a token, without worker, its database empty, which minds no tokens of earlier tests."""
     monkeypatch.setattr(tokens, "WRONG_BURST", 1e9)
+    monkeypatch.setattr(sessions, "BEGUN_BURST", 1e9)
     with once_guarded.state.database.session() as session:
         for table in reversed(Base.metadata.sorted_tables):
             session.execute(delete(table))

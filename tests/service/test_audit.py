@@ -93,7 +93,8 @@ def test_every_change_of_a_buffer_is_recorded_with_what_it_did(guarded: ServiceT
     assert told[9]["subject"] == "task 0"
     assert told[10]["before"]["tasks"] == 0
     (fork,) = entries(admin, buffer="c")
-    assert (fork["action"], fork["subject"]) == ("buffer.fork", f"of b at generation {shrunk['generation']}")
+    assert (fork["action"], fork["after"]["forked_from"]) == ("buffer.fork", "b")
+    assert fork["after"]["generation"] == shrunk["generation"]
     assert (fork["after"]["exemplars"], fork["after"]["frozen"]) == (shrunk["exemplars"], True)
 
 

@@ -28,7 +28,7 @@ import httpx
 import pytest
 from sqlalchemy import update
 
-from engram_service import tokens
+from engram_service import sessions, tokens
 from engram_service.access import TABLE, Access, Row
 from engram_service.sessions import COOKIE
 from engram_service.settings import Settings
@@ -215,6 +215,7 @@ def place(migrated: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     with pytest.MonkeyPatch.context() as patch, ExitStack() as closing:
         # The matrix tries more wrong tokens than anybody may.
         patch.setattr(tokens, "WRONG_BURST", 1e9)
+        patch.setattr(sessions, "BEGUN_BURST", 1e9)
         service = ServiceThread(Settings(data_dir=folder, admin_token=ADMIN_TOKEN, workers=0))
         closing.callback(service.stop)
         create(service.state.database, "lab-1")

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import httpx
 import numpy as np
@@ -131,3 +134,26 @@ def test_what_has_no_map_is_a_problem(client: httpx.Client, served: ServiceThrea
     create(served.state.database)
     fill(served.state.database, served.settings, 0, {0: 3})
     assert client.get(f"/v1/buffers/{path}").status_code == status
+
+
+def test_whoever_waits_for_maps_leaves_threads_to_others(
+    client: httpx.Client, served: ServiceThread, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    upload(served)
+    make, may_end = maps._made, threading.Event()
+
+    def slow(*given: Any) -> TaskMap:
+        may_end.wait(60)
+        return make(*given)
+
+    monkeypatch.setattr(maps, "_made", slow)
+    with ThreadPoolExecutor(60) as threads:
+        asked = [threads.submit(client.get, "/v1/buffers/b/tasks/0/map") for _ in range(60)]
+        try:
+            assert client.get("/v1/buffers", timeout=10).status_code == 200
+        finally:
+            may_end.set()
+        answers = [each.result() for each in asked]
+    assert {answer.status_code for answer in answers} == {200, 503}
+    assert {answer.headers["Retry-After"] for answer in answers if answer.status_code == 503} == {"5"}
+    assert client.get("/v1/buffers/b/tasks/0/map").status_code == 200

@@ -104,3 +104,13 @@ def test_an_encoded_slash_or_line_end_leads_past_no_check(lab: httpx.Client) -> 
     for path in ("/buffers/other%2Fmanifest", "/buffers/lab-1%2F..%2Fother", "/buffers%0A", "/buffers/other%0A"):
         assert lab.get(f"/v1{path}").status_code in (403, 404)
     assert lab.get("//v1/buffers/other").status_code in (403, 404)
+
+
+def test_the_audit_names_no_source_beside_the_prefix(admin: httpx.Client, lab: httpx.Client) -> None:
+    for source, name in (("other", "lab-2"), ("lab-1", "lab-3")):
+        assert admin.post(f"/v1/buffers/{source}/forks", json={"name": name}).status_code == 201
+    told = {each["buffer"]: each for each in lab.get("/v1/audit?action=buffer.fork").json()["entries"]}
+    assert "other" not in str(told)
+    assert {name: entry["after"]["forked_from"] for name, entry in told.items()} == {"lab-2": None, "lab-3": "lab-1"}
+    known = {each["buffer"]: each for each in admin.get("/v1/audit?action=buffer.fork").json()["entries"]}
+    assert known["lab-2"]["after"]["forked_from"] == "other"

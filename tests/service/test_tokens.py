@@ -112,6 +112,7 @@ IMPOSSIBLE: list[dict[str, Any]] = [
     {"name": "admin"},
     {"name": tokens.make_secret()},
     {"name": "Local"},
+    {"name": "admin "},
     {"name": "service"},
     {"name": "<b>"},
     {"name": "a\nb"},
@@ -125,6 +126,7 @@ IMPOSSIBLE: list[dict[str, Any]] = [
     {"expires_in_s": 1e300},
     {"requests_per_s": 0},
     {"requests_per_s": "NaN"},
+    {"requests_per_s": 5e-324},
     {"token": "engram_mine"},
 ]
 
@@ -238,3 +240,18 @@ def test_every_answer_has_the_id_of_its_request(guarded: ServiceThread) -> None:
     assert all(re.fullmatch("[A-Za-z0-9._-]{1,64}", each) for each in made)
     refused = httpx.get(f"{guarded.url}/v1/buffers", headers={"X-Request-ID": "mine"})
     assert (refused.status_code, refused.headers["X-Request-ID"]) == (401, "mine")
+
+
+def test_a_flood_of_wrong_tokens_stops_no_good_ones_when_another_is_revoked(
+    serve_thread: Callable[..., ServiceThread],
+) -> None:
+    service = serve_thread(admin_token=ADMIN_TOKEN)
+    with http(service, ADMIN_TOKEN) as admin:
+        good, bad = (admin.post("/v1/tokens", json={"name": name}).json() for name in ("good", "bad"))
+        assert [get(service, made["token"]).status_code for made in (good, bad)] == [200, 200]
+        while get(service, tokens.make_secret()).status_code == 401:
+            pass
+        assert admin.delete(f"/v1/tokens/{bad['id']}").status_code == 200
+        assert get(service, good["token"]).status_code == 200
+        assert get(service, bad["token"]).status_code == 401
+        assert admin.get("/v1/tokens").status_code == 200

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, NamedTuple
 
 from fastapi import APIRouter, Form, Request, Response
@@ -227,8 +228,10 @@ def _meant(
     """
     if pack:
         number = _integer("row", row, 2**31 - 1)
+        if number is None:
+            raise InvalidRequest(f"say which row of pack {pack[:64]} is meant")
         with database.reading() as session:
-            return commit.place_of(session, buffer, pack, number or 0)
+            return commit.place_of(session, buffer, pack, number)
     where = Where(
         task=_integer("task", task, MAX_TASK),
         class_id=_integer("class id", class_id, MAX_CLASS_ID),
@@ -240,7 +243,7 @@ def _meant(
 def _integer(what: str, text: str, most: int) -> int | None:
     if not text:
         return None
-    if not text.isascii() or not text.isdigit() or int(text) > most:
+    if re.fullmatch("[0-9]{1,10}", text) is None or int(text) > most:
         raise InvalidRequest(f"{what} is a number in 0..{most}, got {text[:40]!r}")
     return int(text)
 

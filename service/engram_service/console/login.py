@@ -16,7 +16,7 @@ from .page import problem_of, redirect, render, up
 
 router = APIRouter()
 
-_PAGE = re.compile(r"/console(/(?!\.{1,2}(/|\?|$))[\w.~%!$&'()*+,;=:@-]*)*(\?[^\s#\\]*)?", re.ASCII)
+_PAGE = re.compile(r"/console(/(?!(?:\.|%2[eE]){1,2}(?:/|\?|$))[\w.~%!$&'()*+,;=:@-]*)*(\?[^\s#\\]*)?", re.ASCII)
 
 Next = Annotated[str, Query(max_length=4000)]
 

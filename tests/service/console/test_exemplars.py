@@ -206,6 +206,21 @@ def test_a_form_that_names_nothing_changes_nothing(
     assert client.get("/v1/buffers/b").json()["generation"] == generation
 
 
+def test_without_a_row_no_exemplar_of_a_pack_is_meant(client: httpx.Client, filled: ServiceThread) -> None:
+    pack = listed(client)[0]["pack"]
+    assert act(client, "remove", pack=pack).status_code == 422
+    assert act(client, "relabel", pack=pack, to="1").status_code == 422
+    assert len(listed(client)) == 24
+
+
+def test_a_number_without_end_is_a_slip_and_no_defect(client: httpx.Client, filled: ServiceThread) -> None:
+    endless = "1" * 5000
+    for fields in ({"class_id": endless}, {"task": endless}, {"pack": "x", "row": endless}):
+        for what in ("remove", "relabel"):
+            assert act(client, what, to="1", **fields).status_code == 422, fields
+    assert act(client, "relabel", class_id="0", to=endless).status_code == 422
+
+
 def test_a_frozen_buffer_offers_no_change(
     client: httpx.Client, filled: ServiceThread, page: Callable[..., str]
 ) -> None:

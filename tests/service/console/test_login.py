@@ -67,6 +67,8 @@ def test_the_login_leads_to_no_other_place(guarded: ServiceThread, browser: http
         "/consolex",
         "/console/../v1/buffers",
         "/console/..",
+        "/console/%2e%2e/%2E./v1/buffers",
+        "/console/.%2e",
         "/console\\..\\x",
         "/console/x\n",
         "/console@evil.example",
@@ -274,3 +276,20 @@ def test_without_a_token_the_console_is_open_and_still_checks_its_forms(client: 
     client.cookies.clear()
     assert client.post("/console/tokens", data={"name": "y", "csrf": csrf}).status_code == 403
     assert len(client.get("/v1/tokens").json()["tokens"]) == 1
+
+
+def test_logins_without_end_are_refused_and_do_not_fill_the_audit(
+    serve_thread: Callable[..., ServiceThread], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sessions, "BEGUN_BURST", 3.0)
+    guarded = serve_thread(admin_token=ADMIN_TOKEN)
+    with http(guarded, ADMIN_TOKEN) as admin:
+        secret = make(admin)["token"]
+    with http(guarded) as browser:
+        answers = [log_in(browser, secret) for _ in range(5)]
+        assert [answer.status_code for answer in answers] == [303] * 3 + [429] * 2
+        assert "logged in too often" in answers[-1].text
+        assert log_in(browser, ADMIN_TOKEN).status_code == 303, "of others nothing is said"
+    with guarded.state.database.reading() as session:
+        begun = select(func.count()).select_from(AuditRow).where(AuditRow.action == "session.begin")
+        assert session.scalar(begun) == 4
