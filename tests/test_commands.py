@@ -126,3 +126,14 @@ def test_a_database_without_its_driver_names_the_extra(tmp_path: Path, monkeypat
         Settings(data_dir=tmp_path, database_url="postgresql+psycopg://engram@/postgres")
     with pytest.raises(ValidationError, match="not the URL of a database, like"):
         Settings(data_dir=tmp_path, database_url="postgres.example.org/engram")
+
+
+def test_the_help_of_engram_groups_its_commands() -> None:
+    from typer.testing import CliRunner
+
+    from engram.cli import app
+
+    shown = CliRunner().invoke(app, ["--help"], env={"COLUMNS": "100"}).stdout
+    for panel in ("Buffers", "Uploads and decisions", "Exemplars", "Operation", "Profiles"):
+        assert f"─ {panel} ─" in shown
+    assert "─ Commands ─" not in shown

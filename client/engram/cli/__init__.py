@@ -22,7 +22,15 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for part in (buffers, uploads, exemplars, operators, login):
+for panel, part in {
+    "Buffers": buffers,
+    "Uploads and decisions": uploads,
+    "Exemplars": exemplars,
+    "Operation": operators,
+    "Profiles": login,
+}.items():
+    for each in (*part.commands.registered_commands, *part.commands.registered_groups):
+        each.rich_help_panel = panel
     app.add_typer(part.commands)
 
 
