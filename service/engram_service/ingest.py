@@ -265,7 +265,8 @@ def _earlier(session: Session, wanted: IngestRow) -> IngestRow | None:
         Conflict: there is, and it is another upload.
     """
     same_key = IngestRow.buffer == wanted.buffer, IngestRow.idempotency_key == wanted.idempotency_key
-    found = session.scalars(select(IngestRow).where(*same_key)).one_or_none()
+    # Locked: of whoever tries it again at this moment and this upload only one may queue its images.
+    found = session.scalars(select(IngestRow).where(*same_key).with_for_update()).one_or_none()
     if found is None:
         return None
     if (found.task, found.body_sha256, found.options) != (wanted.task, wanted.body_sha256, wanted.options):

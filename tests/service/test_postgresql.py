@@ -7,7 +7,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import TypeVar
 
@@ -302,6 +302,21 @@ def test_of_two_who_try_an_ingest_again_at_once_one_does(database: Database, set
         assert other.is_alive()
     other.join()
     assert len(ended) == 1
+
+
+def test_an_upload_that_is_tried_again_while_it_is_sent_again_is_queued_once(
+    database: Database, settings: Settings
+) -> None:
+    create(database)
+    queued = queue(database, settings, BODY, key="k")
+    with database.session() as session:
+        ingest.cancel(session, queued.id)
+    with database.session() as session, ThreadPoolExecutor(1) as pool:
+        ingest.retry(session, queued.id)
+        sent = pool.submit(queue, database, settings, BODY, key="k")
+        assert wait([sent], timeout=0.5).not_done
+        session.commit()
+        assert sent.result().id == queued.id
 
 
 def test_originals_come_and_go_with_what_they_are_of(database: Database, settings: Settings) -> None:
