@@ -117,11 +117,15 @@ class SampleFolder:
         data = sample.to_bytes()
         digest = hashlib.sha256(data).hexdigest()
         try:
-            files.write_whole(self.folder / digest, data)
+            files.write_durably(self.folder / digest, data)
         except EngramError as error:
             logger.warning("no originals are kept for a map: %s", error)
             return None
         return digest
+
+    def exists(self, digest: str | None) -> bool:
+        """Whether the sample of this digest is on disk; that of None is."""
+        return digest is None or (self.folder / digest).exists()
 
     def get(self, digest: str) -> Sample | None:
         """The sample; None if it is gone or damaged: nothing depends on it."""

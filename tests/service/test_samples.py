@@ -15,6 +15,7 @@ from engram.memory import Where
 from engram.schemas import BufferCreate, IngestOptions
 from engram.selection.images import ArrayImages
 from engram_service import buffers, samples
+from engram_service import collect as collecting
 from engram_service.collect import collect
 from engram_service.commit import remove
 from engram_service.database import Database
@@ -190,6 +191,27 @@ def test_a_damaged_sample_is_as_good_as_none(database: Database, settings: Setti
     assert held(database, settings) == {}
     upload(database, settings, pictures(1, 3), [0, 0, 0])
     assert len(held(database, settings)[0]) == 3
+
+
+def test_a_sample_that_is_collected_before_it_is_named_is_written_again(
+    database: Database, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make(database)
+    write, written = SampleFolder.put, []
+    store = PackStore(settings.packs_dir)
+
+    def put(self: SampleFolder, sample: Sample | None) -> str | None:
+        written.append(write(self, sample))
+        if len(written) == 1:
+            # As on a full disk, where nothing has a period of grace, by a collector that is done with packs.
+            monkeypatch.setattr(collecting, "_unnamed_packs", lambda *_: 0)
+            collect(database, store, settings.model_copy(update={"grace_s": 0}))
+        return written[-1]
+
+    monkeypatch.setattr(SampleFolder, "put", put)
+    upload(database, settings, pictures(0, 4), [0] * 4)
+    assert len(written) == 2
+    assert len(held(database, settings)[0]) == 4
 
 
 def test_what_may_lie_in_a_damaged_sample_goes_with_it(database: Database, settings: Settings) -> None:
