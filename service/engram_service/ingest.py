@@ -47,7 +47,7 @@ from .acting import ACTING, SERVICE, Acting, Principal, on_behalf, principal
 from .database import Database
 from .receiving import ReceivedFile, fill
 from .settings import Settings
-from .tables import ExtractorRow, IngestRow
+from .tables import BufferRow, ExtractorRow, IngestRow
 
 ACTIVE: tuple[State, ...] = ("received", "selecting", "encoding")
 FINAL: tuple[State, ...] = tuple(state for state in get_args(State) if state not in ACTIVE)
@@ -221,6 +221,10 @@ def _insert(
     )
     with database.session() as session:
         buffers.check_thawed(buffers.find(session, buffer))
+        # Before any ingest of it, as whoever deletes the buffer does: else one would wait for the other for ever.
+        session.execute(
+            select(BufferRow.name).where(BufferRow.name == buffer).with_for_update(read=True, key_share=True)
+        )
         earlier = None if key is None else _earlier(session, wanted)
         if earlier is not None and earlier.state not in ("failed", "cancelled"):
             return to_model(earlier), False
