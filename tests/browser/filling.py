@@ -20,10 +20,17 @@ FASHION, PHOTOGRAPHS, SNAPSHOT = "fashion", "photographs", "fashion-2"
 SIDE = 32
 
 
-def fill(client: Client, *, per_class: int = 100, tasks: int = 3, budget_bytes: int = 60_000) -> None:
+def fill(
+    client: Client,
+    *,
+    per_class: int = 100,
+    tasks: int = 3,
+    budget_bytes: int = 60_000,
+    photograph_quality: int | None = None,
+) -> None:
     """The buffers of the module docstring are there, all ingests ended; one of them failed."""
     fill_fashion(client, per_class=per_class, tasks=tasks, budget_bytes=budget_bytes)
-    fill_photographs(client)
+    fill_photographs(client, quality=photograph_quality)
     broken = client.upload_tar(FASHION, tasks, io.BytesIO(b"this is no tar" * 100))
     try:
         client.wait(broken)
@@ -47,10 +54,13 @@ def fill_fashion(client: Client, *, per_class: int, tasks: int, budget_bytes: in
             client.fork(FASHION, SNAPSHOT, frozen=True)
 
 
-def fill_photographs(client: Client, *, count: int = 60) -> None:
-    """`photographs`: every exemplar has a key, a score and up to two boxes (x, y, width, height)."""
+def fill_photographs(client: Client, *, count: int = 60, quality: int | None = None) -> None:
+    """`photographs`, at this quality or one that selection chooses.
+
+    Every exemplar has a key, a score and up to two boxes (x, y, width, height).
+    """
     fields = {"key": "utf8", "score": "float32 finite", "boxes": "float32 [any, 4]"}
-    client.create_buffer(PHOTOGRAPHS, budget_bytes=40_000, fields=fields)
+    client.create_buffer(PHOTOGRAPHS, budget_bytes=40_000, quality=quality, fields=fields)
     for task, (name, images) in enumerate(photographs(count).items()):
         rng = np.random.default_rng(task)
         corners = [rng.integers(1, SIDE // 2, (rng.integers(0, 3), 2)) for _ in images]

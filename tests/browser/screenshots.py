@@ -64,10 +64,12 @@ def main() -> None:
     given.out.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory() as folder, local_service(folder, workers=1) as service:
         with Client(service.url) as client:
-            filling.fill(client, per_class=300, tasks=5, budget_bytes=120_000)
+            filling.fill(client, per_class=300, tasks=5, budget_bytes=120_000, photograph_quality=75)
+            row = max(client.exemplars(filling.PHOTOGRAPHS, task=0), key=lambda each: each.bytes)
             filling.use(client)
         with chromium(service.url) as browser:
-            for page in PAGES:
+            one = Page("exemplar", f"{PHOTOGRAPHS}/exemplars/{row.pack}/{row.row}", has_images=True)
+            for page in (*PAGES, one):
                 if not given.only or page.name in given.only:
                     take(browser, page, given.out)
     written = sorted(given.out.glob("console-*.png"))

@@ -19,6 +19,12 @@ PAGES = [
     "/console/buffers/fashion/compare?with=fashion-2",
     "/console/ingests",
     "/console/extractors",
+    "/console/buffers/fashion/tasks/1",
+    "/console/buffers/fashion/tasks/1/map",
+    "/console/buffers/photographs/exemplars",
+    "/console/draws?buffer=fashion",
+    "/console/tokens",
+    "/console/audit",
     "/console/nothing",
 ]
 

@@ -22,6 +22,8 @@ from tests.contents import create, fill, pictures
 from tests.servers import ServiceThread, eventually
 from tests.uploads import work_through
 
+pytestmark = pytest.mark.slow
+
 SECRET = "the-first-token"
 
 

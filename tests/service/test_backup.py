@@ -45,6 +45,8 @@ from tests.contents import create, fill, pictures
 from tests.servers import PATIENCE_S, ServiceProcess, ServiceThread, eventually, http
 from tests.uploads import encoded, queue, tar_of_arrays, work_through
 
+pytestmark = pytest.mark.slow
+
 BODY = tar_of_arrays(pictures(7, 4), [7] * 4)
 MODEL = b"a model"
 SAMPLE = Sample(np.array([1]), np.array([0.5]), [""], [encoded(pictures(1, 1)[0])]).to_bytes()

@@ -16,6 +16,8 @@ from tests.contents import create, fill, pictures
 from tests.servers import ServiceThread
 from tests.uploads import final, queue, work_through
 
+pytestmark = pytest.mark.slow
+
 
 def read(client: httpx.Client, query: str = "", task: int = 0) -> TaskMap:
     answer = client.get(f"/v1/buffers/b/tasks/{task}/map{query}")

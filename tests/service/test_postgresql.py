@@ -364,3 +364,19 @@ def test_originals_come_and_go_with_what_they_are_of(database: Database, setting
     with database.session() as session:
         buffers.delete(session, "f")
     assert collect(database, store, settings.model_copy(update={"grace_s": 0})).samples == 1
+
+
+def test_pages_of_buffers_are_those_of_a_postgresql_database(database: Database, settings: Settings) -> None:
+    create(database, "b")
+    fill(database, settings, 0, {0: 8, 1: 8})
+    fork(database, PackStore(settings.packs_dir), "b", ForkCreate(name="c", frozen=True))
+    service = ServiceThread(settings)
+    try:
+        with http(service) as client:
+            pages = ("", "/classes", "/forecast?new_classes=1", "/snapshots", "/compare?with=c")
+            for path in (*(f"buffers/b{page}" for page in pages), "ingests?buffer=b&state=committed", "extractors"):
+                assert client.get(f"/console/{path}").status_code == 200, path
+            assert "of 1.00 MB" in client.get("/console").text
+            assert client.get("/v1/buffers/c").json()["forked_from"] == "b"
+    finally:
+        service.stop()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 from urllib.parse import urlencode
 
 from fastapi import APIRouter, Query, Request, Response
+
+from engram.oversight import AuditEntry
 
 from .. import audit
 from ..routes.parts import DatabasePart
@@ -38,7 +40,15 @@ def list_audit(
             limit=PAGE,
             before=int(cursor) if cursor else None,
         )
+    entries = [(entry, _changes(entry)) for entry in found.entries]
     given = {"buffer": buffer, "who": who, "action": action}
     filters = urlencode({key: value for key, value in given.items() if value})
     twin = f"/v1/audit?{filters}" if filters else "/v1/audit"
-    return render(request, "audit.html", page=found, given=given, kinds=KINDS, twin=twin)
+    return render(request, "audit.html", entries=entries, next=found.next, given=given, kinds=KINDS, twin=twin)
+
+
+def _changes(entry: AuditEntry) -> list[tuple[str, Any, Any]]:
+    """Name, before and after of whatever was there before or is there now, but for what stayed as it was."""
+    before, after = entry.before or {}, entry.after or {}
+    names = dict.fromkeys([*before, *after])
+    return [(name, before.get(name), after.get(name)) for name in names if before.get(name) != after.get(name)]

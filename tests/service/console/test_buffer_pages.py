@@ -14,6 +14,8 @@ from tests.contents import fill
 from tests.pages import post, text
 from tests.servers import ServiceThread, http
 
+pytestmark = pytest.mark.slow
+
 HTML = "<b>&\"'</b>"
 
 

@@ -14,6 +14,8 @@ from engram_service.tables import BufferRow, ServedRow
 from tests.contents import create, fill
 from tests.servers import ServiceThread, http
 
+pytestmark = pytest.mark.slow
+
 EVIL = "<img src=x onerror=alert(1)>"
 
 

@@ -23,6 +23,8 @@ from tests.contents import create, pictures
 from tests.servers import ServiceThread, http
 from tests.uploads import final, queue, work_through
 
+pytestmark = pytest.mark.slow
+
 FIELDS = {"key": "utf8", "score": "float32", "boxes": "float32 [any, 4]", "flag": "bool"}
 NASTY = "<b>&\"'</b>"
 

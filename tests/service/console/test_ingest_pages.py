@@ -7,6 +7,7 @@ from collections.abc import Callable
 from hashlib import sha256
 
 import httpx
+import pytest
 
 from engram_service.storage import PackStore
 from engram_service.tables import ExtractorRow
@@ -14,6 +15,8 @@ from tests.contents import create, pictures
 from tests.pages import post, text
 from tests.servers import ServiceThread
 from tests.uploads import queue, tar_of_arrays, work_through
+
+pytestmark = pytest.mark.slow
 
 HTML = "<b>&\"'</b>"
 
