@@ -17,8 +17,20 @@ import numpy.typing as npt
 from engram.errors import StripCorrupt, TooLarge
 from engram.form import Form
 from engram.shares import split
-from engram.strip import SIGNATURE, Bytes, Exemplars, IntArray, Markers, Strip, parse_leniently, runs_of, strip_overhead
+from engram.strip import (
+    SIGNATURE,
+    Bytes,
+    Exemplars,
+    IntArray,
+    Markers,
+    Strip,
+    overhead,
+    parse_leniently,
+    runs_of,
+    varint_sizes,
+)
 
+_NONE: IntArray = np.empty(0, np.int64)
 _STRIP_START = b"\xff\xd8\xff\xef"
 
 
@@ -100,7 +112,8 @@ def _lenient_strips(data: Bytes) -> list[tuple[Strip, npt.NDArray[np.bool_]] | N
 
 def size(form: Form, runs: list[tuple[int, int]], segment_sizes: IntArray) -> int:
     """Bytes of the pack with these (class id, count) runs and these exemplar `sizes`, without making it."""
-    return int(segment_sizes.sum()) + _overhead(form, runs)
+    class_ids, counts = (np.array(column, np.int64) for column in zip(*runs, strict=True)) if runs else (_NONE, _NONE)
+    return int(segment_sizes.sum()) + _overhead(form, class_ids, counts)
 
 
 def class_bytes(exemplars: Exemplars) -> list[int]:
@@ -133,38 +146,56 @@ def fit(exemplars: Exemplars, shares: Mapping[int, int]) -> Exemplars:
     class has taken what its own share holds buys at most one more exemplar each, the smallest class first. The result
     may be empty; a class without a share keeps nothing.
     """
-    runs = [(class_id, held) for class_id, held in runs_of(exemplars.class_ids)]
-    bounds = np.cumsum([0, *(held for _, held in runs)]).tolist()
-    sizes = exemplars.sizes
-    costs = {c: np.cumsum(sizes[a:b]) for (c, _), a, b in zip(runs, bounds[:-1], bounds[1:], strict=True)}
-    total = sum(shares.get(class_id, 0) for class_id in costs)
+    runs = runs_of(exemplars.class_ids)
+    if not runs:
+        return exemplars
+    # Arrays over classes: what is kept is weighed once for every class, of which there may be thousands.
+    class_ids, held = (np.array(column, np.int64) for column in zip(*runs, strict=True))
+    ends = np.cumsum(held)
+    spent = np.concatenate([[0], np.cumsum(exemplars.sizes)])
+    costs = [spent[a : b + 1] - spent[a] for a, b in zip((ends - held).tolist(), ends.tolist(), strict=True)]
+    given = [shares.get(class_id, 0) for class_id, _ in runs]
+    total = sum(given)
 
-    def real(counts: Mapping[int, int]) -> int:
-        kept = [(c, n) for c, n in counts.items() if n]
-        return sum(int(costs[c][n - 1]) for c, n in kept) + _overhead(exemplars.form, kept)
+    def real(counts: IntArray) -> int:
+        sizes = int((spent[ends - held + counts] - spent[ends - held]).sum())
+        return sizes + _overhead(exemplars.form, class_ids, counts)
 
-    counts = dict(runs)
+    counts = held
     # With every exemplar counted the overhead is an upper bound; the second round spends what the first overcharged.
     for _ in range(2):
-        charges = split(_overhead(exemplars.form, [(c, n) for c, n in counts.items() if n]), len(runs))
-        trial = {
-            class_id: int(np.searchsorted(costs[class_id], shares.get(class_id, 0) - charge, side="right"))
-            for (class_id, _), charge in zip(runs, charges, strict=True)
-        }
-        if real(trial) > total or not any(trial.values()):
+        charges = split(_overhead(exemplars.form, class_ids, counts), len(runs))
+        trial = np.array(
+            [
+                max(0, int(np.searchsorted(cost, share - charge, side="right")) - 1)
+                for cost, share, charge in zip(costs, given, charges, strict=True)
+            ],
+            np.int64,
+        )
+        if real(trial) > total or not trial.any():
             break
         counts = trial
-    if real(counts) > total:
-        counts = dict.fromkeys(costs, 0)
-    for class_id in sorted((c for c in costs if shares.get(c, 0)), key=lambda c: (counts[c], c)):
-        more = {**counts, class_id: counts[class_id] + 1}
-        if more[class_id] <= len(costs[class_id]) and real(more) <= total:
-            counts = more
-    return prefix(exemplars, counts)
+    counts = np.zeros_like(held) if real(counts) > total else counts.copy()
+    for place in sorted((p for p, share in enumerate(given) if share), key=lambda p: (counts[p], p)):
+        if counts[place] < held[place]:
+            counts[place] += 1
+            if real(counts) > total:
+                counts[place] -= 1
+    return prefix(exemplars, dict(zip(class_ids.tolist(), counts.tolist(), strict=True)))
 
 
-def _overhead(form: Form, runs: list[tuple[int, int]]) -> int:
-    return sum(strip_overhead(form, part) for part in _cut_runs(runs, form.max_images))
+def _overhead(form: Form, class_ids: IntArray, counts: IntArray) -> int:
+    """Bytes of the pack of so many exemplars of each class beyond the sum of their sizes."""
+    ends = np.cumsum(counts)
+    whole = int(ends[-1]) if len(ends) else 0
+    if not whole:
+        return 0
+    room = form.max_images
+    # A run ends with its class or with its strip.
+    run_ends = np.union1d(ends[counts > 0], np.arange(room, whole, room))
+    run_sizes = varint_sizes(class_ids[np.searchsorted(ends, run_ends)]) + varint_sizes(np.diff(run_ends, prepend=0))
+    in_strips = np.add.reduceat(run_sizes, np.searchsorted(run_ends, np.arange(0, whole, room), side="right"))
+    return sum(overhead(form, min(room, whole - room * number), size) for number, size in enumerate(in_strips.tolist()))
 
 
 def _parse(data: Bytes) -> tuple[Exemplars, npt.NDArray[np.bool_]]:
@@ -215,18 +246,3 @@ def _strip_starts(data: Bytes) -> list[int]:
             found.append(at)
         at = whole.find(_STRIP_START, at + 4)
     return found
-
-
-def _cut_runs(runs: list[tuple[int, int]], room: int) -> list[list[tuple[int, int]]]:
-    """The runs of each strip when every strip holds at most `room` exemplars."""
-    strips: list[list[tuple[int, int]]] = []
-    left = 0
-    for class_id, count in runs:
-        while count:
-            if left == 0:
-                strips.append([])
-                left = room
-            take = min(count, left)
-            strips[-1].append((class_id, take))
-            count, left = count - take, left - take
-    return strips

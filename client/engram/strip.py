@@ -614,8 +614,16 @@ def as_images(flat: UInt8Array, form: Form, count: int) -> UInt8Array:
 
 def strip_overhead(form: Form, runs: Sequence[tuple[int, int]]) -> int:
     """Bytes of a stored strip beyond the sum of its exemplars' `sizes`; `runs` are its (class id, count) pairs."""
-    count = sum(length for _, length in runs)
-    payload = _FIXED.size + sum(_varint_size(class_id) + _varint_size(length) for class_id, length in runs)
+    return overhead(
+        form,
+        sum(length for _, length in runs),
+        sum(_varint_size(class_id) + _varint_size(length) for class_id, length in runs),
+    )
+
+
+def overhead(form: Form, count: int, runs_bytes: int) -> int:
+    """The same of a strip of so many exemplars, whose runs take so many bytes."""
+    payload = _FIXED.size + runs_bytes
     if form.schema:
         payload += _FIELDS.size + len(form.schema.text)
     app15 = -(-(payload + 4 * count * (2 if form.schema.ragged else 1)) // _APP15_ROOM) * (4 + len(SIGNATURE))
@@ -814,6 +822,14 @@ def _read_varints(data: bytes) -> IntArray:
     starts = ends + 1 - sizes
     places = np.arange(len(octets)) - np.repeat(starts, sizes)
     return np.add.reduceat((octets & 0x7F) << (7 * places), starts)
+
+
+_VARINT_ENDS = 1 << np.arange(7, 63, 7, dtype=np.int64)
+
+
+def varint_sizes(values: IntArray) -> IntArray:
+    """Bytes of each value as a varint."""
+    return 1 + np.searchsorted(_VARINT_ENDS, values, side="right")
 
 
 def _varint_size(value: int) -> int:

@@ -10,7 +10,7 @@ import pytest
 
 from engram import Client
 from engram.errors import NotFound
-from tests.browser.browsing import Browser
+from tests.browser.browsing import NARROW, Browser
 from tests.contents import pictures
 
 BUDGET = 12_000
@@ -89,6 +89,20 @@ def test_a_budget_is_lowered_after_a_dry_run_that_tells_the_truth(browser: Brows
     after = engram.buffer(own)
     assert (after.budget_bytes, after.exemplars) == (5000, before.exemplars - lost)
     assert browser.path == f"/console/buffers/{own}"
+
+
+def test_long_names_fit_on_a_phone(browser: Browser, engram: Client) -> None:
+    buffer = "a" * 63
+    engram.create_buffer(buffer, budget_bytes=BUDGET, quality=50)
+    try:
+        engram.wait(engram.upload(buffer, 0, pictures(0, 8), ["\N{LATIN SMALL LETTER U WITH DIAERESIS}" * 60, "b"] * 4))
+        browser.resize(NARROW)
+        own = f"/console/buffers/{buffer}"
+        for path in (own, f"{own}/classes", f"{own}/exemplars", f"{own}/tasks/0", f"{own}/tasks/0/map"):
+            browser.open(path)
+            browser.assert_fits()
+    finally:
+        engram.delete_buffer(buffer)
 
 
 def test_classes_get_names(browser: Browser, engram: Client, own: str) -> None:

@@ -73,6 +73,20 @@ def test_bytes_that_no_class_can_use_alone_buy_one_more_exemplar() -> None:
     assert left < int(stored.sizes.max()) + 8
 
 
+def test_what_fits_is_weighed_as_it_is_written_when_strips_end_within_classes() -> None:
+    ids = np.repeat(np.arange(0, 4000, 20), 2)
+    tall = np.random.default_rng(0).integers(0, 255, (len(ids), 1000, 8, 1), dtype=np.uint8) // 64
+    stored = strip.encode(tall, ids, quality=10)
+    assert stored.form.max_images < 100
+    for share in (0, 700, 1500, 3000):
+        kept = pack.fit(stored, dict.fromkeys(ids.tolist(), share))
+        data = pack.to_bytes(kept) if len(kept) else b""
+        assert len(data) == pack.size(kept.form, strip.runs_of(kept.class_ids), kept.sizes) <= 200 * share
+        if 0 < len(kept) < len(stored):
+            assert 200 * share - len(data) < int(stored.sizes.max()) + 20
+    assert pack.size(stored.form, strip.runs_of(stored.class_ids), stored.sizes) == len(pack.to_bytes(stored))
+
+
 def test_rows_out_of_class_order_are_not_a_pack() -> None:
     with pytest.raises(ValueError, match="ascending"):
         pack.to_bytes(exemplars({1: 2, 4: 2}).select([3, 0]))

@@ -17,7 +17,7 @@ router = APIRouter(prefix="/audit")
 
 PAGE = 50
 
-KINDS = ("buffer", "exemplars", "extractor", "ingest", "session", "task", "token")
+KINDS = ("buffer", "exemplars", "extractor", "ingest", "service", "session", "task", "token")
 """What actions begin with."""
 
 

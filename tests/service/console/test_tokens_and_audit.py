@@ -83,6 +83,31 @@ def test_the_audit_shows_filters_and_pages(client: httpx.Client, served: Service
     assert client.get("/console/audit?cursor=x").status_code == 422
 
 
+def test_the_audit_has_a_line_for_each_value_that_changed(client: httpx.Client, served: ServiceThread) -> None:
+    create(served.state.database)
+    budget = client.get("/v1/buffers/b").json()["budget_bytes"]
+    assert client.patch("/v1/buffers/b", json={"budget_bytes": budget + 1}).status_code == 200
+    (entry,) = client.get("/v1/audit?action=buffer.change").json()["entries"]
+    same = [name for name, value in entry["before"].items() if entry["after"].get(name) == value]
+    assert "exemplars" in same
+    page = client.get("/console/audit?action=buffer.change").text
+    lines = re.findall(r"<li>(.*?)</li>", page.partition("<tbody>")[2])
+    assert f'<span class="quiet">budget_bytes</span> {budget:,} → {budget + 1:,}' in lines
+    assert not any(f">{name}<" in line for name in same for line in lines)
+
+
+def test_the_audit_leads_to_the_ingest(client: httpx.Client, served: ServiceThread) -> None:
+    create(served.state.database)
+    tar = {"Content-Type": "application/x-tar"}
+    accepted = client.post("/v1/buffers/b/tasks/0/ingests", content=b"x" * 1024, headers=tar)
+    assert accepted.status_code == 202, accepted.text
+    ingest = accepted.json()["id"]
+    page = client.get("/console/audit?action=ingest.receive").text
+    address = re.search(rf'href="([^"]*/ingests/{ingest})"', page)
+    assert address is not None
+    assert client.get(address[1].removeprefix("..")).status_code == 200
+
+
 def test_what_others_chose_is_text_on_the_page(client: httpx.Client, served: ServiceThread) -> None:
     create(served.state.database)
     name = "<img src=x onerror=alert(1)> & \"'"
