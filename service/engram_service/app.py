@@ -24,6 +24,7 @@ from .head import Head
 from .liveness import Liveness
 from .metrics import Metered, Metrics, Requests
 from .replay import Replay
+from .restore import WAITING
 from .room import Room
 from .routes import (
     audit,
@@ -142,6 +143,11 @@ def open_database(settings: Settings) -> Database:
 
 
 def _opened(settings: Settings) -> Database:
+    if (settings.data_dir / WAITING).exists():
+        raise Unavailable(
+            f"a restore to {settings.data_dir} is under way or was cut short; if it was cut short, empty the folder "
+            "and restore again"
+        )
     database = Database(settings)
     try:
         if settings.is_embedded and database.schema_state() == "empty":

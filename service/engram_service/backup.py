@@ -27,11 +27,10 @@ import os
 import re
 import shutil
 import sqlite3
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from secrets import token_hex
 from typing import Annotated, BinaryIO, Literal
@@ -53,6 +52,9 @@ logger = logging.getLogger(__name__)
 
 ROUNDS = 50
 """How often the rows are copied before it is given up: each time files went that had not been copied yet."""
+
+MAX_OPEN = 200
+"""Uploads that are held open during a copy, the ones that came first: a process may have 1,024 files open."""
 
 _BLOCK_BYTES = 2**20
 _ROWS = 1000
@@ -219,7 +221,7 @@ def copy(source: BinaryIO, target: Path, file: File) -> None:
     """The bytes are in a file of that name, which appears whole; its folder is to be synced by the caller.
 
     Raises:
-        StripCorrupt: they are others than their digest says.
+        StripCorrupt: they are others than their digest says, or the disk does not give them.
         StorageFull, Unavailable: the disk does not take them.
     """
     with disk_errors(target, file.bytes or 0):
@@ -228,7 +230,7 @@ def copy(source: BinaryIO, target: Path, file: File) -> None:
         found = hashlib.sha256()
         try:
             with os.fdopen(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "wb") as out:
-                while block := source.read(_BLOCK_BYTES):
+                for block in _blocks(source, file):
                     found.update(block)
                     out.write(block)
                 out.flush()
@@ -240,6 +242,17 @@ def copy(source: BinaryIO, target: Path, file: File) -> None:
             temporary.unlink(missing_ok=True)
 
 
+def _blocks(source: BinaryIO, file: File) -> Iterator[bytes]:
+    while True:
+        try:
+            block = source.read(_BLOCK_BYTES)
+        except OSError as error:
+            raise StripCorrupt(f"{file.name} cannot be read: {error.strerror}") from error
+        if not block:
+            return
+        yield block
+
+
 def _attempt(database: Database, copying: _Copying) -> tuple[str, Backup] | None:
     """A copy of the rows as they are now and of all that they name; None if some of that was gone already."""
     folder = copying.folder
@@ -249,7 +262,8 @@ def _attempt(database: Database, copying: _Copying) -> tuple[str, Backup] | None
         place.mkdir(mode=0o700)
     copying.damaged.clear()
     with ExitStack() as stack:
-        # An upload is removed the moment that it is committed. What is open can be read to its end all the same.
+        # An upload is removed the moment that it is committed. What is open can be read to its end all the same; others
+        # may be gone by then, which makes another round.
         opened = _open_uploads(copying.settings, {}, stack)
         wanted = _copy_rows(database, copying.settings, place)
         opened = _open_uploads(copying.settings, opened, stack)
@@ -266,16 +280,17 @@ def _attempt(database: Database, copying: _Copying) -> tuple[str, Backup] | None
 
 
 def _new_name(folder: Path) -> str:
-    while True:
-        now = datetime.now(UTC)
-        name = f"{now:%Y-%m-%dT%H-%M-%S}.{now.microsecond // 1000:03d}Z"
-        if not (folder / name).exists():
-            return name
-        time.sleep(0.001)
+    """The time, or just after that of the newest copy: a clock that was set back must not make this one the oldest."""
+    at = datetime.now(UTC)
+    for newest in complete(folder)[-1:]:
+        at = max(at, datetime.strptime(newest, "%Y-%m-%dT%H-%M-%S.%fZ").replace(tzinfo=UTC) + timedelta(milliseconds=1))
+    return f"{at:%Y-%m-%dT%H-%M-%S}.{at.microsecond // 1000:03d}Z"
 
 
 def _open_uploads(settings: Settings, opened: dict[str, BinaryIO], stack: ExitStack) -> dict[str, BinaryIO]:
-    for path in settings.spool_dir.glob("*.tar"):
+    for path in sorted(settings.spool_dir.glob("*.tar")):
+        if len(opened) == MAX_OPEN:
+            break
         if f"uploads/{path.name}" not in opened:
             with suppress(FileNotFoundError):
                 opened[f"uploads/{path.name}"] = stack.enter_context(path.open("rb"))

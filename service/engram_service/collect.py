@@ -279,12 +279,16 @@ def _samples(database: Database, folder: SampleFolder, grace_s: float, stuck: St
     removed = 0
     for some in (paths[at : at + BATCH] for at in range(0, len(paths), BATCH)):
         with database.reading() as session:
+            if samples.named(session, [path.name for path in some]) == {path.name for path in some}:
+                continue
+        with database.session() as session:
+            exclusive(session)
             held = samples.named(session, [path.name for path in some])
-        for path in some:
-            if path.name not in held:
-                with _passing_over(path, stuck):
-                    path.unlink(missing_ok=True)
-                    removed += 1
+            for path in some:
+                if path.name not in held:
+                    with _passing_over(path, stuck):
+                        path.unlink(missing_ok=True)
+                        removed += 1
     return removed
 
 

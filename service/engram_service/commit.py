@@ -91,7 +91,7 @@ class Deed:
 
 
 class _Raced(Exception):
-    """Another commit made the generation that this one was computed for, or a pack of this one was collected."""
+    """Another commit made the generation that this one was computed for, or a file of this one was collected."""
 
 
 def commit(
@@ -164,7 +164,7 @@ def _commit(
         changed = {} if resample is None else resample(before, after, held)
         kept = {task: originals.put(sample) for task, sample in changed.items()}
         try:
-            return _write(database, store, row, before, after, packs, deed, ingest, kept)
+            return _write(database, store, originals, row, before, after, packs, deed, ingest, kept)
         except _Raced:
             continue
     raise _overtaken(buffer)
@@ -414,6 +414,7 @@ def _put(store: PackStore, buffer: str, task: int, exemplars: Exemplars) -> Pack
 def _write(
     database: Database,
     store: PackStore,
+    originals: SampleFolder,
     buffer: BufferRow,
     before: Content,
     after: Content,
@@ -430,7 +431,7 @@ def _write(
         exclusive(session)
         if _changed(session, update(BufferRow).where(*_unmoved(buffer)).values(values)) != 1:
             raise _Raced
-        if not all(store.exists(new.digest) for new in packs):
+        if not all(store.exists(new.digest) for new in packs) or not all(map(originals.exists, kept.values())):
             raise _Raced
         replaced = (PackRow.buffer == buffer.name, PackRow.until.is_(None), PackRow.task.in_(touched))
         session.execute(update(PackRow).where(*replaced).values(until=generation, retired_at=now))

@@ -47,7 +47,7 @@ from .acting import ACTING, SERVICE, Acting, Principal, on_behalf, principal
 from .database import Database
 from .receiving import ReceivedFile, fill
 from .settings import Settings
-from .tables import ExtractorRow, IngestRow
+from .tables import BufferRow, ExtractorRow, IngestRow
 
 ACTIVE: tuple[State, ...] = ("received", "selecting", "encoding")
 FINAL: tuple[State, ...] = tuple(state for state in get_args(State) if state not in ACTIVE)
@@ -221,6 +221,10 @@ def _insert(
     )
     with database.session() as session:
         buffers.check_thawed(buffers.find(session, buffer))
+        # Before any ingest of it, as whoever deletes the buffer does: else one would wait for the other for ever.
+        session.execute(
+            select(BufferRow.name).where(BufferRow.name == buffer).with_for_update(read=True, key_share=True)
+        )
         earlier = None if key is None else _earlier(session, wanted)
         if earlier is not None and earlier.state not in ("failed", "cancelled"):
             return to_model(earlier), False
@@ -265,7 +269,8 @@ def _earlier(session: Session, wanted: IngestRow) -> IngestRow | None:
         Conflict: there is, and it is another upload.
     """
     same_key = IngestRow.buffer == wanted.buffer, IngestRow.idempotency_key == wanted.idempotency_key
-    found = session.scalars(select(IngestRow).where(*same_key)).one_or_none()
+    # Locked: of whoever tries it again at this moment and this upload only one may queue its images.
+    found = session.scalars(select(IngestRow).where(*same_key).with_for_update()).one_or_none()
     if found is None:
         return None
     if (found.task, found.body_sha256, found.options) != (wanted.task, wanted.body_sha256, wanted.options):

@@ -28,8 +28,11 @@ from .database import Database
 from .settings import Settings
 from .tables import Base, BufferRow, TokenRow
 
-_WAITING = "restoring"
-"""Where the rows are until all else is there; no service looks for them in it."""
+WAITING = "restoring"
+"""Where the rows are until all else is there; no service looks for them in it, nor starts beside it."""
+
+_OF_THE_DISK = "lost+found"
+"""A disk of its own may come with this folder."""
 
 
 @dataclass(frozen=True)
@@ -70,15 +73,15 @@ def restore(
     name, made = _chosen(folder, name)
     _check_empty(settings)
     settings.make_folders()
-    waiting = settings.model_copy(update={"data_dir": settings.data_dir / _WAITING, "database_url": None})
+    waiting = settings.model_copy(update={"data_dir": settings.data_dir / WAITING, "database_url": None})
     try:
         was_outdated, tokens = _prepare_rows(folder / name, waiting, made)
         left_out = _copy_files(settings, folder, made, leave_out_damaged, progress)
         _put_rows(settings, waiting)
     except BaseException:
-        for name in _held(settings.data_dir):
-            place = settings.data_dir / name
-            shutil.rmtree(place) if place.is_dir() else place.unlink()
+        for place in settings.data_dir.iterdir():
+            if place.name != _OF_THE_DISK:
+                shutil.rmtree(place) if place.is_dir() else place.unlink()
         raise
     return Restored(name, made, was_outdated, sorted({*left_out, *made.damaged}), tokens)
 
@@ -102,7 +105,8 @@ def _chosen(folder: Path, name: str | None) -> tuple[str, Backup]:
 
 
 def _check_empty(settings: Settings) -> None:
-    held = _held(settings.data_dir) if settings.data_dir.exists() else []
+    held = [path.name for path in settings.data_dir.glob("*")] if settings.data_dir.exists() else []
+    held = sorted(name for name in held if name != _OF_THE_DISK)
     if held:
         raise Conflict(
             f"the data folder {settings.data_dir} is not empty ({', '.join(held[:3])}); stop the service that uses it, "
@@ -116,11 +120,6 @@ def _check_empty(settings: Settings) -> None:
             database.close()
         if state != "empty":
             raise Conflict("the database has tables already; create an empty one and restore to that")
-
-
-def _held(folder: Path) -> list[str]:
-    """What is in the folder, but for what a disk of its own may come with."""
-    return sorted(path.name for path in folder.iterdir() if path.name != "lost+found")
 
 
 def _prepare_rows(place: Path, waiting: Settings, made: Backup) -> tuple[bool, int]:

@@ -117,11 +117,15 @@ class SampleFolder:
         data = sample.to_bytes()
         digest = hashlib.sha256(data).hexdigest()
         try:
-            files.write_whole(self.folder / digest, data)
+            files.write_durably(self.folder / digest, data)
         except EngramError as error:
             logger.warning("no originals are kept for a map: %s", error)
             return None
         return digest
+
+    def exists(self, digest: str | None) -> bool:
+        """Whether the sample of this digest is on disk; that of None is."""
+        return digest is None or (self.folder / digest).exists()
 
     def get(self, digest: str) -> Sample | None:
         """The sample; None if it is gone or damaged: nothing depends on it."""
@@ -245,7 +249,7 @@ def without(
     """
     found: dict[int, Sample | None] = {}
     for task, sample, is_named, _ in _meant(before, held, where):
-        found[task] = sample.select(np.flatnonzero(~is_named))
+        found[task] = None if sample is None else sample.select(np.flatnonzero(~is_named))
     if not found and otherwise is not None:
         raise otherwise
     return found
@@ -257,18 +261,28 @@ def relabelled(
     """The samples with the originals that `where` names in another class; without those that it only may name."""
     found: dict[int, Sample | None] = {}
     for task, sample, is_named, is_certain in _meant(before, held, where):
-        if is_certain:
+        if sample is None:
+            found[task] = None
+        elif is_certain:
             found[task] = replace(sample, class_ids=np.where(is_named, class_id, sample.class_ids))
         else:
             found[task] = sample.select(np.flatnonzero(~is_named))
     return found
 
 
-def _meant(before: Content, held: Mapping[int, Sample], where: Where) -> Iterator[tuple[int, Sample, Mask, bool]]:
-    """Of each task with originals that are named: the sample, which these are, and whether that is certain."""
+def _meant(
+    before: Content, held: Mapping[int, Sample], where: Where
+) -> Iterator[tuple[int, Sample | None, Mask, bool]]:
+    """Of each task with originals that are named: the sample, which these are, and whether that is certain.
+
+    A sample that cannot be read is None: it may hold what is named, so it has to go as a whole.
+    """
     for task in held:
-        sample = held.get(task) if where.task in (None, task) else None
+        if where.task not in (None, task):
+            continue
+        sample = held.get(task)
         if sample is None:
+            yield task, None, np.empty(0, np.bool_), False
             continue
         is_named = np.array([where.names(class_id) for class_id in sample.class_ids.tolist()], np.bool_)
         keys = where.keys

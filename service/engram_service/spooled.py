@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from engram import images, tar
-from engram.errors import BadUpload, EngramError, TooLarge
+from engram.errors import BadUpload, EngramError, TooLarge, Unavailable
 from engram.fields import NO_FIELDS, Schema
 from engram.files import disk_errors
 
@@ -56,6 +56,7 @@ class SpooledImages:
                 there is no image.
             TooLarge: beyond a limit.
             StorageFull: the disk has no room for the fields.
+            Unavailable: there is no such file.
         """
         self.schema = schema
         self._records: BinaryIO | None = None
@@ -77,7 +78,14 @@ class SpooledImages:
 
     def _read(self, report: Callable[[int], None]) -> None:
         # Large reads: a header, a label and a small image each would be a system call of its own.
-        with self._path.open("rb", buffering=1 << 20) as stream:
+        try:
+            opened = self._path.open("rb", buffering=1 << 20)
+        except FileNotFoundError:
+            raise Unavailable(
+                f"the upload {self._path.name} is not in the spool folder (a restore without it, or a worker with "
+                "another data folder than the service's?); upload its images again"
+            ) from None
+        with opened as stream:
             for member in tar.read(stream, schema=self.schema, check=lambda: report(len(self))):
                 self._add(member)
                 report(len(self))

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
+import io
 import json
 import os
+import resource
 import shutil
 import signal
 import sqlite3
@@ -334,6 +337,48 @@ def test_a_pack_without_a_file_does_not_keep_the_rest_from_being_backed_up(
     assert made.damaged == (f"packs/{digest[:2]}/{digest}",)
 
 
+def test_a_bad_sector_does_not_keep_the_rest_from_being_backed_up(
+    filled: Database, store: PackStore, settings: Settings, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    digest = manifests(filled)[0]["packs"][0]["digest"]
+    read = backup.copy
+
+    def fail(source: Any, target: Path, file: backup.File) -> None:
+        read(BadSector() if file.sha256 == digest else source, target, file)
+
+    monkeypatch.setattr(backup, "copy", fail)
+    _, made = back_up(filled, settings, folder)
+    assert made.damaged == (f"packs/{digest[:2]}/{digest}",)
+    assert not list(folder.rglob("*.tmp"))
+
+
+class BadSector(io.BytesIO):
+    def read(self, size: int | None = -1) -> bytes:
+        raise OSError(errno.EIO, "Input/output error")
+
+
+def test_more_uploads_may_wait_than_a_process_may_have_files_open(
+    filled: Database, settings: Settings, folder: Path
+) -> None:
+    for number in range(600):
+        (settings.spool_dir / f"{number:032x}.tar").write_bytes(b"")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (600, hard))
+    try:
+        assert len(back_up(filled, settings, folder)[1].uploads) == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_the_newest_copy_is_the_last_one_made_whatever_the_clock_says(
+    filled: Database, settings: Settings, folder: Path
+) -> None:
+    ahead, _ = back_up(filled, settings, folder)
+    (folder / ahead).rename(folder / "2099-01-01T00-00-00.999Z")
+    last, _ = back_up(filled, settings, folder, keep=1)
+    assert complete(folder) == [last] == ["2099-01-01T00-00-01.000Z"]
+
+
 @pytest.mark.parametrize("what", ["packs/*/*", "uploads/*", "extractors/*", "samples/*", "*/engram.sqlite"])
 @pytest.mark.parametrize("how", ["changed", pytest.param("missing", marks=pytest.mark.slow)])
 def test_a_damaged_copy_is_not_restored(
@@ -347,11 +392,11 @@ def test_a_damaged_copy_is_not_restored(
         content = bytearray(path.read_bytes())
         content[len(content) // 2] ^= 1
         path.write_bytes(content)
-    # What a disk of its own comes with is not the restore's to remove.
-    (elsewhere.data_dir / "lost+found").mkdir(parents=True)
+    of_the_disk = elsewhere.data_dir / "lost+found"
+    of_the_disk.mkdir(parents=True)
     with pytest.raises(StripCorrupt, match=path.name):
         restore(elsewhere, folder)
-    assert [place.name for place in elsewhere.data_dir.iterdir()] == ["lost+found"]
+    assert list(elsewhere.data_dir.iterdir()) == [of_the_disk]
     if "sqlite" not in what:
         assert restore(elsewhere, folder, leave_out_damaged=True).left_out == [str(path.relative_to(folder))]
 
@@ -371,13 +416,14 @@ def test_nothing_is_restored_over_anything(
         restore(elsewhere, folder)
 
 
+@pytest.mark.parametrize("when", [0, 3])
 def test_a_restore_that_was_cut_short_leaves_nothing_that_a_service_starts_on(
-    filled: Database, settings: Settings, folder: Path, elsewhere: Settings
+    filled: Database, settings: Settings, folder: Path, elsewhere: Settings, when: int
 ) -> None:
     back_up(filled, settings, folder)
 
     def die(done: int, of: int) -> None:
-        if done == of - 1:
+        if done == when:
             os._exit(9)
 
     child = os.fork()
@@ -386,7 +432,7 @@ def test_a_restore_that_was_cut_short_leaves_nothing_that_a_service_starts_on(
         os._exit(0)
     _, status = os.waitpid(child, 0)
     assert os.waitstatus_to_exitcode(status) == 9
-    with pytest.raises(EngramError, match="is gone or empty, and there are packs"):
+    with pytest.raises(EngramError, match="is under way or was cut short"):
         create_app(elsewhere)
 
 

@@ -7,7 +7,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import TypeVar
 
@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from pydantic import SecretStr
 from sqlalchemy import create_engine, text
+from sqlalchemy.orm import Session
 
 from engram.errors import Conflict, NotFound
 from engram.memory import Where
@@ -302,6 +303,47 @@ def test_of_two_who_try_an_ingest_again_at_once_one_does(database: Database, set
         assert other.is_alive()
     other.join()
     assert len(ended) == 1
+
+
+def test_an_upload_that_is_tried_again_while_it_is_sent_again_is_queued_once(
+    database: Database, settings: Settings
+) -> None:
+    create(database)
+    queued = queue(database, settings, BODY, key="k")
+    with database.session() as session:
+        ingest.cancel(session, queued.id)
+    with database.session() as session, ThreadPoolExecutor(1) as pool:
+        ingest.retry(session, queued.id)
+        sent = pool.submit(queue, database, settings, BODY, key="k")
+        assert wait([sent], timeout=0.5).not_done
+        session.commit()
+        assert sent.result().id == queued.id
+
+
+def test_an_upload_that_is_sent_again_and_the_deletion_of_its_buffer_do_not_wait_for_each_other(
+    database: Database, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    create(database)
+    queued = queue(database, settings, BODY, key="k")
+    with database.session() as session:
+        ingest.cancel(session, queued.id)
+    arrival = ingest._arrival
+
+    def delete() -> None:
+        with database.session() as session:
+            buffers.delete(session, "b")
+
+    with ThreadPoolExecutor(1) as pool:
+
+        def deleted_meanwhile(session: Session, buffer: str) -> float:
+            deletions.append(pool.submit(delete))
+            assert wait(deletions, timeout=0.5).not_done
+            return arrival(session, buffer)
+
+        deletions: list[Future[None]] = []
+        monkeypatch.setattr(ingest, "_arrival", deleted_meanwhile)
+        assert queue(database, settings, BODY, key="k").id != queued.id
+        deletions[0].result()
 
 
 def test_originals_come_and_go_with_what_they_are_of(database: Database, settings: Settings) -> None:

@@ -263,3 +263,16 @@ def test_only_the_last_failures_are_remembered(database: Database, store: PackSt
     for number in range(ingest.FAILURES + 2):
         work_through(database, store, settings)
         assert len(retry(database, queued).failures) == min(number + 1, ingest.FAILURES)
+
+
+def test_an_upload_that_is_gone_from_the_spool_is_no_defect_of_the_service(
+    database: Database, store: PackStore, settings: Settings
+) -> None:
+    create(database)
+    queued = queue(database, settings, BODY)
+    ingest.spool_path(settings.spool_dir, queued.id).unlink()
+    work_through(database, store, settings.model_copy(update={"max_attempts": 1}))
+    problem = final(database, queued).problem
+    assert problem is not None
+    assert problem["type"].endswith("/unavailable")
+    assert "is not in the spool folder" in problem["detail"]

@@ -11,10 +11,13 @@ import pytest
 
 from engram import tar
 from engram.fields import Schema
+from engram.memory import Where
 from engram.schemas import BufferCreate, IngestOptions
 from engram.selection.images import ArrayImages
 from engram_service import buffers, samples
+from engram_service import collect as collecting
 from engram_service.collect import collect
+from engram_service.commit import remove
 from engram_service.database import Database
 from engram_service.samples import Sample, SampleFolder
 from engram_service.settings import Settings
@@ -188,6 +191,41 @@ def test_a_damaged_sample_is_as_good_as_none(database: Database, settings: Setti
     assert held(database, settings) == {}
     upload(database, settings, pictures(1, 3), [0, 0, 0])
     assert len(held(database, settings)[0]) == 3
+
+
+def test_a_sample_that_is_collected_before_it_is_named_is_written_again(
+    database: Database, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make(database)
+    write, written = SampleFolder.put, []
+    store = PackStore(settings.packs_dir)
+
+    def put(self: SampleFolder, sample: Sample | None) -> str | None:
+        written.append(write(self, sample))
+        if len(written) == 1:
+            # As on a full disk, where nothing has a period of grace, by a collector that is done with packs.
+            monkeypatch.setattr(collecting, "_unnamed_packs", lambda *_: 0)
+            collect(database, store, settings.model_copy(update={"grace_s": 0}))
+        return written[-1]
+
+    monkeypatch.setattr(SampleFolder, "put", put)
+    upload(database, settings, pictures(0, 4), [0] * 4)
+    assert len(written) == 2
+    assert len(held(database, settings)[0]) == 4
+
+
+def test_what_may_lie_in_a_damaged_sample_goes_with_it(database: Database, settings: Settings) -> None:
+    make(database)
+    for task in (0, 1):
+        upload(database, settings, pictures(task, 4), [0] * 4, task=task, keys=[f"{task}-{n}" for n in range(4)])
+    with database.reading() as session:
+        digest = samples.of_task(session, "b", 0)
+    assert digest is not None
+    (settings.samples_dir / digest).write_bytes((settings.samples_dir / digest).read_bytes()[:-1])
+    remove(database, PackStore(settings.packs_dir), "b", Where(keys=("0-1",)))
+    with database.reading() as session:
+        assert samples.of_task(session, "b", 0) is None
+        assert samples.of_task(session, "b", 1) is not None
 
 
 def test_one_original_is_read_without_the_others(database: Database, settings: Settings) -> None:
