@@ -162,7 +162,7 @@ def test_workers_say_when_are_reported_come_after_their_service_and_end_when_it_
     service.kill()
     assert eventually(lambda: not any(map(is_alive, found)))
     (line,) = [line for line in service.log.read_text().splitlines() if "committed as generation 1" in line]
-    assert re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} INFO worker \d+: ingest ", line)
+    assert re.match(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z INFO worker \d+: ingest ", line)
     database.close()
 
 

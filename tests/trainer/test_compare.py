@@ -205,8 +205,15 @@ def test_a_comparison_that_was_killed_goes_on_and_ends_the_same(tmp_path: Path) 
 def test_an_interrupted_comparison_ends_its_runs(tmp_path: Path) -> None:
     program = [sys.executable, "-m", "engram_trainer", "compare", "--methods", "lucir", "--memories", "none"]
     program += ["--seeds", "0,1,2", "--out", str(tmp_path / "out"), *TINY, "--epochs", "3000"]
-    process = subprocess.Popen(program, start_new_session=True, stderr=subprocess.PIPE, text=True)
-    eventually((tmp_path / "out" / "lucir-0" / "run.json").is_file)
+    process = subprocess.Popen(
+        program,
+        start_new_session=True,
+        stderr=subprocess.PIPE,
+        text=True,
+        # Whoever runs the tests in the background may have it ignored, which children inherit.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    assert eventually((tmp_path / "out" / "lucir-0" / "run.json").is_file)
     process.send_signal(signal.SIGINT)  # to it alone: its runs hear of it from it
     started = time.monotonic()
     _, said = process.communicate()
