@@ -28,6 +28,9 @@ from .turns import Turn
 MAX_PIXELS = 2**25
 """Of all images of a buffer whose quality has to be chosen for a forecast: some seconds of one core."""
 
+IMAGE_PIXELS = 2**10
+"""What an image counts as at least: of smaller ones the time goes into what is done once for each."""
+
 _TURN = Turn("forecasts are being made that choose a quality")
 
 
@@ -105,8 +108,9 @@ class _Bounded(PackStore):
         """The exemplars of a pack; see `PackStore`."""
         if self._pixels > MAX_PIXELS:
             raise Conflict(
-                f"nothing has had to go so far, so this change chooses a quality and encodes all {self._pixels:,} "
-                f"pixels again: too many for a forecast, which does that with {MAX_PIXELS:,}",
+                f"nothing has had to go so far, so this change chooses a quality and encodes all images again: "
+                f"{self._pixels:,} pixels, each image counted as {IMAGE_PIXELS:,} at least, and a forecast does that "
+                f"with {MAX_PIXELS:,}",
                 pixels=self._pixels,
                 max_pixels=MAX_PIXELS,
             )
@@ -126,7 +130,7 @@ def _exemplars(content: Content) -> int:
 
 def _pixels(content: Content) -> int:
     height, width, _ = content.shape or (0, 0, 0)
-    return height * width * _exemplars(content)
+    return max(height * width, IMAGE_PIXELS) * _exemplars(content)
 
 
 def _limit_bytes(content: Content) -> int:

@@ -66,6 +66,13 @@ def test_every_command_answers_in_json_if_it_is_asked_to() -> None:
     assert not [name for name, part in found.items() if any("--token" in p.opts for p in part.params)]
 
 
+def test_without_a_token_one_is_told_where_to_put_it(guarded: ServiceThread) -> None:
+    refused = run(guarded, "buffers")
+    assert refused.exit_code == 1
+    assert "ENGRAM_TOKEN" in refused.stderr
+    assert "engram login" in refused.stderr
+
+
 def test_the_secret_of_a_new_token_is_alone_on_standard_output(guarded: ServiceThread, admin: Client) -> None:
     made = run(
         guarded, "token", "create", "ci", "--scope", "write", "--prefix", "ci-", "--expires", "12h", token=SECRET

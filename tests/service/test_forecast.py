@@ -119,9 +119,9 @@ def test_a_forecast_that_would_encode_too_many_images_is_refused(
 ) -> None:
     create(database, quality=None)
     fill(database, settings, 0, {0: 20})
-    monkeypatch.setattr("engram_service.forecast.MAX_PIXELS", 20 * 16 * 16 - 1)
+    monkeypatch.setattr("engram_service.forecast.MAX_PIXELS", 20 * 1024 - 1)
     assert told(database, store, budget_bytes=900_000).exemplars_then == 20
-    with pytest.raises(Conflict, match=r"5,120\s+pixels"):
+    with pytest.raises(Conflict, match=r"20,480 pixels"):
         told(database, store, budget_bytes=2000)
 
 

@@ -12,7 +12,7 @@ import typer
 
 from engram import display
 from engram.client import Client
-from engram.errors import EngramError
+from engram.errors import EngramError, Unauthorized
 from engram.schemas import first_fault
 
 BufferArgument = Annotated[str, typer.Argument(help="The buffer's name.")]
@@ -46,5 +46,7 @@ def failing() -> Iterator[None]:
         yield
     except pydantic.ValidationError as error:
         display.fail(first_fault(error))
+    except Unauthorized as error:
+        display.fail(f"{error}. Put one into ENGRAM_TOKEN, or keep one with `engram login`")
     except (EngramError, ValueError, OSError) as error:
         display.fail(str(error))
