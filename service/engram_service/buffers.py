@@ -257,6 +257,39 @@ def packs_to_draw_from(session: Session, name: str, generation: int) -> list[Dra
     return [DrawnFrom(*row[:-2], *texts) for row, texts in zip(rows, read, strict=True)]
 
 
+class GenerationHeld(NamedTuple):
+    """A generation that can still be drawn from. `replaced_at` (seconds since the epoch) is None of the current one,
+    and of one that another without a new pack came after."""
+
+    generation: int
+    exemplars: int
+    bytes: int
+    replaced_at: float | None
+
+
+def generations(session: Session, name: str, *, limit: int = 20) -> list[GenerationHeld]:
+    """The generations of a buffer that still answer, the newest first.
+
+    Raises:
+        NotFound: there is no such buffer.
+    """
+    row = find(session, name)
+    oldest = max(row.oldest_generation, row.generation - limit + 1)
+    columns = PackRow.since, PackRow.until, PackRow.exemplars, PackRow.bytes, PackRow.retired_at
+    alive = or_(PackRow.until.is_(None), PackRow.until > oldest)
+    packs = session.execute(select(*columns).where(PackRow.buffer == name, alive)).all()
+    found = []
+    for number in range(row.generation, oldest - 1, -1):
+        held = [each for each in packs if each.since <= number and (each.until is None or each.until > number)]
+        ended = [each.retired_at for each in held if each.until == number + 1 and each.retired_at is not None]
+        found.append(
+            GenerationHeld(
+                number, sum(each.exemplars for each in held), sum(each.bytes for each in held), min(ended, default=None)
+            )
+        )
+    return found
+
+
 def named_packs(session: Session, digests: Sequence[str]) -> set[str]:
     """Those of these packs that some generation still names."""
     return set(session.scalars(select(PackRow.digest).where(PackRow.digest.in_(digests))))

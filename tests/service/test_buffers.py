@@ -6,7 +6,10 @@ import httpx
 import pytest
 
 from engram.schemas import Buffer, BufferList, Manifest, Task
-from tests.contents import fill
+from engram_service import buffers
+from engram_service.database import Database
+from engram_service.settings import Settings
+from tests.contents import create, fill
 from tests.servers import ServiceThread
 
 
@@ -289,3 +292,17 @@ def test_a_body_that_is_not_declared_as_json_is_told_so(client: httpx.Client) ->
     ).json()
     assert problem["status"] == 422
     assert "Content-Type: application/json" in problem["detail"]
+
+
+def test_generations_are_told_as_their_manifests_tell_them(database: Database, settings: Settings) -> None:
+    create(database)
+    for task in range(3):
+        fill(database, settings, task, {task: 12})
+    with database.reading() as session:
+        found = buffers.generations(session, "b")
+        told = [buffers.manifest(session, "b", each.generation) for each in found]
+        assert [each.generation for each in found] == [3, 2, 1, 0]
+        assert [each.bytes for each in found] == [each.used_bytes for each in told]
+        assert [each.exemplars for each in found] == [sum(p.exemplars for p in each.packs) for each in told]
+        assert found[0].replaced_at is None
+        assert [each.generation for each in buffers.generations(session, "b", limit=2)] == [3, 2]

@@ -133,12 +133,14 @@ def _page(request: Request, database: Database, name: str, *, problem: EngramErr
     with database.reading() as session:
         found = buffers.read(session, name)
         tasks = buffers.tasks(session, name)
+        generations = buffers.generations(session, name)
     return render(
         request,
         "buffer.html",
         status=200 if problem is None else problem.status,
         buffer=found,
         tasks=tasks,
+        generations=generations,
         tasks_bytes={task.task: task.bytes for task in tasks},
         classes_bytes={f"class {each.class_id} {each.name or ''}": each.bytes for each in totals(found, tasks)},
         state=etags.of(found.generation, found.created_at),
