@@ -199,6 +199,7 @@ def test_an_unexpected_failure_is_tried_again_and_then_told(
     create(database)
     queued = queue(database, settings, tar_of_arrays(PICTURES, CLASS_IDS))
     ingest.spool_path(settings.spool_dir, queued.id).unlink()
+    ingest.spool_path(settings.spool_dir, queued.id).mkdir()
     for number in range(1, settings.max_attempts + 1):
         work_through(database, store, settings)
         now = final(database, queued)
@@ -207,7 +208,7 @@ def test_an_unexpected_failure_is_tried_again_and_then_told(
     problem = final(database, queued).problem
     assert problem is not None
     assert type(from_problem(problem)) is EngramError
-    assert "FileNotFoundError" in problem["detail"]
+    assert "IsADirectoryError" in problem["detail"]
 
 
 def test_a_full_disk_is_tried_again_until_there_is_room(
