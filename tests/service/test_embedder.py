@@ -27,6 +27,8 @@ from tests.models import endless_model
 from tests.photos import photos
 from tests.servers import PATIENCE_S
 
+pytestmark = pytest.mark.slow
+
 LIMITS = ExtractorLimits(memory_bytes=2 * 2**30, batch_s=60.0, max_bytes=2**20)
 UInt8Array = npt.NDArray[np.uint8]
 

@@ -23,6 +23,8 @@ from tests.models import endless_model, model
 from tests.servers import ServiceThread, http
 from tests.uploads import queue, tar_of_arrays, work_through
 
+pytestmark = pytest.mark.slow
+
 
 def put(client: httpx.Client, data: bytes, digest: str | None = None) -> httpx.Response:
     return client.put(f"/v1/extractors/{digest or hashlib.sha256(data).hexdigest()}", content=data)

@@ -26,6 +26,8 @@ from tests.contents import create, fill, pictures
 from tests.servers import ServiceProcess, ServiceThread, eventually, http
 from tests.uploads import final, queue, tar_of_arrays, work_through
 
+pytestmark = pytest.mark.slow
+
 BODY = tar_of_arrays(pictures(1, 12), np.arange(12) % 3)
 
 Samples = Mapping[tuple[str, frozenset[tuple[str, str]]], float]

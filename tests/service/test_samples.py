@@ -26,6 +26,8 @@ from tests.contents import UInt8Array, pictures
 from tests.servers import ServiceThread
 from tests.uploads import final, queue, work_through
 
+pytestmark = pytest.mark.slow
+
 FIELDS = {"key": "utf8"}
 
 

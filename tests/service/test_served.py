@@ -27,6 +27,8 @@ from engram_service.settings import Settings
 from tests.contents import create, fill
 from tests.servers import ServiceProcess, ServiceThread, eventually, http
 
+pytestmark = pytest.mark.slow
+
 Counts = Counter[tuple[int, int]]
 
 

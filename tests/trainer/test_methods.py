@@ -30,6 +30,8 @@ from engram_trainer.preparation import pixels
 from engram_trainer.stream import Stream, StreamConfig, Task
 from tests.trainer.runs import learner_of, run, same
 
+pytestmark = pytest.mark.slow
+
 Array = npt.NDArray[np.float64]
 
 IMAGE_BYTES = 66

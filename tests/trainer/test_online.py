@@ -30,6 +30,8 @@ from engram_trainer.stream import StreamConfig
 from tests.photos import photos
 from tests.servers import ServiceProcess
 
+pytestmark = pytest.mark.slow
+
 KINDS = get_args(Kind)
 PICTURES = photos(400, (8, 8, 1))
 FIELDS = {"key": "utf8", "logits": "float16 [3]"}

@@ -27,6 +27,8 @@ from engram_trainer.runtime import Runtime
 from engram_trainer.stream import StreamConfig
 from tests.trainer.runs import run
 
+pytestmark = pytest.mark.slow
+
 OPTIONS: dict[str, dict[str, Any]] = {
     "lucir": {"epochs": 2, "batch_size": 16, "balance_epochs": 2, "padding": 1, "flip": True},
     "gem": {"batch_size": 10, "replay_batch": 8, "padding": 1},
