@@ -14,17 +14,16 @@ Intervals are of 95 % by the t distribution over seeds, which draw the order of 
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 import time
 from dataclasses import dataclass
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any, Literal
 
 import numpy as np
 import torch
+from intervals import half_width
 from report import Cell, finish, parse_args, print_table
-from scipy import stats
 
 from engram.fields import KEY
 from engram_trainer import datasets, methods, stream
@@ -180,14 +179,6 @@ def _held_out(data: Dataset, row: str, kind: Kind, lr: float, seed: int) -> floa
         return 0.0
 
 
-def interval(values: list[float]) -> float | None:
-    """Half of the 95 % interval of the mean."""
-    if len(values) < 2:
-        return None
-    quantile = float(stats.t.ppf(0.975, len(values) - 1))
-    return quantile * stdev(values) / math.sqrt(len(values))
-
-
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seeds", type=int, default=3, help="runs of each kind (default 3; --quick makes 1)")
     parser.add_argument("--memory", choices=("raw", "strips"), default="raw", help="what all methods replay from")
@@ -227,14 +218,14 @@ def _row(
     last = [100 * outcome.metrics.last for outcome in outcomes]
     average = [100 * outcome.metrics.average_incremental for outcome in outcomes]
     key = f"{name}_{row.split(' (')[0].lower().replace('++', 'pp').replace(', ', '_').replace('-', '')}"
-    flat |= {f"{key}_last": fmean(last), f"{key}_interval": interval(last)}
+    flat |= {f"{key}_last": fmean(last), f"{key}_interval": half_width(last)}
     print(f"{name} {row}: {fmean(last):.1f}", file=sys.stderr, flush=True)
     return [
         row,
         fmean(last),
-        interval(last),
+        half_width(last),
         fmean(average),
-        interval(average),
+        half_width(average),
         fmean(100 * (outcome.metrics.forgetting or 0.0) for outcome in outcomes),
         round(fmean(outcome.exemplars for outcome in outcomes)),
         round(fmean(outcome.used_bytes for outcome in outcomes)),

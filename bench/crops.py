@@ -30,8 +30,8 @@ from statistics import fmean
 import numpy as np
 import report
 import torch
+from intervals import half_width
 from PIL import Image
-from scipy import stats
 from sklearn.datasets import load_sample_images
 from torch import nn
 from torch.nn import functional
@@ -199,7 +199,7 @@ def compare(side: int, accuracies: dict[str, list[float]]) -> dict[str, report.C
     originals = np.array(accuracies[ARMS[0]])
     for arm, found in accuracies.items():
         lost = originals - np.array(found)
-        half = float(stats.t.ppf(0.975, len(lost) - 1) * stats.sem(lost)) if arm != ARMS[0] else 0.0
+        half = half_width(lost.tolist()) if arm != ARMS[0] else 0.0
         rows.append([arm, fmean(found), float(lost.mean()), half])
         key = {ARMS[0]: "originals", ARMS[1]: "stored", ARMS[2]: f"stored_q{QUALITY}"}[arm]
         flat[f"accuracy_{key}_{side}px"] = fmean(found)

@@ -20,16 +20,15 @@ import argparse
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import sqrt
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
 import budget
 import numpy as np
 import report
 import torch
-from scipy.stats import t as student
+from intervals import half_width
 
 from engram.content import ROOMY_QUALITY, Content, Policy
 from engram.memory import Upload, add
@@ -267,13 +266,6 @@ def compare(results: Sequence[Mapping[str, Any]], seeds: Sequence[int]) -> dict[
         flat |= {f"last_{kind}_{name.replace(',', '').replace(' ', '_')}": fmean(each) for name, each in last.items()}
     flat["policy_gap_points"] = max(gaps)
     return flat
-
-
-def half_width(values: Sequence[float]) -> float | None:
-    """Half of the 95 % t-interval of a mean."""
-    if len(values) < 2:
-        return None
-    return float(student.ppf(0.975, len(values) - 1)) * stdev(values) / sqrt(len(values))
 
 
 if __name__ == "__main__":
