@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from statistics import fmean
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -29,7 +29,8 @@ from engram_trainer.memory import Embed
 Gaps = dict[str, Any]
 """What `measure` returns: JSON."""
 
-EXTRACTOR, PIXELS = "extractor", "pixels"
+EXTRACTOR: Literal["extractor"] = "extractor"
+PIXELS: Literal["pixels"] = "pixels"
 _FEWEST_BYTES = 7  # of an exemplar: a marker, a checksum and one byte
 _DIGITS = 4
 

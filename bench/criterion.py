@@ -1,0 +1,456 @@
+"""Which criterion chooses the quality that training would have chosen?
+
+A criterion compares the volume that a task's images span coded with what they span as they are: R, under an embedding,
+in a form. The lowest quality whose R is within epsilon of 1 is taken, the highest if none is (`engram.selection`).
+Which embedding (the learner's features, pixels, or both, each near 1), which form (raw, per sample, log ratio) and
+which epsilon are open. Two things are asked of each:
+
+**Is it near the best?** A cell (`grid`) is trained at every quality. The best is the one of highest mean last accuracy
+over the seeds; the criterion is asked in every seed, after the first task, as a buffer asks it. What it falls behind is
+the difference of the two, paired over seeds. The best is picked with the noise of the very runs that it is compared in,
+so that every criterion looks a little worse than it is, and a constant quality likewise.
+
+**Is it stable?** Each task's own choice, and R at every task: as the learner's features change, R under them may drift.
+
+Criteria are chosen on one half of the cells and reported on the other. The halves are fixed by a hash of the cells'
+names (`halves`). The rule is fixed, too: in the order of `FAMILIES`, simplest first, the first that with its best
+epsilon is no more than a point behind on the first half; if there is none, the one that is least behind. Constant
+qualities, which need no criterion, stand beside as a yardstick. Runs of LUCIR at full size that `budget.py` has kept
+are cells, too (their names begin with `budget`): they are only reported.
+
+`grid_cost_over_selection` is what the trainings of a cell take over what the selection takes (ranking, coding,
+embedding and comparing at every quality, for every task), in CPU seconds; the first task's training, which all
+qualities share, counts once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+from pathlib import Path
+from statistics import fmean
+from typing import Any, Literal, get_args
+
+import gaps
+import grid
+import kept
+import numpy as np
+import report
+from gaps import EXTRACTOR, PIXELS, Gaps
+from grid import Cell
+from intervals import Estimate, estimate
+from kept import Job, Result
+
+from engram.schemas import Definition
+from engram.selection.quality import DEFAULT_QUALITY, is_near_one
+
+Embedding = Literal["pixels", "extractor", "both"]
+EMBEDDINGS: tuple[Embedding, ...] = (PIXELS, EXTRACTOR)
+EPSILONS: dict[Definition, tuple[float, ...]] = {
+    "raw": (0.1, 0.2, 0.3, 0.4, 0.5),
+    "per_sample": (0.003, 0.005, 0.01, 0.02, 0.05),
+    "log_ratio": (0.005, 0.01, 0.02, 0.05, 0.1),
+}
+POINT = 1.0
+"""How far behind the best a criterion may fall."""
+
+SMALL = {"cifar10": 8_000, "fashion": 2_000, "squares64": 12_288}
+LARGE = {"cifar10": 24_000, "fashion": 6_000}
+"""Bytes of each class. Even at quality 10 the smaller ones hold less than half of the images, the larger ones not all.
+Of squares one raw image."""
+
+CELLS = (
+    *(
+        Cell(data, method, tasks, budgets[data])
+        for data in ("cifar10", "fashion")
+        for method, tasks, budgets in (
+            ("lucir", 5, SMALL),
+            ("er", 5, SMALL),
+            ("icarl", 5, SMALL),
+            ("lucir", 10, SMALL),
+            ("er", 10, SMALL),
+            ("icarl", 10, SMALL),
+            ("er", 5, LARGE),
+            ("icarl", 5, LARGE),
+        )
+    ),
+    Cell("squares64", "lucir", 5, SMALL["squares64"]),
+    Cell("squares64", "er", 5, SMALL["squares64"]),
+    Cell("squares64", "icarl", 10, SMALL["squares64"]),
+    Cell("squares64", "er", 10, SMALL["squares64"]),
+)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One cell with one seed: what training found at each quality, and what can be asked before it."""
+
+    cell: str
+    seed: int
+    last: Mapping[int, float]
+    """Accuracy in percent after the last task, by quality; 0 where training diverged."""
+    tasks: Sequence[Gaps]
+
+
+@dataclass(frozen=True)
+class Criterion:
+    """How a quality is chosen; without an embedding it is always the same one."""
+
+    embedding: Embedding | None
+    definition: Definition = "raw"
+    epsilon: float = 0.0
+    constant: int = DEFAULT_QUALITY
+
+    @property
+    def family(self) -> str:
+        """All but epsilon."""
+        if self.embedding is None:
+            return f"always {self.constant}"
+        return f"{self.embedding}, {self.definition.replace('_', ' ')}"
+
+    @property
+    def name(self) -> str:
+        """As tables call it."""
+        return self.family if self.embedding is None else f"{self.family}, {self.epsilon:g}"
+
+    def choice(self, tasks: Sequence[Gaps]) -> int:
+        """The quality for these tasks, R averaged over them."""
+        if self.embedding is None:
+            return self.constant
+        embeddings = EMBEDDINGS if self.embedding == "both" else (self.embedding,)
+        found = [gaps.averaged(tasks, embedding, self.definition) for embedding in embeddings]
+        qualities = sorted(found[0])
+        if all(ratio is None for each in found for ratio in each.values()):
+            return min(qualities, key=lambda quality: abs(quality - DEFAULT_QUALITY))
+        passing = [q for q in qualities if all(is_near_one(each[q], self.epsilon) for each in found)]
+        return min(passing, default=max(qualities))
+
+
+TODAY = Criterion("pixels", "raw", 0.3)
+"""What buffers are made with."""
+
+FAMILIES = tuple(
+    tuple(Criterion(embedding, definition, epsilon) for epsilon in EPSILONS[definition])
+    for embedding, definition in product(get_args(Embedding), get_args(Definition))
+)
+"""Simplest first: pixels need no network, both need two comparisons; R as it is before what is made of it."""
+CONSTANTS = tuple(Criterion(None, constant=quality) for quality in (10, 25, 50, 75, 90))
+
+
+def behind(criterion: Criterion, trials: Sequence[Trial]) -> list[float]:
+    """Points that the criterion falls behind the best quality of a cell, one per seed; asked after the first task."""
+    best = best_quality(trials)
+    return [trial.last[best] - trial.last[criterion.choice(trial.tasks[:1])] for trial in trials]
+
+
+def best_quality(trials: Sequence[Trial]) -> int:
+    """The one of highest mean accuracy; of equals the lowest."""
+    return max(sorted(trials[0].last), key=lambda quality: fmean(trial.last[quality] for trial in trials))
+
+
+def halves(names: Iterable[str]) -> tuple[list[str], list[str]]:
+    """The cells that criteria are chosen on, and those that they are reported on."""
+    ordered = sorted(names, key=lambda name: hashlib.sha256(name.encode()).hexdigest())
+    return ordered[::2], ordered[1::2]
+
+
+Trials = Mapping[str, Sequence[Trial]]
+"""By cell."""
+
+
+def mean_behind(criterion: Criterion, trials: Trials) -> float:
+    """Points, the mean over cells."""
+    return fmean(fmean(behind(criterion, each)) for each in trials.values())
+
+
+def fitted(family: Sequence[Criterion], trials: Trials) -> Criterion:
+    """The one of least points behind; of equals the one with the largest epsilon, which keeps the most exemplars."""
+    return min(reversed(family), key=lambda criterion: round(mean_behind(criterion, trials), 6))
+
+
+def chosen(trials: Trials) -> Criterion:
+    """The simplest that is at most a point behind."""
+    best = [fitted(family, trials) for family in FAMILIES]
+    good = [criterion for criterion in best if mean_behind(criterion, trials) <= POINT]
+    return good[0] if good else min(best, key=lambda criterion: mean_behind(criterion, trials))
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How a criterion does on some cells."""
+
+    behind: Estimate
+    """Points, with cells as what varies."""
+    within: int
+    """Cells in which it is at most a point behind."""
+    worst: float
+
+
+def verdict(criterion: Criterion, trials: Trials) -> Verdict | None:
+    """None without cells."""
+    found = [fmean(behind(criterion, each)) for each in trials.values()]
+    if not found:
+        return None
+    return Verdict(estimate(found), sum(points <= POINT for points in found), max(found))
+
+
+def own_choices(criterion: Criterion, trial: Trial) -> list[int]:
+    """What each task asks for by itself."""
+    return [criterion.choice([task]) for task in trial.tasks]
+
+
+def changes(criterion: Criterion, trials: Trials) -> float:
+    """The share of later tasks that ask for another quality than the first of their run."""
+    found = [
+        choice != choices[0]
+        for each in trials.values()
+        for choices in (own_choices(criterion, trial) for trial in each)
+        for choice in choices[1:]
+    ]
+    return fmean(found) if found else 0.0
+
+
+def drift(embedding: str, trials: Trials, quality: int) -> float:
+    """By which factor raw R changes over the tasks of a run: the largest over the smallest, geometric mean of runs."""
+    found = []
+    for trial in (trial for each in trials.values() for trial in each):
+        ratios = [ratio for task in trial.tasks if (ratio := gaps.form(task, embedding, "raw")[quality]) is not None]
+        if len(ratios) > 1:
+            found.append(np.log(max(ratios) / min(ratios)))
+    return float(np.exp(np.mean(found))) if found else 1.0
+
+
+# What is kept
+
+
+def trials_of(results: Mapping[Job, Result]) -> dict[str, list[Trial]]:
+    """Of every cell of which there is any seed, by name, seeds ascending."""
+    found: dict[str, list[Trial]] = {}
+    for job, result in sorted(results.items(), key=lambda item: item[0].seed):
+        if result["gaps"]:
+            last = {int(quality): grid.last_accuracy(result, int(quality)) or 0.0 for quality in result["runs"]}
+            found.setdefault(job.config.cell.name, []).append(
+                Trial(job.config.cell.name, job.seed, last, result["gaps"])
+            )
+    return {name: _common(trials) for name, trials in found.items()}
+
+
+def trials_of_budget(folder: Path) -> dict[str, list[Trial]]:
+    """Cells of full size: the runs of `budget.py` at fixed qualities, where their seed's selecting run is there, too.
+
+    Candidates are the qualities of which all those seeds were trained.
+    """
+    runs: dict[tuple[str, int], dict[int | None, Result]] = {}
+    for path in sorted((folder / "budget").glob("*/seed-*/*.json")):
+        result = json.loads(path.read_text())
+        config = result.get("config") or {}
+        arm = config.get("arm") or {}
+        settings = dict(map(tuple, config.get("settings", ())))
+        if arm.get("kind") != "strips" or config.get("per") != "class" or config.get("method") != "lucir":
+            continue
+        if not settings.get("codec_ratio") or "last" not in result:
+            continue
+        name = f"budget {config['data']} lucir 5 {config['budget_bytes']}"
+        runs.setdefault((name, result["seed"]), {})[arm.get("quality")] = result
+    found: dict[str, list[Trial]] = {}
+    for (name, seed), by_quality in sorted(runs.items()):
+        last = {quality: result["last"] for quality, result in by_quality.items() if quality is not None}
+        selecting = by_quality.get(None)
+        if selecting is not None and selecting.get("gaps") and len(last) >= 3:
+            found.setdefault(name, []).append(Trial(name, seed, last, selecting["gaps"]))
+    return {name: _common(trials) for name, trials in found.items()}
+
+
+def _common(trials: Sequence[Trial]) -> list[Trial]:
+    """The same trials with the qualities that all of them have."""
+    qualities = sorted(set.intersection(*(set(trial.last) for trial in trials)))
+    return [
+        replace(
+            trial,
+            last={quality: trial.last[quality] for quality in qualities},
+            tasks=[_only(task, qualities) for task in trial.tasks],
+        )
+        for trial in trials
+    ]
+
+
+def _only(task: Gaps, qualities: Sequence[int]) -> Gaps:
+    """The gaps at some qualities."""
+    places = [task["qualities"].index(quality) for quality in qualities]
+
+    def at(values: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]]:
+        return {key: [each[place] for place in places] for key, each in values.items()}
+
+    volumes = {name: each | {"coded": at(each["coded"])} for name, each in task["volumes"].items()}
+    return task | {"qualities": list(qualities), "exemplars": at(task["exemplars"]), "volumes": volumes}
+
+
+def cost_ratios(results: Iterable[Result]) -> list[float]:
+    """CPU seconds of the trainings of each job over those of its selection."""
+    found = []
+    for result in results:
+        runs = [run for run in result["runs"].values() if run is not None]
+        selection = sum(task["cpu_seconds"] for task in result["gaps"])
+        if selection and len(runs) == len(result["runs"]):
+            trainings = result["base_cpu_seconds"] + sum(run["cpu_seconds"] for run in runs)
+            found.append(trainings / selection)
+    return found
+
+
+# Tables
+
+
+def main() -> None:
+    def more(parser: argparse.ArgumentParser) -> None:
+        kept.add_arguments(parser)
+        parser.add_argument("--cifar10", type=Path, help="folder with CIFAR-10's binary files")
+        parser.add_argument("--photos", type=Path, help="folder of photographs, e.g. packages of wallpapers, unpacked")
+
+    args = report.parse_args("which criterion chooses the quality that training would have chosen?", more)
+    if args.quick:
+        results, other, expected = quick(), {}, 1
+    else:
+        results = grid.gather(
+            CELLS,
+            grid.Sources(args.cifar10, args.photos),
+            folder=args.out,
+            processes=args.jobs,
+            minutes=args.minutes,
+            seeds=grid.SEEDS,
+        )
+        other, expected = trials_of_budget(args.out), len(CELLS)
+    trials = trials_of(results)
+    if not trials:
+        report.finish(args, {"cells": 0, "cells_expected": expected})
+        return
+    picking, reporting = ({name: trials[name] for name in names if name in trials} for names in split(expected, trials))
+    criterion = chosen(picking) if picking else TODAY
+    print_cells(criterion, {**trials, **other})
+    print_criteria(picking, reporting, other)
+    print_tasks(criterion, {**trials, **other})
+    flat = headline(criterion, trials, picking, reporting)
+    costs = cost_ratios(results.values())
+    flat["grid_cost_over_selection"] = round(fmean(costs), 1) if costs else None
+    report.finish(args, flat | {"cells_expected": expected, "seeds": len({job.seed for job in results})})
+
+
+def split(expected: int, trials: Trials) -> tuple[list[str], list[str]]:
+    """The halves; of all cells, whether or not they are done, so that they stay what they are."""
+    return halves(trials) if expected != len(CELLS) else halves(cell.name for cell in CELLS)
+
+
+def quick() -> dict[Job, Result]:
+    """A look: the sample of Fashion-MNIST, one seed, few images."""
+    cell, size = Cell("sample", "er", 5, 2_000), grid.Size(60, 20, epochs=1)
+    job = Job(grid.TABLE, cell.name, 0, grid.Training(cell, 0.1, size=size))
+    return {job: json.loads(json.dumps(grid.train(job, sources=grid.Sources())))}
+
+
+def headline(criterion: Criterion, trials: Trials, picking: Trials, reporting: Trials) -> dict[str, Any]:
+    """The numbers of the page."""
+    flat: dict[str, Any] = {"criterion": criterion.name, "cells": len(trials), "cells_reported": len(reporting)}
+    for key, each in (("", criterion), ("_today", TODAY), ("_constant", fitted(CONSTANTS, picking or trials))):
+        flat[f"name{key or '_chosen'}"] = each.name
+        for half, cells in (("", reporting), ("_all", trials)):
+            found = verdict(each, cells)
+            if found is not None:
+                flat[f"behind{key}_points{half}"] = round(found.behind.mean, 2)
+                flat[f"behind{key}_high{half}"] = None if found.behind.high is None else round(found.behind.high, 2)
+                flat[f"within_a_point{key}_share{half}"] = round(found.within / len(cells), 3)
+                flat[f"worst{key}_points{half}"] = round(found.worst, 2)
+    for embedding in EMBEDDINGS:
+        same = replace(TODAY, embedding=embedding)
+        flat[f"changes_{embedding}_share"] = round(changes(same, trials), 3)
+        flat[f"drift_{embedding}_q10"] = round(drift(embedding, trials, 10), 2)
+    return flat
+
+
+def print_cells(criterion: Criterion, trials: Trials) -> None:
+    """Every cell: what training found, what criteria chose."""
+    qualities = sorted({quality for each in trials.values() for quality in each[0].last})
+    picking, _ = halves(cell.name for cell in CELLS)
+    rows = []
+    for name, each in sorted(trials.items()):
+        means = [_mean(each, quality) for quality in qualities]
+        picks = {own: sorted(own.choice(trial.tasks[:1]) for trial in each) for own in (criterion, TODAY)}
+        rows.append(
+            [
+                name,
+                "choice" if name in picking else "report",
+                len(each),
+                *means,
+                best_quality(each),
+                *(" ".join(map(str, pick)) for pick in picks.values()),
+                str(estimate(behind(criterion, each))),
+            ]
+        )
+    columns = ("cell", "half", "seeds", *(f"at {q}" for q in qualities), "best")
+    chosen_columns = dict.fromkeys((criterion.name, TODAY.name))
+    report.print_table(
+        "Last accuracy at each quality, percent, and what is chosen after the first task",
+        (*columns, *chosen_columns, "behind"),
+        rows,
+    )
+
+
+def _mean(trials: Sequence[Trial], quality: int) -> float | None:
+    found = [trial.last[quality] for trial in trials if quality in trial.last]
+    return fmean(found) if found else None
+
+
+def print_criteria(picking: Trials, reporting: Trials, other: Trials) -> None:
+    """Every family with its best epsilon of the first half, and constants, on both halves."""
+    listed = [fitted(family, picking) for family in FAMILIES] if picking else [TODAY]
+    rows: list[list[report.Cell]] = []
+    for criterion in dict.fromkeys([*listed, TODAY, *CONSTANTS]):
+        row: list[report.Cell] = [f"{criterion.name}{' (today)' if criterion == TODAY else ''}"]
+        for cells in (picking, reporting, other):
+            found = verdict(criterion, _able(criterion, cells))
+            row += ["-", "-", "-"] if found is None else [str(found.behind), found.within, found.worst]
+        row.append(changes(criterion, {**picking, **reporting}))
+        rows.append(row)
+    halves_ = (f"choice, {len(picking)} cells", f"report, {len(reporting)} cells", f"budget.py, {len(other)} cells")
+    columns = [f"{half}: {what}" for half in halves_ for what in ("behind", "within a point", "worst")]
+    report.print_table("Criteria: points behind the best quality", ("criterion", *columns, "tasks that differ"), rows)
+
+
+def _able(criterion: Criterion, trials: Trials) -> Trials:
+    """The cells in which the criterion's quality was trained."""
+    return {
+        name: each
+        for name, each in trials.items()
+        if criterion.embedding is not None or all(criterion.constant in trial.last for trial in each)
+    }
+
+
+def print_tasks(criterion: Criterion, trials: Trials) -> None:
+    """R at every task of the first seed, its mean, and each task's own choice."""
+    rows: list[list[report.Cell]] = []
+    for name, each in sorted(trials.items()):
+        trial = each[0]
+        for embedding in EMBEDDINGS:
+            same = replace(criterion if criterion.embedding else TODAY, embedding=embedding)
+            row: list[report.Cell] = [name, embedding]
+            for quality in (10, 25, 50, 75):
+                if quality not in trial.last:
+                    row.append("-")
+                    continue
+                ratios = [gaps.form(task, embedding, "raw")[quality] for task in trial.tasks]
+                mean = gaps.averaged(trial.tasks, embedding, "raw")[quality]
+                row.append(f"{' '.join(map(_short, ratios))}; {_short(mean)}")
+            row += [" ".join(map(str, own_choices(same, trial))), same.choice(trial.tasks)]
+            rows.append(row)
+    columns = ("cell", "embedding", *(f"R({q}) by task; mean" for q in (10, 25, 50, 75)), "own choices", "of the mean")
+    report.print_table("Raw R of every task, first seed", columns, rows)
+
+
+def _short(ratio: float | None) -> str:
+    return "-" if ratio is None else f"{ratio:.2f}" if ratio < 10 else f"{ratio:.3g}"
+
+
+if __name__ == "__main__":
+    main()
