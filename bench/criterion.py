@@ -18,9 +18,9 @@ epsilon is no more than a point behind on the first half; if there is none, the 
 qualities, which need no criterion, stand beside as a yardstick. Runs of LUCIR at full size that `budget.py` has kept
 are cells, too (their names begin with `budget`): they are only reported.
 
-`grid_cost_over_selection` is what the trainings of a cell take over what the selection takes (ranking, coding,
-embedding and comparing at every quality, for every task), in CPU seconds; the first task's training, which all
-qualities share, counts once.
+`grid_cost_over_selection` is what five trainings take over what the selection takes (ranking, coding, embedding and
+comparing at every quality, for every task) in the runs of `budget.py`; `..._small` is the same of the cells, whose
+tasks are so small that selection, which looks at no more images than a large task would give it, weighs more.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from grid import Cell
 from intervals import Estimate, estimate
 from kept import Job, Result
 
-from engram.schemas import Definition
+from engram.schemas import CANDIDATE_QUALITIES, Definition
 from engram.selection.quality import DEFAULT_QUALITY, is_near_one
 
 Embedding = Literal["pixels", "extractor", "both"]
@@ -58,10 +58,10 @@ EPSILONS: dict[Definition, tuple[float, ...]] = {
 POINT = 1.0
 """How far behind the best a criterion may fall."""
 
-SMALL = {"cifar10": 8_000, "fashion": 2_000, "squares64": 12_288}
+SMALL = {"cifar10": 8_000, "fashion": 2_000, "squares64": 6_144}
 LARGE = {"cifar10": 24_000, "fashion": 6_000}
 """Bytes of each class. Even at quality 10 the smaller ones hold less than half of the images, the larger ones not all.
-Of squares one raw image."""
+Of squares half a raw image."""
 
 CELLS = (
     *(
@@ -245,17 +245,11 @@ def trials_of_budget(folder: Path) -> dict[str, list[Trial]]:
     Candidates are the qualities of which all those seeds were trained.
     """
     runs: dict[tuple[str, int], dict[int | None, Result]] = {}
-    for path in sorted((folder / "budget").glob("*/seed-*/*.json")):
-        result = json.loads(path.read_text())
-        config = result.get("config") or {}
-        arm = config.get("arm") or {}
-        settings = dict(map(tuple, config.get("settings", ())))
-        if arm.get("kind") != "strips" or config.get("per") != "class" or config.get("method") != "lucir":
-            continue
-        if not settings.get("codec_ratio") or "last" not in result:
-            continue
-        name = f"budget {config['data']} lucir 5 {config['budget_bytes']}"
-        runs.setdefault((name, result["seed"]), {})[arm.get("quality")] = result
+    for result in budget_results(folder):
+        config = result["config"]
+        if config["arm"]["kind"] == "strips" and dict(config["settings"])["codec_ratio"]:
+            name = f"budget {config['data']} lucir 5 {config['budget_bytes']}"
+            runs.setdefault((name, result["seed"]), {})[config["arm"]["quality"]] = result
     found: dict[str, list[Trial]] = {}
     for (name, seed), by_quality in sorted(runs.items()):
         last = {quality: result["last"] for quality, result in by_quality.items() if quality is not None}
@@ -263,6 +257,16 @@ def trials_of_budget(folder: Path) -> dict[str, list[Trial]]:
         if selecting is not None and selecting.get("gaps") and len(last) >= 3:
             found.setdefault(name, []).append(Trial(name, seed, last, selecting["gaps"]))
     return {name: _common(trials) for name, trials in found.items()}
+
+
+def budget_results(folder: Path) -> list[Result]:
+    """What `budget.py` has kept of LUCIR with a budget for each class, but its tuning."""
+    found = []
+    for path in sorted((folder / "budget").glob("*/seed-*/*.json")):
+        result: Result = json.loads(path.read_text())
+        if result["config"]["method"] == "lucir" and result["config"]["per"] == "class" and "matrix" in result:
+            found.append(result)
+    return found
 
 
 def _common(trials: Sequence[Trial]) -> list[Trial]:
@@ -301,6 +305,20 @@ def cost_ratios(results: Iterable[Result]) -> list[float]:
     return found
 
 
+def full_cost_ratios(results: Sequence[Result]) -> list[float]:
+    """Of each selecting run of `budget.py` the seconds of a training for each candidate over those of its selection.
+
+    A training is that very run less its selection, so that both were timed under the same load.
+    """
+    return [
+        len(CANDIDATE_QUALITIES)
+        * (result["learning_seconds"] - result["selection_seconds"])
+        / result["selection_seconds"]
+        for result in results
+        if result["config"]["arm"]["kind"] == "strips" and result.get("selection_seconds")
+    ]
+
+
 # Tables
 
 
@@ -312,7 +330,7 @@ def main() -> None:
 
     args = report.parse_args("which criterion chooses the quality that training would have chosen?", more)
     if args.quick:
-        results, other, expected = quick(), {}, 1
+        results, kept_by_budget, other, expected = quick(), list[Result](), {}, 1
     else:
         results = grid.gather(
             CELLS,
@@ -322,7 +340,7 @@ def main() -> None:
             minutes=args.minutes,
             seeds=grid.SEEDS,
         )
-        other, expected = trials_of_budget(args.out), len(CELLS)
+        kept_by_budget, other, expected = budget_results(args.out), trials_of_budget(args.out), len(CELLS)
     trials = trials_of(results)
     if not trials:
         report.finish(args, {"cells": 0, "cells_expected": expected})
@@ -333,8 +351,9 @@ def main() -> None:
     print_criteria(picking, reporting, other)
     print_tasks(criterion, {**trials, **other})
     flat = headline(criterion, trials, picking, reporting)
-    costs = cost_ratios(results.values())
-    flat["grid_cost_over_selection"] = round(fmean(costs), 1) if costs else None
+    small, full = cost_ratios(results.values()), full_cost_ratios(kept_by_budget)
+    flat["grid_cost_over_selection_small"] = round(fmean(small), 1) if small else None
+    flat["grid_cost_over_selection"] = round(fmean(full), 1) if full else None
     report.finish(args, flat | {"cells_expected": expected, "seeds": len({job.seed for job in results})})
 
 

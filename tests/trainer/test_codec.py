@@ -96,7 +96,7 @@ def test_a_memory_that_is_filled_online_gets_the_images_as_they_are(tasks: Strea
     assert np.array_equal(kept.images, coded(task.train.images.read(np.array(rows)), 50))
 
 
-@pytest.mark.parametrize("method", ["er", "derpp"])
+@pytest.mark.parametrize("method", ["er", "derpp", "icarl"])
 def test_replay_methods_show_their_own_images_as_jpeg_only_if_they_are_told_to(tasks: Stream, method: str) -> None:
     def learned(kind: Kind, **options: Any) -> object:
         learner = learner_of(method, tasks, epochs=1, **options)

@@ -18,6 +18,7 @@ Source: Rebuffi et al., iCaRL (CVPR 2017); its code (CIFAR-100, TheanoLasagne) i
 - q is computed on the varied image of each step, as in the code; the text computes it once for each image.
 - labels that have not arrived are left out, as in the text; the code trains their outputs towards 0.
 - exemplars are drawn, so many for every batch, in shuffled passes; the paper shuffles them among the new images.
+- `codec_ratio` is this project's: see `codec`.
 """
 
 from __future__ import annotations
@@ -34,17 +35,18 @@ from torch.nn import functional
 
 from engram_trainer.examples import Images
 from engram_trainer.memory import Memory
+from engram_trainer.methods.codec import Coding
 from engram_trainer.methods.linear import LinearLearner
 from engram_trainer.methods.losses import binary_cross_entropy
 from engram_trainer.methods.nearest_mean import class_means, nearest_mean_scores
-from engram_trainer.methods.training import Training, union
+from engram_trainer.methods.training import union
 from engram_trainer.runtime import Runtime
 from engram_trainer.steps import LEARN, OnStep, Phase, Step
 from engram_trainer.stream import Task
 
 
 @dataclass(frozen=True)
-class Config(Training):
+class Config(Coding):
     """iCaRL's settings; in brackets those of its CIFAR-100 code where they differ."""
 
     epochs: int = 10
@@ -79,6 +81,7 @@ class Icarl(LinearLearner):
         seen, old_count = self.stream.seen(task.visit), self.stream.seen(task.visit - 1)
         old_model = copy.deepcopy(self.model).eval().requires_grad_(False)
         optimizer = config.optimizer(self.model.parameters())
+        examples, order = config.shown(task, memory, seed=self.seed)
 
         def loss(step: Step) -> torch.Tensor:
             images_NCHW = step.images
@@ -98,9 +101,10 @@ class Icarl(LinearLearner):
             epochs=config.epochs,
             batch_size=batch_size,
             augment=config.augment,
-            examples=task.train,
+            examples=examples,
             replay=replay,
             schedule=config.schedule(optimizer),
+            order=order,
         )
         runtime.fit(phase, memory, progress)
 
