@@ -16,7 +16,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 DEV := $(VENV)/.installed-dev
 DEMO := $(VENV)/.installed-demo
-BENCHES := strip draw oversight console ingest selection ratios stream step budget classincremental gem
+BENCHES := strip draw oversight console ingest selection ratios stream step budget classincremental gem criterion qualities
 
 # The tests and the benchmarks count on one thread per process: more only fight over the cores.
 export OMP_NUM_THREADS ?= 1
@@ -24,7 +24,7 @@ export OMP_NUM_THREADS ?= 1
 export PYTHONDONTWRITEBYTECODE =
 
 .NOTPARALLEL:
-.PHONY: help install test slow browser screenshots kills fuzz fuzz-quick lint format types check docs site pictures screenshots demo bench bench-quick clean
+.PHONY: help install test slow browser screenshots kills fuzz fuzz-quick lint format types check docs site pictures evidence screenshots demo bench bench-quick clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -75,6 +75,9 @@ site: $(DEV) ## build the documentation as a site, in build/site (no network); a
 
 pictures: $(DEV) ## draw the pictures of the concepts page
 	$(BIN)/python -m docs.pictures
+
+evidence: $(DEV) ## write the numbers and draw the pictures of the page of evidence from bench/results
+	PYTHONPATH=bench $(BIN)/python -m docs.evidence
 
 demo: $(DEMO) ## start a service, learn Fashion-MNIST class by class against it, print the table, stop the service
 	$(BIN)/python -m engram_trainer.demo

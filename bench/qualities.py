@@ -80,6 +80,11 @@ def by_cell(results: Mapping[Job, Result]) -> dict[Cell, Runs]:
     return dict(found)
 
 
+def unaugmented(cell: Cell) -> Cell:
+    """The same without codec augmentation."""
+    return replace(cell, codec_ratio=0.0)
+
+
 def clean(runs: Mapping[int, Result]) -> dict[int, float]:
     """Percent of the test images as they are, by seed."""
     return {seed: 100 * fmean(run["matrix"][-1]) for seed, run in runs.items()}
@@ -95,7 +100,7 @@ def shifts(cells: Mapping[Cell, Runs]) -> dict[str, Any]:
     flat: dict[str, Any] = {}
     rows: list[list[report.Cell]] = []
     for cell, by_quality in cells.items():
-        without = cells.get(replace(cell, codec_ratio=0.0), {}) if cell.codec_ratio else {}
+        without = cells.get(unaugmented(cell), {}) if cell.codec_ratio else {}
         for quality, runs in sorted(by_quality.items()):
             difference = paired(coded(runs), clean(runs))
             gain = paired(clean(runs), clean(without[quality])) if quality in without else None
