@@ -315,7 +315,7 @@ def full_cost_ratios(results: Sequence[Result]) -> list[float]:
         * (result["learning_seconds"] - result["selection_seconds"])
         / result["selection_seconds"]
         for result in results
-        if result["config"]["arm"]["kind"] == "strips" and result.get("selection_seconds")
+        if result["config"]["arm"] == {"kind": "strips", "quality": None} and result.get("selection_seconds")
     ]
 
 

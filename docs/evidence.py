@@ -25,6 +25,7 @@ import qualities
 from intervals import Estimate, estimate, paired
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import FormatStrFormatter
 
 from engram.schemas import CANDIDATE_QUALITIES
 
@@ -138,8 +139,8 @@ def worth() -> str:
             counts = [fmean(runs[arm][seed]["exemplars"] for seed in seeds) for arm in (RAW, SELECTED)]
             verdict = "worth it" if gain.low is not None and gain.low > 0 else "not shown to be worth it"
             told.append(
-                f"- {DATA[data]}, {budget:,} bytes per class: {round(counts[0]):,} raw images or {round(counts[1]):,} "
-                f"exemplars in strips; {_said(gain)} points: {verdict}."
+                f"- {DATA[data]}, {budget:,} bytes per class: {round(counts[0]):,} raw images in all, or "
+                f"{round(counts[1]):,} exemplars in strips; {_said(gain)} points gained: {verdict}."
             )
     return "\n".join(told) or "No complete seed yet."
 
@@ -296,7 +297,7 @@ def gain_data() -> Any:
                 (name, estimate([*last(runs, arm, seeds).values()])) for arm, name in ARMS.items() if arm in PRIMARY
             ]
             rows = [[name, round(each.mean, 2), round(each.half or 0, 2)] for name, each in arms]
-            panels.append([f"{DATA[data]}, {budget:,} bytes", rows])
+            panels.append([f"{DATA[data]}\n{budget:,} bytes", rows])
     return panels
 
 
@@ -333,22 +334,27 @@ def exemplars_data() -> Any:
 
 
 def draw_exemplars(figure: Figure, panels: Any) -> None:
-    """Accuracy over the number of exemplars, one line for each budget."""
+    """Accuracy over the number of exemplars, one colour for each budget; strips are joined by a line."""
     all_axes = figure.subplots(1, len(panels), squeeze=False)[0]
     for axes, (title, lines) in zip(all_axes, panels, strict=True):
-        for budget, rows in lines:
-            rows = sorted(rows, key=lambda row: row[1])
-            axes.plot(
-                [row[1] for row in rows], [row[2] for row in rows], marker="o", markersize=4, label=f"{budget:,} bytes"
-            )
+        for place, (budget, rows) in enumerate(lines):
+            strips = sorted([row for row in rows if row[0].startswith("strips")], key=lambda row: row[1])
+            style = {"marker": "o", "markersize": 4, "color": f"C{place}"}
+            axes.plot(*_columns(strips), label=f"{budget:,} bytes", **style)
+            axes.plot(*_columns([row for row in rows if row not in strips]), linestyle="", **style)
             for name, count, accuracy in rows:
-                axes.annotate(name, (count, accuracy), fontsize=5, xytext=(2, 3), textcoords="offset points")
+                short = name.removeprefix("strips at ").partition(" ")[0]
+                axes.annotate(short, (count, accuracy), fontsize=6, xytext=(3, 3), textcoords="offset points")
         axes.set_xscale("log")
         axes.set_title(title, fontsize=8)
         axes.set_xlabel("exemplars of each class", fontsize=8)
         axes.grid(alpha=0.3)
         axes.legend(fontsize=7)
     all_axes[0].set_ylabel("accuracy after the last task, %", fontsize=8)
+
+
+def _columns(rows: Any) -> tuple[list[float], list[float]]:
+    return [row[1] for row in rows], [row[2] for row in rows]
 
 
 def quality_data() -> Any:
@@ -414,6 +420,9 @@ def draw_ratio(figure: Figure, panels: Any) -> None:
                     range(len(ratios)), [float("nan") if r is None else r for r in ratios], color=colour, label=label
                 )
         axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(FormatStrFormatter("%g"))
+        axes.yaxis.set_minor_formatter(FormatStrFormatter("%g"))
+        axes.tick_params(labelsize=7, which="both")
         axes.set_title(f"R under {'pixels' if embedding == gaps.PIXELS else 'the learner’s features'}", fontsize=8)
         axes.set_xlabel("task", fontsize=8)
         axes.grid(alpha=0.3)
