@@ -260,11 +260,13 @@ def trials_of_budget(folder: Path) -> dict[str, list[Trial]]:
 
 
 def budget_results(folder: Path) -> list[Result]:
-    """What `budget.py` has kept of LUCIR with a budget for each class, but its tuning."""
+    """What `budget.py` has kept of LUCIR, with and without augmentation, with a budget for each class."""
     found = []
-    for path in sorted((folder / "budget").glob("*/seed-*/*.json")):
+    for path in sorted(folder.glob("budget*/*/seed-*/*.json")):
         result: Result = json.loads(path.read_text())
-        if result["config"]["method"] == "lucir" and result["config"]["per"] == "class" and "matrix" in result:
+        config = result["config"]
+        is_table = not path.relative_to(folder).parts[0].startswith("budget-tuning")
+        if is_table and config["method"] == "lucir" and config["per"] == "class":
             found.append(result)
     return found
 

@@ -136,7 +136,7 @@ def worth() -> str:
         seeds = complete(runs)
         gain = paired(last(runs, SELECTED, seeds), last(runs, RAW, seeds)) if seeds else None
         if gain is not None:
-            counts = [fmean(runs[arm][seed]["exemplars"] for seed in seeds) for arm in (RAW, SELECTED)]
+            counts = [fmean(runs[arm][seed].get("exemplars", 0) for seed in seeds) for arm in (RAW, SELECTED)]
             verdict = "worth it" if gain.low is not None and gain.low > 0 else "not shown to be worth it"
             told.append(
                 f"- {DATA[data]}, {budget:,} bytes per class: {round(counts[0]):,} raw images in all, or "
@@ -323,7 +323,7 @@ def exemplars_data() -> Any:
             if seeds := complete(runs):
                 rows = []
                 for arm, name in ARMS.items():
-                    mine = [runs[arm][seed] for seed in seeds if seed in runs.get(arm, {})]
+                    mine = [run for seed, run in runs.get(arm, {}).items() if seed in seeds and "exemplars" in run]
                     if mine and arm != SELECTED:
                         count = fmean(run["exemplars"] for run in mine) / 10
                         rows.append([name, round(count, 1), round(fmean(run["last"] for run in mine), 2)])

@@ -136,8 +136,10 @@ def test_runs_of_the_budget_benchmark_are_cells_with_the_qualities_that_were_tra
     selecting = {"gaps": [BLUR], "selection_seconds": 1.0}
     kept = [budget_result(None, 10, 49.0, **selecting), *(budget_result(q, 10, ACCURATE[q]) for q in (25, 50, 75))]
     kept += [budget_result(q, 11, ACCURATE[q]) for q in (25, 50, 75)]  # a seed without its selecting run
+    kept += [budget_result(25, 10, 0.0)]  # tuning
     for number, result in enumerate(kept):
-        path = tmp_path / "budget" / "cifar10" / f"seed-{result['seed']}" / f"{number}.json"
+        table = "budget-tuning" if not result["last"] else "budget"
+        path = tmp_path / table / "cifar10" / f"seed-{result['seed']}" / f"{number}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(result))
     [(name, [found])] = criterion.trials_of_budget(tmp_path).items()
