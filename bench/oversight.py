@@ -32,11 +32,9 @@ from report import finish, parse_args, print_table
 
 from engram import Client
 from engram_service.app import create_app
-from engram_service.console.page import Frame
+from engram_service.around import Around
 from engram_service.edge import Server, listen
 from engram_service.gate import Gate
-from engram_service.metrics import Metered
-from engram_service.problems import LastResort
 from engram_service.settings import Settings
 from engram_trainer.local_service import START_S, LocalService, local_service
 
@@ -44,7 +42,7 @@ BUFFER = "small"
 SIZES = (256, 16)
 SCRAPE_S = 5.0
 ORDER = ("on", "off", "off", "on")
-AROUND: tuple[object, ...] = (Gate, LastResort, Frame, Metered)
+OVERSIGHT: tuple[object, ...] = (Gate, Around)
 ADMIN = "0123456789abcdef" * 4
 
 
@@ -174,7 +172,7 @@ def bare(folder: Path) -> Iterator[Side]:
 def serve_bare(data_dir: Path, port_file: Path) -> None:
     settings = Settings(data_dir=data_dir, workers=0)
     app = create_app(settings)
-    app.user_middleware = [each for each in app.user_middleware if each.cls not in AROUND]
+    app.user_middleware = [each for each in app.user_middleware if each.cls not in OVERSIGHT]
     app.state.replay.note = lambda view, runs, size, damaged: None
     Server(app, settings, port_file).run(sockets=[listen("127.0.0.1", 0)])
 
