@@ -5,7 +5,7 @@ learned once, for no memory has been asked yet, and then the run goes on once fo
 Kept of a job: the accuracy matrix, exemplars, bytes and CPU seconds at each quality, the accuracy on test images coded
 at that quality (`shift`), and the log volumes of every task, measured in the run at 50 (`gaps`).
 
-Networks are small (`conv`), and so are the tasks: 250 training images and 150 test images of a class. All methods show
+Networks are small (`conv`), and so are the tasks: 250 training images and 300 test images of a class. All methods show
 half of a task's images as JPEG gives them back. The learning rate of each method on each data set is the best of
 `RATES` at quality 50 on held-out training images of tuning seeds, in runs that are kept as well. `squares32`,
 `squares64` and `squares96` are squares of 20 wallpapers, most of them photographs, at these sizes: the class of a
@@ -87,7 +87,7 @@ class Size:
     """How much each training learns from; the smallest memory is full with a fraction of it."""
 
     train_per_class: int = 250
-    test_per_class: int = 150
+    test_per_class: int = 300
     epochs: int = 8
     batch_size: int = 64
     """Of LUCIR and iCaRL, exemplars included; ER takes half of it from each side."""

@@ -202,9 +202,9 @@ def choosing() -> str:
         f"Chosen on {len(picking)} cells and reported on {len(reporting)} others: **{found.name}** (today's: "
         f"{criterion.TODAY.name}).",
         "",
-        f"| criterion | points behind the best, {len(reporting)} cells | within a point | worst | tasks that ask for "
-        "another quality than the first |",
-        "|---|---|---|---|---|",
+        f"| criterion | points behind, {len(reporting)} cells | at most | cells within a point | worst | tasks that "
+        "ask for another quality than the first |",
+        "|---|---|---|---|---|---|",
     ]
     listed = [found, criterion.TODAY, *(criterion.fitted(family, picking) for family in criterion.FAMILIES)]
     for each in dict.fromkeys([*listed, *criterion.CONSTANTS]):
@@ -212,7 +212,8 @@ def choosing() -> str:
         assert verdict is not None, "there are cells"
         changed = criterion.changes(each, {**picking, **reporting})
         lines.append(
-            f"| {each.name} | {verdict.behind} | {verdict.within} | {verdict.worst:.1f} | {100 * changed:.0f} % |"
+            f"| {each.name} | {verdict.behind} | {verdict.at_most:.1f} | {verdict.within} | {verdict.worst:.1f} | "
+            f"{100 * changed:.0f} % |"
         )
     return "\n".join(lines)
 

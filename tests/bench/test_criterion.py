@@ -62,14 +62,16 @@ def test_without_anything_to_compare_the_middle_is_taken() -> None:
     assert TODAY.choice([nothing]) == 50
 
 
-def test_behind_is_the_accuracy_of_the_best_less_that_of_the_choice_seed_by_seed() -> None:
+def test_behind_is_counted_from_the_best_of_the_other_seeds_and_at_most_from_the_best_of_all() -> None:
     worse = {**ACCURATE, 25: 47.0, 50: 48.5}
     trials = [trial(BLUR, NOISE), trial(NOISE, seed=11, last=worse)]
-    # 50 is the best of the means: 49 against 48.5.
+    # 50 is the best of the means, 49 against 48.5; alone, the first seed says 25 and the second 50.
     assert criterion.best_quality(trials) == 50
-    assert criterion.behind(TODAY, trials) == [0.0, 0.0]
-    assert criterion.behind(Criterion("pixels", "raw", 0.4), trials) == [-0.5, 0.0]
-    assert criterion.behind(CONSTANTS[0], trials) == [9.5, 8.5]
+    assert criterion.at_most_behind(TODAY, trials) == [0.0, 0.0]
+    assert criterion.behind(TODAY, trials) == [0.0, -1.5]
+    assert criterion.at_most_behind(Criterion("pixels", "raw", 0.4), trials) == [-0.5, 0.0]
+    assert criterion.behind(CONSTANTS[0], trials) == [9.5, 7.0]
+    assert criterion.behind(CONSTANTS[0], trials[:1]) == [10.0]
 
 
 def test_a_criterion_is_asked_after_the_first_task_only() -> None:
