@@ -476,6 +476,7 @@ def test_a_run_that_failed_leaves_no_buffer_and_its_folder_takes_the_corrected_c
         run(small, tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_a_buffer_that_was_there_before_a_run_stays_when_it_fails(service: ServiceProcess, tmp_path: Path) -> None:
     memory = replace(of_service(service.url), buffer="made-by-hand", budget_bytes=20)
     with Client(service.url) as client:
