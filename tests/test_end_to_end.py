@@ -49,6 +49,7 @@ def test_a_learner_uploads_three_tasks_replays_them_and_resumes_after_a_crash(
             state = loader.state_dict()
 
     service.kill()
+    service.given["workers"] = 0  # what follows only reads
     service.start()
     with Client(service.url) as client:
         resumed = ReplayLoader((client, "digits"), 16, steps=20)
