@@ -121,6 +121,7 @@ ORDER = {
         "room work metrics backup",
         "routes interface",
         "console",
+        "around",
         "worker app restore",
         "supervisor",
         "cli",

@@ -25,7 +25,7 @@ from markupsafe import Markup, escape
 from starlette.datastructures import Headers
 from starlette.requests import HTTPConnection
 from starlette.staticfiles import StaticFiles
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from engram.errors import EngramError, Forbidden
 
@@ -185,21 +185,13 @@ class Files(StaticFiles):
         return response
 
 
-class Frame:
-    """Around everything: answers under /console carry the policy, and problems are pages there.
+def framed(scope: Scope, receive: Receive, send: Send) -> Send:
+    """What sends the answer to a request: under /console answers carry the policy, and problems are pages.
 
     So it does not matter whether a view, the framework or the Gate refuses a request. Who asks for JSON gets it.
     """
-
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """One request."""
-        if scope["type"] != "http" or not (scope["path"] == "/console" or scope["path"].startswith("/console/")):
-            await self.app(scope, receive, send)
-            return
-        await self.app(scope, receive, _Framed(scope, receive, send))
+    path = scope["path"]
+    return _Framed(scope, receive, send) if path == "/console" or path.startswith("/console/") else send
 
 
 class _Framed:
