@@ -31,7 +31,7 @@ help: ## list the targets
 
 install: $(DEV) ## everything a developer needs, in .venv
 
-test: $(DEV) ## the default tests (three to five minutes on two cores, no network)
+test: $(DEV) ## the default tests (under three minutes on two cores, no network)
 	$(BIN)/python -m pytest -q $(PARALLEL) $(PYTEST_ARGS)
 
 slow: $(DEV) ## the long tests: kills and restarts, the demo, much fuzzing
