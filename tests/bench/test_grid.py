@@ -130,3 +130,20 @@ def test_too_few_photographs_are_refused(photographed: Callable[[int], None], tm
     photographed(1)
     with pytest.raises(ValueError, match="photographs"):
         grid.photographs(tmp_path / "nothing")
+
+
+@pytest.mark.slow
+def test_rates_are_tuned_first_and_what_is_kept_is_not_run_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(grid, "size_of", lambda data: SIZE)
+
+    def gathered(minutes: float) -> dict[Job, Any]:
+        return grid.gather([CELL], Sources(), folder=tmp_path, processes=1, minutes=minutes, seeds=(10,))
+
+    [(job, result)] = gathered(5).items()
+    assert job.config.lr in grid.RATES["er"]
+    assert sorted(result["runs"]) == sorted(map(str, grid.CANDIDATE_QUALITIES))
+    assert len(list(tmp_path.rglob("*.json"))) == len(grid.RATES["er"]) + 1
+    assert gathered(0) == {job: result}
+    assert grid.known([CELL], tmp_path, (10,)) == {job: result}
