@@ -26,7 +26,6 @@ tasks are so small that selection, which looks at no more images than a large ta
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -38,7 +37,6 @@ from typing import Any, Literal, get_args
 
 import gaps
 import grid
-import kept
 import numpy as np
 import report
 from gaps import EXTRACTOR, PIXELS, Gaps
@@ -344,23 +342,11 @@ def full_cost_ratios(results: Sequence[Result]) -> list[float]:
 
 
 def main() -> None:
-    def more(parser: argparse.ArgumentParser) -> None:
-        kept.add_arguments(parser)
-        parser.add_argument("--cifar10", type=Path, help="folder with CIFAR-10's binary files")
-        parser.add_argument("--photos", type=Path, help="folder of photographs, e.g. packages of wallpapers, unpacked")
-
-    args = report.parse_args("which criterion chooses the quality that training would have chosen?", more)
+    args = report.parse_args("which criterion chooses the quality that training would have chosen?", grid.add_arguments)
     if args.quick:
         results, kept_by_budget, other, expected = quick(), list[Result](), {}, 1
     else:
-        results = grid.gather(
-            CELLS,
-            grid.Sources(args.cifar10, args.photos),
-            folder=args.out,
-            processes=args.jobs,
-            minutes=args.minutes,
-            seeds=grid.SEEDS,
-        )
+        results = grid.gather(CELLS, args)
         kept_by_budget, other, expected = budget_results(args.out), trials_of_budget(args.out), len(CELLS)
     trials = trials_of(results)
     if not trials:
@@ -375,7 +361,10 @@ def main() -> None:
     small, full = cost_ratios(results.values()), full_cost_ratios(kept_by_budget)
     flat["grid_cost_over_selection_small"] = round(fmean(small), 1) if small else None
     flat["grid_cost_over_selection"] = round(fmean(full), 1) if full else None
-    report.finish(args, flat | {"cells_expected": expected, "seeds": len({job.seed for job in results})})
+    flat["cells_expected"], flat["seeds"] = expected, len({job.seed for job in results})
+    if not args.quick:
+        flat["cells_missing"] = ", ".join(cell.name for cell in CELLS if cell.name not in trials) or None
+    report.finish(args, flat)
 
 
 def split(expected: int, trials: Trials) -> tuple[list[str], list[str]]:

@@ -14,9 +14,10 @@ square is its picture, and training and test squares lie in different fields of 
 
 from __future__ import annotations
 
+import argparse
 import copy
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
@@ -28,6 +29,7 @@ import numpy as np
 import shift
 import torch
 from kept import Job, Result, collect, load
+from kept import add_arguments as add_kept_arguments
 from PIL import Image
 
 from engram.content import Policy
@@ -106,10 +108,11 @@ class Training:
 
 @dataclass(frozen=True)
 class Sources:
-    """Where data sets are on this machine; no result depends on it."""
+    """Where data sets are on this machine, and what it computes on; results tell the device and are not told by it."""
 
     cifar10: Path | None = None
     photos: Path | None = None
+    device: str = "cpu"
 
     def has(self, data: str) -> bool:
         """Whether runs on it can be made here."""
@@ -123,6 +126,14 @@ class Sources:
             assert self.photos is not None, "asked where there are photographs"
             return squares(self.photos, SQUARES[data])
         return datasets.load({"fashion": str(FASHION_MNIST), "cifar10": str(self.cifar10)}.get(data, data))
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The switches of a script that has grid searches made."""
+    add_kept_arguments(parser)
+    parser.add_argument("--cifar10", type=Path, help="folder with CIFAR-10's binary files")
+    parser.add_argument("--photos", type=Path, help="folder of photographs, e.g. packages of wallpapers, unpacked")
+    parser.add_argument("--device", default="cpu", help="to train on (default cpu)")
 
 
 def jobs(cells: Sequence[Cell], rates: Mapping[tuple[str, str], float], seeds: Sequence[int] = SEEDS) -> list[Job]:
@@ -188,33 +199,24 @@ def tell(job: Job, result: Result) -> str:
     )
 
 
-def gather(
-    cells: Sequence[Cell], sources: Sources, *, folder: Path, processes: int, minutes: float, seeds: Sequence[int]
-) -> dict[Job, Result]:
+def gather(cells: Sequence[Cell], args: argparse.Namespace, seeds: Sequence[int] = SEEDS) -> dict[Job, Result]:
     """All that is kept of these cells, and what can be made of the rest here: first the tuning, then the cells."""
-    started = time.monotonic()
-    execute = partial(train, sources=sources)
-    rates = tuned(_made(tuning_jobs(cells), execute, sources, folder, processes, minutes))
-    minutes -= (time.monotonic() - started) / 60
-    return _made(jobs(cells, rates, seeds), execute, sources, folder, processes, minutes)
+    deadline = time.monotonic() + 60 * args.minutes
+    sources = Sources(args.cifar10, args.photos, args.device)
+
+    def made(wanted: Sequence[Job]) -> dict[Job, Result]:
+        possible = [job for job in wanted if sources.has(job.config.cell.data)]
+        left = max(0.0, (deadline - time.monotonic()) / 60)
+        execute = partial(train, sources=sources)
+        found = collect(possible, execute, folder=args.out, processes=args.jobs, minutes=left, tell=tell)
+        return load(wanted, args.out) | found
+
+    return made(jobs(cells, tuned(made(tuning_jobs(cells))), seeds))
 
 
 def known(cells: Sequence[Cell], folder: Path, seeds: Sequence[int] = SEEDS) -> dict[Job, Result]:
     """All that is kept of these cells; nothing is run."""
     return load(jobs(cells, tuned(load(tuning_jobs(cells), folder)), seeds), folder)
-
-
-def _made(
-    wanted: Sequence[Job],
-    execute: Callable[[Job], Result],
-    sources: Sources,
-    folder: Path,
-    processes: int,
-    minutes: float,
-) -> dict[Job, Result]:
-    possible = [job for job in wanted if sources.has(job.config.cell.data)]
-    made = collect(possible, execute, folder=folder, processes=processes, minutes=minutes, tell=tell)
-    return load([job for job in wanted if job not in made], folder) | made
 
 
 def train(job: Job, *, sources: Sources) -> Result:
@@ -234,18 +236,19 @@ def train(job: Job, *, sources: Sources) -> Result:
     started = time.process_time()
     base: dict[str, Any] | None
     try:
-        learner = build(config, tasks, seed)
+        learner = build(config, tasks, seed, sources.device)
         learner.learn(tasks.tasks[0], memory_of(cell, 50), _silent)
         base = copy.deepcopy(learner.state_dict())
     except FloatingPointError:
         base = None
-    result: Result = {"base_cpu_seconds": round(time.process_time() - started, 2), "runs": {}, "gaps": []}
+    result: Result = {"device": sources.device, "base_cpu_seconds": round(time.process_time() - started, 2)}
+    result |= {"runs": {}, "gaps": []}
     for quality in config.qualities:
         result["runs"][str(quality)] = None
         measured: list[gaps.Gaps] = []
         if base is not None:
             try:
-                result["runs"][str(quality)] = _go_on(config, quality, tasks, base, seed, measured)
+                result["runs"][str(quality)] = _go_on(config, quality, tasks, base, seed, sources.device, measured)
             except FloatingPointError:
                 continue
         if quality == MEASURED_AT:
@@ -259,11 +262,12 @@ def _go_on(
     tasks: stream.Stream,
     base: Mapping[str, Any],
     seed: int,
+    device: str,
     measured: list[gaps.Gaps],
 ) -> Result:
     """From the state after the first task to the end, with strips of one quality."""
     started, aside = time.process_time(), 0.0
-    learner, memory = build(config, tasks, seed), memory_of(config.cell, quality)
+    learner, memory = build(config, tasks, seed, device), memory_of(config.cell, quality)
     matrix: list[list[float]] = []
     for task in tasks.tasks:
         if task.index == 0:
@@ -298,7 +302,7 @@ def memory_of(cell: Cell, quality: int) -> StripMemory:
     return StripMemory(Policy(cell.budget_bytes, "class", quality=quality), IngestOptions())
 
 
-def build(config: Training, tasks: stream.Stream, seed: int) -> Learner:
+def build(config: Training, tasks: stream.Stream, seed: int, device: str) -> Learner:
     """A fresh learner."""
     size, method = config.size, config.cell.method
     options: dict[str, Any] = {"lr": config.lr, "epochs": size.epochs, "batch_size": size.batch_size}
@@ -306,7 +310,8 @@ def build(config: Training, tasks: stream.Stream, seed: int) -> Learner:
     if method == "er":
         half = size.batch_size // 2
         options |= {"batch_size": half, "replay_batch": half, "milestones": (0.5, 0.75), "momentum": 0.0}
-    return methods.build(method, Runtime(RuntimeConfig(), tasks, seed=seed), network=NETWORK, options=options)
+    runtime = Runtime(RuntimeConfig(device=device), tasks, seed=seed)
+    return methods.build(method, runtime, network=NETWORK, options=options)
 
 
 def _silent(done: int, total: int, *, loss: torch.Tensor) -> None:

@@ -13,16 +13,13 @@ Runs are those of `grid`, the ones that `criterion.py` has kept among them. Diff
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import criterion
 import grid
-import kept
 import report
 from grid import Cell
 from intervals import Estimate, paired
@@ -41,23 +38,13 @@ Runs = Mapping[int, Mapping[int, Result]]
 
 
 def main() -> None:
-    def more(parser: argparse.ArgumentParser) -> None:
-        kept.add_arguments(parser)
-        parser.add_argument("--cifar10", type=Path, help="folder with CIFAR-10's binary files")
-        parser.add_argument("--photos", type=Path, help="folder of photographs, e.g. packages of wallpapers, unpacked")
-
-    args = report.parse_args("what does the shift from coded to clean images cost, and which quality is best?", more)
+    args = report.parse_args(
+        "what does the shift from coded to clean images cost, and which quality is best?", grid.add_arguments
+    )
     if args.quick:
         results = criterion.quick()
     else:
-        results = grid.gather(
-            CELLS,
-            grid.Sources(args.cifar10, args.photos),
-            folder=args.out,
-            processes=args.jobs,
-            minutes=args.minutes,
-            seeds=grid.SEEDS,
-        )
+        results = grid.gather(CELLS, args)
         results |= grid.known(criterion.CELLS, args.out)
     cells = by_cell(results)
     flat = shifts(cells)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -139,11 +140,14 @@ def test_rates_are_tuned_first_and_what_is_kept_is_not_run_again(
     monkeypatch.setattr(grid, "size_of", lambda data: SIZE)
 
     def gathered(minutes: float) -> dict[Job, Any]:
-        return grid.gather([CELL], Sources(), folder=tmp_path, processes=1, minutes=minutes, seeds=(10,))
+        parser = argparse.ArgumentParser()
+        grid.add_arguments(parser)
+        args = parser.parse_args(["--out", str(tmp_path), "--jobs", "1", "--minutes", str(minutes)])
+        return grid.gather([CELL], args, seeds=(10,))
 
     [(job, result)] = gathered(5).items()
     assert job.config.lr in grid.RATES["er"]
-    assert sorted(result["runs"]) == sorted(map(str, grid.CANDIDATE_QUALITIES))
+    assert sorted(result["runs"]) == sorted(map(str, job.config.qualities))
     assert len(list(tmp_path.rglob("*.json"))) == len(grid.RATES["er"]) + 1
     assert gathered(0) == {job: result}
     assert grid.known([CELL], tmp_path, (10,)) == {job: result}
