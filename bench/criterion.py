@@ -37,6 +37,7 @@ from typing import Any, Literal, get_args
 
 import gaps
 import grid
+import kept
 import numpy as np
 import report
 from gaps import EXTRACTOR, PIXELS, Gaps
@@ -347,6 +348,7 @@ def main() -> None:
         results, kept_by_budget, other, expected = quick(), list[Result](), {}, 1
     else:
         results = grid.gather(CELLS, args)
+        print_rates(kept.load(grid.tuning_jobs(CELLS), args.out))
         kept_by_budget, other, expected = budget_results(args.out), trials_of_budget(args.out), len(CELLS)
     trials = trials_of(results)
     if not trials:
@@ -397,6 +399,24 @@ def headline(criterion: Criterion, trials: Trials, picking: Trials, reporting: T
         flat[f"changes_{embedding}_share"] = round(changes(same, trials), 3)
         flat[f"drift_{embedding}_q10"] = round(drift(embedding, trials, 10), 2)
     return flat
+
+
+def print_rates(tuning: Mapping[Job, Result]) -> None:
+    """What tuning says; a training that diverged has no accuracy."""
+    of_rates: dict[tuple[str, str], dict[float, float | None]] = {}
+    for job, result in tuning.items():
+        key = (job.config.cell.data, job.config.cell.method)
+        of_rates.setdefault(key, {})[job.config.lr] = grid.last_accuracy(result, 50)
+    found = grid.tuned(tuning)
+    rows: list[list[report.Cell]] = []
+    for key, rates in of_rates.items():
+        if key in found:
+            tried = (f"{rate:g}: {'-' if last is None else f'{last:.1f}'}" for rate, last in sorted(rates.items()))
+            rows.append([*key, *tried, found[key]])
+    columns = ("data", "method", "lowest rate", "middle", "highest", "taken")
+    report.print_table(
+        "Learning rates: last accuracy on held-out training images, percent, at quality 50", columns, rows
+    )
 
 
 def print_cells(criterion: Criterion, trials: Trials) -> None:

@@ -18,7 +18,7 @@ import argparse
 import copy
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from statistics import fmean
@@ -241,8 +241,13 @@ def train(job: Job, *, sources: Sources) -> Result:
         base = copy.deepcopy(learner.state_dict())
     except FloatingPointError:
         base = None
-    result: Result = {"device": sources.device, "base_cpu_seconds": round(time.process_time() - started, 2)}
-    result |= {"runs": {}, "gaps": []}
+    result: Result = {
+        "device": sources.device,
+        "settings": settings(config),
+        "base_cpu_seconds": round(time.process_time() - started, 2),
+        "runs": {},
+        "gaps": [],
+    }
     for quality in config.qualities:
         result["runs"][str(quality)] = None
         measured: list[gaps.Gaps] = []
@@ -302,16 +307,21 @@ def memory_of(cell: Cell, quality: int) -> StripMemory:
     return StripMemory(Policy(cell.budget_bytes, "class", quality=quality), IngestOptions())
 
 
-def build(config: Training, tasks: stream.Stream, seed: int, device: str) -> Learner:
-    """A fresh learner."""
+def settings(config: Training) -> dict[str, Any]:
+    """All settings of the method, those that are its defaults included."""
     size, method = config.size, config.cell.method
     options: dict[str, Any] = {"lr": config.lr, "epochs": size.epochs, "batch_size": size.batch_size}
     options |= {"padding": 2, "flip": True, "codec_ratio": config.cell.codec_ratio}
     if method == "er":
         half = size.batch_size // 2
-        options |= {"batch_size": half, "replay_batch": half, "milestones": (0.5, 0.75), "momentum": 0.0}
+        options |= {"batch_size": half, "replay_batch": half, "milestones": (0.5, 0.75)}
+    return asdict(methods.config_class(method)(**options))
+
+
+def build(config: Training, tasks: stream.Stream, seed: int, device: str) -> Learner:
+    """A fresh learner."""
     runtime = Runtime(RuntimeConfig(device=device), tasks, seed=seed)
-    return methods.build(method, runtime, network=NETWORK, options=options)
+    return methods.build(config.cell.method, runtime, network=NETWORK, options=settings(config))
 
 
 def _silent(done: int, total: int, *, loss: torch.Tensor) -> None:
