@@ -2,9 +2,9 @@
 
 Four settings, each of one pass in minibatches of 10:
 
-    class-incremental   Fashion-MNIST, 5 tasks of 2 classes, 2,000 training images a class, MLP of 2 x 100
+    class-incremental   Fashion-MNIST, 5 tasks of 2 classes, 1,500 training images a class, MLP of 2 x 100
     permuted, rotated   Fashion-MNIST, 20 tasks of 1,000 images of all classes, the same MLP: the paper's setup
-    cifar10             CIFAR-10, 5 tasks of 2 classes, 250 training images a class, ResNet-18 of 20 filters; a test
+    cifar10             CIFAR-10, 5 tasks of 2 classes, few training images of each, ResNet-18 of 20 filters; a test
                         image comes with its task, as in the paper
 
 Methods: plain SGD; experience replay (ER), whose every step has 10 new images and 10 exemplars, or more exemplars;
@@ -83,7 +83,7 @@ def _arm(name: str, method: str, **options: Any) -> Arm:
 
 MLP_ARMS = arms(er_more=64, gem_of_each=None, agem_of_all=None)
 CLASSES = Experiment(
-    Setting("class-incremental", "fashion-mnist", "mlp", "class-incremental", tasks=5, train_per_class=2000),
+    Setting("class-incremental", "fashion-mnist", "mlp", "class-incremental", tasks=5, train_per_class=1500),
     MLP_ARMS,
     exemplars=(64, 256, 16),
     raw_at=PAPERS_EXEMPLARS,
@@ -153,6 +153,13 @@ QUICK_STAGES = (
 )
 
 
+def sized(experiment: Experiment, cifar10_per_class: int) -> Experiment:
+    """The experiment, with so many training images of each class if it is on CIFAR-10."""
+    if experiment != CIFAR10:
+        return experiment
+    return replace(experiment, setting=replace(experiment.setting, train_per_class=cifar10_per_class))
+
+
 def table_job(case: Case, seed: int, choices: Choices) -> Job | None:
     """A run of a table; None while its learning rate is not settled."""
     rate = choices.get(tuned_case(case))
@@ -212,7 +219,11 @@ def show(part: Part, seeds: Sequence[int], choices: Choices, runs: Runs) -> dict
     experiment, exemplars = part
     lines, missing = lines_of(part, seeds, choices, runs)
     complete = sorted(lines[0].results) if lines else []
-    title = f"{experiment.setting.name}, {exemplars} exemplars a task, seeds {', '.join(map(str, complete)) or 'none'}"
+    size = experiment.setting
+    images = (
+        f"{size.train_per_class} images a class" if size.train_per_class else f"{size.train_per_task} images a task"
+    )
+    title = f"{size.name}, {images}, {exemplars} exemplars a task, seeds {', '.join(map(str, complete)) or 'none'}"
     if missing:
         title += f"; {missing} runs of {len(seeds)} seeds are missing"
     accs = {line.case.arm.label: line.percent("acc") for line in lines}
@@ -271,6 +282,9 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tune", action="store_true", help="only choose the learning rates, on held-out images")
     parser.add_argument("--fashion", type=Path, default=DEBIAN, help="folder of Fashion-MNIST (default: Debian's)")
     parser.add_argument("--cifar10", type=Path, help="folder of CIFAR-10; without it no run on CIFAR-10 is made")
+    parser.add_argument(
+        "--cifar10-per-class", type=int, default=250, metavar="N", help="training images a class (default 250)"
+    )
     parser.add_argument("--device", default="cpu", help="of the networks")
 
 
@@ -278,7 +292,11 @@ def main() -> None:
     args = parse_args("how much does GEM forget with a compressed memory, beside experience replay?", _add_arguments)
     seeds = SEEDS[:1] if args.quick else SEEDS[: args.seeds]
     stages = [
-        [part for part in stage if part[0].setting.name in args.settings]
+        [
+            (sized(experiment, args.cifar10_per_class), count)
+            for experiment, count in stage
+            if experiment.setting.name in args.settings
+        ]
         for stage in (QUICK_STAGES if args.quick else STAGES)
     ]
     sources = {"sample": "sample"}

@@ -98,7 +98,7 @@ def print_choices(experiment: Experiment, runs: Runs) -> None:
     for case in experiment.tuned:
         scores = {rate: 100 * acc for rate, acc in tuning_scores(case, experiment.tuning_seeds, runs).items()}
         choice = choices.get(case)
-        edge = choice is not None and is_on_edge(choice)
+        edge = None if choice is None else is_on_edge(choice)
         rows.append([case.arm.label, case.exemplars or None, *map(scores.get, RATES), choice, edge])
     print_table(
         f"{experiment.setting.name}: ACC on held-out training images by learning rate, in percent, seeds "
