@@ -5,7 +5,7 @@ Four settings, each of one pass in minibatches of 10:
     class-incremental   Fashion-MNIST, 5 tasks of 2 classes, 1,000 training images a class, MLP of 2 x 100
     permuted, rotated   Fashion-MNIST, 20 tasks of 500 images of all classes, the same MLP: the paper's setup with half
                         of its images
-    cifar10             CIFAR-10, 5 tasks of 2 classes, few training images of each, ResNet-18 of 20 filters; a test
+    cifar10             CIFAR-10, 5 tasks of 2 classes, 200 training images a class, ResNet-18 of 20 filters; a test
                         image comes with its task, as in the paper
 
 Methods: plain SGD; experience replay (ER), whose every step has 10 new images and 10 exemplars, or more exemplars;
@@ -16,8 +16,9 @@ every exemplar of every earlier task and one of A-GEM 256 of all; with the ResNe
 
 ACC and BWT are the paper's, with 1/(T-1). Over-fitting in the memory is the accuracy on the exemplars of all tasks but
 the last, as the memory gives them back, less that on the test images of the same tasks. A run whose loss is not finite
-any more has failed: it counts as chance, and the table says how many did. Intervals are of 95 % by the t distribution
-over seeds; differences are paired. Tables are of the seeds that every line has.
+any more has failed: it counts as chance, the table says how many did, and BWT and over-fitting are of the others.
+Intervals are of 95 % by the t distribution over seeds; differences are paired. Tables are of the seeds that every line
+has.
 
 Learning rates are chosen alike for every method, setting and number of exemplars (see `rates`), on held-out training
 images of streams that no table uses; raw pixels have those of strips. The choice is made from kept runs (see `kept`),
@@ -48,6 +49,7 @@ from engram_trainer.methods.gem import Config as GemConfig
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")
 BATCH = 10
 PAPERS_EXEMPLARS = 256
+CIFAR10_PER_CLASS = 200
 
 SEEDS = (10, 11, 12, 13, 14)
 TUNING_SEED = 1000
@@ -102,7 +104,13 @@ ROTATED = replace(
 )
 CIFAR10 = Experiment(
     Setting(
-        "cifar10", "cifar10", "resnet18-reduced", "task-incremental", tasks=5, train_per_class=250, test_per_class=100
+        "cifar10",
+        "cifar10",
+        "resnet18-reduced",
+        "task-incremental",
+        tasks=5,
+        train_per_class=CIFAR10_PER_CLASS,
+        test_per_class=100,
     ),
     arms(er_more=32, gem_of_each=16, agem_of_all=32),
     exemplars=(64, 256, 16),
@@ -227,6 +235,9 @@ def show(part: Part, seeds: Sequence[int], choices: Choices, runs: Runs) -> dict
     title = f"{size.name}, {images}, {exemplars} exemplars a task, seeds {', '.join(map(str, complete)) or 'none'}"
     if missing:
         title += f"; {missing} runs of {len(seeds)} seeds are missing"
+    codes = {result["code"] for line in lines for result in line.results.values()}
+    if len(codes) > 1:
+        title += f"; from {len(codes)} versions of the code"
     accs = {line.case.arm.label: line.percent("acc") for line in lines}
     setting = experiment.setting.name.replace("-", "_")
     flat: dict[str, Cell] = {f"seeds_{setting}_{exemplars}": len(complete)}
@@ -284,7 +295,11 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--fashion", type=Path, default=DEBIAN, help="folder of Fashion-MNIST (default: Debian's)")
     parser.add_argument("--cifar10", type=Path, help="folder of CIFAR-10; without it no run on CIFAR-10 is made")
     parser.add_argument(
-        "--cifar10-per-class", type=int, default=250, metavar="N", help="training images a class (default 250)"
+        "--cifar10-per-class",
+        type=int,
+        default=CIFAR10_PER_CLASS,
+        metavar="N",
+        help=f"training images of each class of CIFAR-10 (default {CIFAR10_PER_CLASS})",
     )
     parser.add_argument("--device", default="cpu", help="of the networks")
 

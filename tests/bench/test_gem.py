@@ -22,7 +22,7 @@ from engram_trainer.memory import Learned
 from engram_trainer.methods.gem import Config as GemConfig
 from engram_trainer.runtime import Runtime
 
-SETTING = Setting("classes", "digits", "mlp", "class-incremental", tasks=5, train_per_class=20)
+SETTING = Setting("classes", "digits", "mlp", "class-incremental", tasks=5, train_per_class=12)
 ARMS = {arm.label: arm for arm in gem.MLP_ARMS}
 SOURCES = {"digits": "digits"}
 
@@ -157,7 +157,7 @@ def keep(runs: Runs, job: Job, acc: float, **more: Any) -> None:
     path = job.path(runs.folder)
     path.parent.mkdir(parents=True, exist_ok=True)
     result = {"acc": acc, "bwt": -0.1, "over_fitting": 0.05, "failure": None, "corrected_ratio": 0.0}
-    path.write_text(json.dumps({**result, "bytes_per_task": 100, "seconds": 1.0, **more}))
+    path.write_text(json.dumps({**result, "bytes_per_task": 100, "seconds": 1.0, "code": "a", **more}))
 
 
 def tuned(runs: Runs, top: float) -> None:
@@ -202,6 +202,18 @@ def test_a_table_is_of_the_seeds_that_all_its_lines_have(runs: Runs, capsys: pyt
     assert "seeds 10, 11; 1 runs of 3 seeds are missing" in printed
     (line,) = [line for line in printed.splitlines() if line.startswith("|           er |")]
     assert [cell.strip() for cell in line.split("|")][8] == "1"  # failed
+
+
+def test_runs_on_more_images_of_cifar_10_are_runs_of_their_own() -> None:
+    larger = gem.sized(gem.CIFAR10, 5000)
+    assert larger.setting.train_per_class == 5000
+    assert gem.sized(gem.CIFAR10, gem.CIFAR10_PER_CLASS) == gem.CIFAR10
+    assert gem.sized(gem.PERMUTED, 5000) == gem.PERMUTED
+    small, large = (
+        gem.part_jobs((experiment, 64), (10,), dict.fromkeys(experiment.tuned, 0.1))
+        for experiment in (gem.CIFAR10, larger)
+    )
+    assert {job.path() for job in small}.isdisjoint(job.path() for job in large)
 
 
 def test_the_margin_that_the_trainer_has_by_default_is_a_line_of_every_table() -> None:
