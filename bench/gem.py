@@ -247,8 +247,8 @@ def show(part: Part, seeds: Sequence[int], choices: Choices, runs: Runs) -> dict
         over_er, over_gem = (paired(accs[label], accs.get(other, {})) for other in ("er", DEFAULT_GEM))
         means = {
             "acc": _mean(accs[label]),
-            "over_er": over_er if label != "er" else None,
-            "over_gem": over_gem if label != DEFAULT_GEM else None,
+            "gain_over_er": over_er if label != "er" else None,
+            "gain_over_gem": over_gem if label != DEFAULT_GEM else None,
             "bwt": _mean(line.percent("bwt")),
             "over_fitting": _mean(line.percent("over_fitting")),
         }
@@ -266,13 +266,14 @@ def show(part: Part, seeds: Sequence[int], choices: Choices, runs: Runs) -> dict
         )
         for name, mean in means.items():
             if mean is not None:
-                flat |= _keys(f"{name}_{key_of(label)}_{setting}_{exemplars}", mean, is_difference="over_" in name)
+                flat |= keys(f"{name}_{key_of(label)}_{setting}_{exemplars}", mean, is_gain=name.startswith("gain_"))
     print_table(title, COLUMNS, rows)
     return flat
 
 
-def _keys(key: str, mean: Estimate, *, is_difference: bool) -> dict[str, Cell]:
-    if is_difference:
+def keys(key: str, mean: Estimate, *, is_gain: bool) -> dict[str, Cell]:
+    """A gain is in points and has both ends of its interval; any other mean has half of it."""
+    if is_gain:
         return {f"{key}_points": mean.mean, f"{key}_low": mean.low, f"{key}_high": mean.high}
     return {key: mean.mean, f"{key}_interval": mean.half}
 
@@ -357,8 +358,8 @@ def summary(flat: Mapping[str, Cell], exemplars: int) -> dict[str, Cell]:
             for end in ("", "_interval"):
                 found[f"acc_{name}_{setting}{end}"] = flat.get(f"acc_{line}_{setting}_{exemplars}{end}")
         for end in ("points", "low"):
-            over = f"over_er_{key_of(DEFAULT_GEM)}_{setting}_{exemplars}_{end}"
-            found[f"gem_over_er_{setting}_{end}"] = flat.get(over)
+            gain = f"gain_over_er_{key_of(DEFAULT_GEM)}_{setting}_{exemplars}_{end}"
+            found[f"gem_gain_over_er_{setting}_{end}"] = flat.get(gain)
     counts = [flat.get(f"seeds_{setting}_{exemplars}") for setting in ("class_incremental", "permuted")]
     return {**found, "exemplars": exemplars, "seeds": min(int(count or 0) for count in counts)}
 

@@ -196,8 +196,11 @@ def test_a_table_is_of_the_seeds_that_all_its_lines_have(runs: Runs, capsys: pyt
     found = gem.show((EXPERIMENT, 64), (10, 11, 12), choices, runs)
     assert found["seeds_classes_64"] == 2
     assert found["acc_er_classes_64"] == pytest.approx(55)
-    assert found["over_er_gem_1_k_classes_64_points"] == pytest.approx(15)
-    assert found["over_er_gem_1_k_classes_64_low"] == pytest.approx(15 - 12.706 * 7.0711 / 2**0.5, abs=0.01)
+    assert found["gain_over_er_gem_1_k_classes_64_points"] == pytest.approx(15)
+    assert found["gain_over_er_gem_1_k_classes_64_low"] == pytest.approx(15 - 12.706 * 7.0711 / 2**0.5, abs=0.01)
+    assert found["over_fitting_er_classes_64"] == pytest.approx(5)
+    assert found["acc_er_classes_64_interval"] == pytest.approx(12.706 * 7.0711 / 2**0.5, abs=0.01)
+    assert found["over_fitting_er_classes_64_interval"] == pytest.approx(0)
     printed = capsys.readouterr().out
     assert "seeds 10, 11; 1 runs of 3 seeds are missing" in printed
     (line,) = [line for line in printed.splitlines() if line.startswith("|           er |")]
@@ -214,6 +217,22 @@ def test_runs_on_more_images_of_cifar_10_are_runs_of_their_own() -> None:
         for experiment in (gem.CIFAR10, larger)
     )
     assert {job.path() for job in small}.isdisjoint(job.path() for job in large)
+
+
+def test_the_headline_is_of_the_default_margin_at_the_papers_number_of_exemplars() -> None:
+    line = gem.key_of(gem.DEFAULT_GEM)
+    flat = {
+        f"acc_{line}_class_incremental_256": 80.0,
+        f"acc_{line}_class_incremental_64": 70.0,
+        "acc_er_class_incremental_256": 75.0,
+        f"gain_over_er_{line}_class_incremental_256_low": 3.0,
+        "seeds_class_incremental_256": 5,
+        "seeds_permuted_256": 4,
+    }
+    found = gem.summary(flat, 256)
+    assert (found["acc_gem_class_incremental"], found["acc_er_class_incremental"]) == (80, 75)
+    assert (found["acc_gem_permuted"], found["seeds"]) == (None, 4)
+    assert found["gem_gain_over_er_class_incremental_low"] == 3
 
 
 def test_the_margin_that_the_trainer_has_by_default_is_a_line_of_every_table() -> None:
