@@ -21,6 +21,7 @@ import json
 import multiprocessing
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -139,6 +140,15 @@ def _begin() -> None:
     # An interruption ends the parent, which ends the pool: two traces of it would say no more than one.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
+    # A parent that is killed says nothing: its workers would go on, beside those of the next one.
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "called in a worker"
+    parent.join()
+    os._exit(1)
 
 
 def _run(job: Job, execute: Callable[[Job], Result], folder: Path) -> Result:

@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import kept
 import numpy as np
 import published
 import pytest
@@ -160,27 +156,6 @@ def test_a_run_that_diverges_is_a_result(data: str, tmp_path: Path) -> None:
     job = dataclasses.replace(job_of(SMALL["raw"]), config=Setting(SMALL["raw"], TINY, lr=1e30))
     result = executed(job, data, tmp_path)
     assert "not finite" in result["diverged"]
-
-
-def test_a_job_that_is_not_finished_is_left_for_the_next_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    @contextmanager
-    def threads(count: int) -> Iterator[ThreadPoolExecutor]:
-        with ThreadPoolExecutor(count) as pool:
-            yield pool
-
-    monkeypatch.setattr(kept, "workers", threads)
-    monkeypatch.setattr(kept, "code_version", str)
-    jobs = [Job("table", name, 0, None) for name in ("one", "two")]
-
-    def execute(job: Job) -> Result:
-        if job.name == stopped:
-            raise Unfinished("no time")
-        return {"value": job.name}
-
-    stopped = "one"
-    assert {job.name for job in kept.collect(jobs, execute, folder=tmp_path)} == {"two"}
-    stopped = ""
-    assert {job.name for job in kept.collect(jobs, execute, folder=tmp_path)} == {"one", "two"}
 
 
 def test_the_grid_grows_where_its_best_is_at_an_end() -> None:
