@@ -21,8 +21,9 @@ Two scales of one script:
                      50; learning rates from a grid for each method, by the mean over its arms of 500 raw images and of
                      614,400 bytes of strips, on held-out training images, with a seed that the table does not use
 
-A run has checkpoints between its epochs: stopped anywhere, by --minutes too, the same command goes on. Seeds draw
-initial weights, batches, variation and the reservoir; images and their order of classes are the same for all.
+A run has checkpoints between its epochs: stopped anywhere, by --minutes too, the same command goes on, and the seconds
+in its result are those since then. Seeds draw initial weights, batches, variation and the reservoir; images and their
+order of classes are the same for all.
 
 Source: Buzzega et al., Dark Experience for General Continual Learning (NeurIPS 2020), table 2, and aimagelab/mammoth;
 the trainer's recipes have the settings, and what differs: convolutions start by He's rule.
@@ -290,7 +291,12 @@ def said(decision: Decision) -> dict[str, Any]:
         "block": decision.block,
         "reason": decision.reason,
         "candidates": [
-            {"quality": each.quality, "exemplars": each.exemplars, "bytes": each.bytes, "ratio": each.ratio}
+            {
+                "quality": each.quality,
+                "exemplars": each.exemplars,
+                "bytes": each.bytes,
+                "ratio": {name: None if ratio is None else round(ratio, 4) for name, ratio in each.ratio.items()},
+            }
             for each in decision.candidates
         ],
     }
@@ -398,7 +404,11 @@ def print_results(jobs: Sequence[Job], results: Mapping[Job, Result], title: str
     """The tables over the seeds whose runs are all done, and their numbers by key."""
     seeds = kept.complete_seeds(jobs, results)
     arms = list(dict.fromkeys(job.config.arm for job in jobs))
-    flat: dict[str, Any] = {"seeds": len(seeds), "runs_missing": len(jobs) - len(results)}
+    flat: dict[str, Any] = {
+        "seeds": len(seeds),
+        "runs_missing": len(jobs) - len(results),
+        "old_code": len(kept.stale(results.values())),
+    }
     rows: list[list[report.Cell]] = []
     for arm in arms:
         found = [result for job, result in results.items() if job.name == arm.name and job.seed in seeds]
@@ -415,12 +425,12 @@ def print_results(jobs: Sequence[Job], results: Mapping[Job, Result], title: str
     )
     rows = []
     for these, others in CLAIMS:
+        ours, theirs = flat.get(f"{these}_last"), flat.get(f"{others}_last")
         found_pair = paired(by_seed(results, these, seeds), by_seed(results, others, seeds))
-        if found_pair is None:
+        if ours is None or theirs is None or found_pair is None:
             continue
         reference = next(arm.published for arm in ARMS if arm.name == others)
-        mean_last = flat[f"{these}_last"]
-        beyond = None if reference is None or mean_last is None else round(mean_last - reference, 2)
+        beyond = None if reference is None else round(ours - reference, 2)
         rows.append([f"{these} less {others}", str(found_pair), rounded(found_pair.low), beyond])
         flat |= {
             f"{these}_over_{others}_points": rounded(found_pair.mean),

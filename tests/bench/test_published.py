@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import kept
 import numpy as np
 import published
 import pytest
@@ -185,22 +186,25 @@ def test_no_table_uses_a_seed_of_the_tuning_or_one_that_was_looked_at_before() -
 
 def test_tables_are_over_complete_seeds_and_differences_are_paired(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(report, "_silent", True)
+    monkeypatch.setattr(kept, "code_version", str)
     arms = [arm("er_614400"), arm("er_raw_200")]
     jobs = published.table_jobs("table", arms, TINY, published.PUBLISHED_RATES, seeds=3)
 
     def result(last: float | None) -> dict[str, Any]:
         about = {"quality": 50, "exemplars": 10, "used_bytes": 9, "average_incremental": 1.0, "forgetting": 1.0}
-        return {"diverged": None, "last": last, **about} if last is not None else {"diverged": "nan"}
+        diverged = "not finite" if last is None else None
+        return {"diverged": diverged, "code": "another", **({"last": last, **about} if last is not None else {})}
 
     values: list[float | None] = [70.0, 50.0, 72.0, 50.0, 99.0]
     results = {job: result(value) for job, value in zip(jobs, values, strict=False)}
     flat = published.print_results(jobs, results, "title")
-    assert (flat["seeds"], flat["runs_missing"]) == (2, 1)
+    assert (flat["seeds"], flat["runs_missing"], flat["old_code"]) == (2, 1, 5)
     assert (flat["er_614400_last"], flat["er_raw_200_last"]) == (71.0, 50.0)
     assert flat["er_614400_over_er_raw_200_points"] == 21.0
     assert flat["er_614400_over_er_raw_200_low"] == pytest.approx(21 - 12.71, abs=0.01)
     flat = published.print_results(jobs, {**results, jobs[5]: result(None)}, "title")
     assert (flat["seeds"], flat["er_raw_200_last"]) == (3, None), "a mean over those that did not diverge would flatter"
+    assert "er_614400_over_er_raw_200_points" not in flat
 
 
 @pytest.mark.gpu
