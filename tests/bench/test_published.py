@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import kept
 import numpy as np
@@ -66,27 +66,42 @@ def comparable(result: Result) -> Result:
     return {key: value for key, value in result.items() if key != "task_seconds"}
 
 
-def test_a_run_that_is_stopped_in_the_middle_of_a_task_goes_on_and_ends_the_same(
-    data: str, whole: Result, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+class Stopping(Clock):
+    """A clock that says of each step that it was made, and whose time is up after some of them."""
+
+    made: ClassVar[list[int]] = []
+    stop_after: ClassVar[int | None] = None
+
+    def phase(self, name: str, done: int, total: int, *, note: str = "") -> None:
+        if name == "learn":
+            self.made.append(done)
+            if len(self.made) == self.stop_after:
+                self.deadline = 0.0
+        super().phase(name, done, total, note=note)
+
+
+@pytest.fixture
+def stopping(monkeypatch: pytest.MonkeyPatch) -> type[Stopping]:
+    """Every epoch is checkpointed, and every step told."""
     monkeypatch.setattr(published, "CHECKPOINT_S", 0.0)
     monkeypatch.setattr("engram_trainer.loop.SHOW_EVERY_S", 0.0)
-    job, learned, is_told = job_of(SMALL["strips"]), list[int](), Clock.phase
+    monkeypatch.setattr(published, "Clock", Stopping)
+    monkeypatch.setattr(Stopping, "made", [])
+    monkeypatch.setattr(Stopping, "stop_after", None)
+    return Stopping
 
-    def stopping(self: Clock, name: str, done: int, total: int, *, note: str = "") -> None:
-        if name == "learn":
-            learned.append(done)
-            if len(learned) == stop_at:
-                self.deadline = 0.0
-        is_told(self, name, done, total, note=note)
 
-    monkeypatch.setattr(Clock, "phase", stopping)
-    stop_at = 2 * 4 + 3  # the first step of the second epoch of the third task
+def test_a_run_that_is_stopped_in_the_middle_of_a_task_goes_on_and_ends_the_same(
+    data: str, whole: Result, tmp_path: Path, stopping: type[Stopping]
+) -> None:
+    job = job_of(SMALL["strips"])
+    stopping.stop_after = 2 * 4 + 3  # the first step of the second epoch of the third task
     with pytest.raises(Unfinished, match="stopped in learn, 3 of 4"):
         executed(job, data, tmp_path)
-    learned.clear()
+    stopping.made.clear()
+    stopping.stop_after = None
     assert comparable(executed(job, data, tmp_path)) == comparable(whole)
-    assert learned == [3, 4, *[1, 2, 3, 4] * 2], "what was done is not done again"
+    assert stopping.made == [3, 4, *[1, 2, 3, 4] * 2], "what was done is not done again"
 
 
 def test_strips_pay_for_everything_and_selection_has_chosen_by_the_first_task(data: str, whole: Result) -> None:
@@ -209,9 +224,17 @@ def test_tables_are_over_complete_seeds_and_differences_are_paired(monkeypatch: 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device: run on a machine that has one")
-def test_a_run_in_full_width_learns_on_a_gpu(data: str, tmp_path: Path) -> None:
-    scale = dataclasses.replace(FULL, epochs=1)
-    for each in (SMALL["strips"], SMALL["derpp"], SMALL["raw"]):
-        result = executed(job_of(each, scale), data, tmp_path)
-        assert result["diverged"] is None
-        assert len(result["matrix"]) == 5
+@pytest.mark.parametrize("kind", list(SMALL))
+def test_a_run_in_full_width_learns_on_a_gpu_and_goes_on_there(
+    data: str, tmp_path: Path, stopping: type[Stopping], kind: str
+) -> None:
+    job = job_of(SMALL[kind], dataclasses.replace(FULL, epochs=2))
+    stopping.stop_after = 2 * 4 + 3
+    with pytest.raises(Unfinished):
+        executed(job, data, tmp_path)
+    stopping.made.clear()
+    stopping.stop_after = None
+    result = executed(job, data, tmp_path)
+    assert stopping.made == [3, 4, *[1, 2, 3, 4] * 2]
+    assert result["diverged"] is None
+    assert len(result["matrix"]) == 5
