@@ -90,7 +90,19 @@ class Arm:
         """Last accuracy in the DER paper, in percent."""
         if self.slots is None:
             return None
-        return 100 * recipes.find(f"{self.method}-cifar10-{self.slots}").numbers[0].value
+        return self._numbers[0]
+
+    @property
+    def said(self) -> str | None:
+        """The same, and Mammoth's own later runs where they are listed."""
+        if self.slots is None:
+            return None
+        first, *later = self._numbers
+        return f"{first:.1f}" + "".join(f" (Mammoth's own: {each:.1f})" for each in later)
+
+    @property
+    def _numbers(self) -> list[float]:
+        return [100 * number.value for number in recipes.find(f"{self.method}-cifar10-{self.slots}").numbers]
 
 
 ARMS = (
@@ -416,7 +428,7 @@ def print_results(jobs: Sequence[Job], results: Mapping[Job, Result], title: str
         mean = estimate([*last.values()]) if last and len(last) == len(found) else None
         flat[f"{arm.name}_last"] = None if mean is None else round(mean.mean, 2)
         flat[f"{arm.name}_half"] = None if mean is None else rounded(mean.half)
-        rows.append([arm.name, *_described(arm, found), _text(mean, found), arm.published])
+        rows.append([arm.name, *_described(arm, found), _text(mean, found), arm.said])
     missing = f"; {flat['runs_missing']} runs are missing" if flat["runs_missing"] else ""
     report.print_table(
         f"{title}, {len(seeds)} seeds{missing}",

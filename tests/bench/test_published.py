@@ -166,6 +166,8 @@ def test_raw_exemplars_are_as_many_as_published_and_their_pixels_take_the_bytes_
     assert [arm(name).published for name in ("er_raw_200", "er_raw_500", "er_raw_5120", "derpp_raw_500")] == [
         pytest.approx(value, abs=0.06) for value in (44.8, 57.7, 82.5, 72.7)
     ]
+    assert arm("er_raw_500").said == "57.7 (Mammoth's own: 63.4)"
+    assert arm("er_614400").said is None
 
 
 def test_a_run_that_diverges_is_a_result(data: str, tmp_path: Path) -> None:
