@@ -518,18 +518,18 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         out, runs = (Path(scratch), Path(scratch) / "runs") if args.quick else (args.out, args.runs)
         bench = Bench(args.cifar10, out, runs, args.jobs, time.time() + 60 * args.minutes)
-        flat: dict[str, Any] = {"epochs": scale.epochs, "device": scale.device, "network": scale.network}
+        flat: dict[str, Any] = {"epochs": scale.epochs, "device": scale.device, "network": scale.network, "seeds": 0}
+        chosen = [arm for arm in ARMS if arm.name in args.arms and (not args.quick or arm in ARMS[:3])]
         rates: Mapping[Method, float | None] = PUBLISHED_RATES
         if args.tune or scale == SCALED:
-            scores = {method: bench.tune(method) for method in PUBLISHED_RATES}
+            scores = {method: bench.tune(method) for method in dict.fromkeys(arm.method for arm in chosen)}
             print_tuning(scores)
             rates = {method: best_rate(found) for method, found in scores.items()}
         known: dict[Method, float] = {method: rate for method, rate in rates.items() if rate is not None}
         flat |= {f"lr_{method}": known.get(method) for method in PUBLISHED_RATES}
         if not args.tune and len(known) == len(rates):
-            arms = [arm for arm in ARMS if arm.name in args.arms and (not args.quick or arm in ARMS[:3])]
             name = "quick" if args.quick else "scaled" if scale == SCALED else "full"
-            jobs = table_jobs(f"published-{name}", arms, scale, known, 1 if args.quick else args.seeds)
+            jobs = table_jobs(f"published-{name}", chosen, scale, known, 1 if args.quick else args.seeds)
             title = f"Seq-CIFAR-10, {scale.network}, {scale.epochs} epochs a task, {name}"
             flat |= print_results(jobs, bench.collect(jobs), title)
     report.print_table("Scale", ["setting", "value"], [[key, str(value)] for key, value in asdict(scale).items()])
