@@ -241,6 +241,7 @@ def test_a_pack_that_grew_is_fetched(engram_client: Client, connect: Make, name:
     assert same(mirror.draw(5), engram_client.draw(name, 5))
 
 
+@pytest.mark.slow
 def test_of_several_packs_that_are_fetched_one_may_fail_and_the_mirror_is_as_it_was(
     engram_client: Client, connect: Make, name: str, tmp_path: Path
 ) -> None:

@@ -30,7 +30,13 @@ def test_the_smallest_images_pass_through_the_small_conv_net() -> None:
     assert networks.build("conv", (2, 2, 3), seed=0).eval()(torch.rand(3, 3, 2, 2)).shape == (3, 128)
 
 
-@pytest.mark.parametrize("name", networks.NETWORKS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow if name in ("resnet18", "resnet18-cifar") else ())
+        for name in networks.NETWORKS
+    ],
+)
 def test_signed_features_can_be_negative_and_others_cannot(name: str) -> None:
     images = torch.rand(4, 3, 32, 32)
     assert (networks.build(name, (32, 32, 3), seed=0, signed=True).eval()(images) < 0).any()
