@@ -411,9 +411,9 @@ def print_rates(tuning: Mapping[Job, Result]) -> None:
     rows: list[list[report.Cell]] = []
     for key, rates in of_rates.items():
         if key in found:
-            tried = (f"{rate:g}: {'-' if last is None else f'{last:.1f}'}" for rate, last in sorted(rates.items()))
-            rows.append([*key, *tried, found[key]])
-    columns = ("data", "method", "lowest rate", "middle", "highest", "taken")
+            tried = [f"{rate:g}: {'-' if last is None else f'{last:.1f}'}" for rate, last in sorted(rates.items())]
+            rows.append([*key, ", ".join(tried), found[key]])
+    columns = ("data", "method", "rates", "taken")
     report.print_table(
         "Learning rates: last accuracy on held-out training images, percent, at quality 50", columns, rows
     )

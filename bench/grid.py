@@ -48,9 +48,9 @@ TABLE, TUNING = "grid", "grid-tuning"
 SEEDS, TUNING_SEEDS = (10, 11, 12), (1000,)
 SQUARES_SEEDS = SEEDS[:2]
 RATES: dict[str, tuple[float, ...]] = {
-    "lucir": (0.01, 0.03, 0.1),
-    "er": (0.03, 0.1, 0.3),
-    "icarl": (0.2, 0.5, 1.0),
+    "lucir": (0.01, 0.03, 0.1, 0.3),
+    "er": (0.03, 0.1, 0.3, 1.0),
+    "icarl": (0.2, 0.5, 1.0, 2.0),
 }
 CODEC_RATIO = 0.5
 """Part of a task's images that is shown coded."""

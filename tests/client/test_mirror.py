@@ -212,6 +212,7 @@ def test_packs_that_only_shrink_are_made_here_and_only_the_new_one_is_fetched(
         assert same(mirror.draw(20, step=step), engram_client.draw(name, 20, step=step))
 
 
+@pytest.mark.slow
 def test_a_pack_that_lost_a_whole_class_is_made_here_too(
     engram_client: Client, connect: Make, name: str, tmp_path: Path
 ) -> None:
