@@ -31,7 +31,6 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
-from pathlib import Path
 from statistics import fmean
 from typing import Any, Literal, get_args
 
@@ -44,8 +43,18 @@ from gaps import EXTRACTOR, PIXELS, Gaps
 from grid import Cell
 from intervals import Estimate, estimate
 from kept import Job, Result
+from trials import (
+    Trial,
+    Trials,
+    best_quality,
+    budget_results,
+    cost_ratios,
+    full_cost_ratios,
+    trials_of,
+    trials_of_budget,
+)
 
-from engram.schemas import CANDIDATE_QUALITIES, Definition
+from engram.schemas import Definition
 from engram.selection.quality import DEFAULT_QUALITY, is_near_one
 
 Embedding = Literal["pixels", "extractor", "both"]
@@ -83,17 +92,6 @@ CELLS = (
     Cell("squares64", "icarl", 10, SMALL["squares64"]),
     Cell("squares64", "er", 10, SMALL["squares64"]),
 )
-
-
-@dataclass(frozen=True)
-class Trial:
-    """One cell with one seed: what training found at each quality, and what can be asked before it."""
-
-    cell: str
-    seed: int
-    last: Mapping[int, float]
-    """Accuracy in percent after the last task, by quality; 0 where training diverged."""
-    tasks: Sequence[Gaps]
 
 
 @dataclass(frozen=True)
@@ -162,19 +160,10 @@ def _asked(criterion: Criterion, trial: Trial) -> int:
     return criterion.choice(trial.tasks[:1])
 
 
-def best_quality(trials: Sequence[Trial]) -> int:
-    """The one of highest mean accuracy; of equals the lowest."""
-    return max(sorted(trials[0].last), key=lambda quality: fmean(trial.last[quality] for trial in trials))
-
-
 def halves(names: Iterable[str]) -> tuple[list[str], list[str]]:
     """The cells that criteria are chosen on, and those that they are reported on."""
     ordered = sorted(names, key=lambda name: hashlib.sha256(name.encode()).hexdigest())
     return ordered[::2], ordered[1::2]
-
-
-Trials = Mapping[str, Sequence[Trial]]
-"""By cell."""
 
 
 def mean_behind(criterion: Criterion, trials: Trials) -> float:
@@ -242,110 +231,13 @@ def drift(embedding: str, trials: Trials, quality: int) -> float:
     return float(np.exp(np.mean(found))) if found else 1.0
 
 
-# What is kept
-
-
-def trials_of(results: Mapping[Job, Result]) -> dict[str, list[Trial]]:
-    """Of every cell of which there is any seed, by name, seeds ascending."""
-    found: dict[str, list[Trial]] = {}
-    for job, result in sorted(results.items(), key=lambda item: item[0].seed):
-        if result["gaps"]:
-            last = {int(quality): grid.last_accuracy(result, int(quality)) or 0.0 for quality in result["runs"]}
-            found.setdefault(job.config.cell.name, []).append(
-                Trial(job.config.cell.name, job.seed, last, result["gaps"])
-            )
-    return {name: _common(trials) for name, trials in found.items()}
-
-
-def trials_of_budget(folder: Path) -> dict[str, list[Trial]]:
-    """Cells of full size: the runs of `budget.py` at fixed qualities, where their seed's selecting run is there, too.
-
-    Candidates are the qualities of which all those seeds were trained.
-    """
-    runs: dict[tuple[str, int], dict[int | None, Result]] = {}
-    for result in budget_results(folder):
-        config = result["config"]
-        if config["arm"]["kind"] == "strips" and dict(config["settings"])["codec_ratio"]:
-            name = f"budget {config['data']} lucir 5 {config['budget_bytes']}"
-            runs.setdefault((name, result["seed"]), {})[config["arm"]["quality"]] = result
-    found: dict[str, list[Trial]] = {}
-    for (name, seed), by_quality in sorted(runs.items()):
-        last = {quality: result["last"] for quality, result in by_quality.items() if quality is not None}
-        selecting = by_quality.get(None)
-        if selecting is not None and selecting.get("gaps") and len(last) >= 3:
-            found.setdefault(name, []).append(Trial(name, seed, last, selecting["gaps"]))
-    return {name: _common(trials) for name, trials in found.items()}
-
-
-def budget_results(folder: Path) -> list[Result]:
-    """What `budget.py` has kept of LUCIR, with and without augmentation, with a budget for each class."""
-    found = []
-    for path in sorted(folder.glob("budget*/*/seed-*/*.json")):
-        result: Result = json.loads(path.read_text())
-        config = result["config"]
-        is_table = not path.relative_to(folder).parts[0].startswith("budget-tuning")
-        if is_table and config["method"] == "lucir" and config["per"] == "class":
-            found.append(result)
-    return found
-
-
-def _common(trials: Sequence[Trial]) -> list[Trial]:
-    """The same trials with the qualities that all of them have."""
-    qualities = sorted(set.intersection(*(set(trial.last) for trial in trials)))
-    return [
-        replace(
-            trial,
-            last={quality: trial.last[quality] for quality in qualities},
-            tasks=[_only(task, qualities) for task in trial.tasks],
-        )
-        for trial in trials
-    ]
-
-
-def _only(task: Gaps, qualities: Sequence[int]) -> Gaps:
-    """The gaps at some qualities."""
-    places = [task["qualities"].index(quality) for quality in qualities]
-
-    def at(values: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]]:
-        return {key: [each[place] for place in places] for key, each in values.items()}
-
-    volumes = {name: each | {"coded": at(each["coded"])} for name, each in task["volumes"].items()}
-    return task | {"qualities": list(qualities), "exemplars": at(task["exemplars"]), "volumes": volumes}
-
-
-def cost_ratios(results: Iterable[Result]) -> list[float]:
-    """CPU seconds of the trainings of each job over those of its selection."""
-    found = []
-    for result in results:
-        runs = [run for run in result["runs"].values() if run is not None]
-        selection = sum(task["cpu_seconds"] for task in result["gaps"])
-        if selection and len(runs) == len(result["runs"]):
-            trainings = result["base_cpu_seconds"] + sum(run["cpu_seconds"] for run in runs)
-            found.append(trainings / selection)
-    return found
-
-
-def full_cost_ratios(results: Sequence[Result]) -> list[float]:
-    """Of each selecting run of `budget.py` the seconds of a training for each candidate over those of its selection.
-
-    A training is that very run less its selection, so that both were timed under the same load.
-    """
-    return [
-        len(CANDIDATE_QUALITIES)
-        * (result["learning_seconds"] - result["selection_seconds"])
-        / result["selection_seconds"]
-        for result in results
-        if result["config"]["arm"] == {"kind": "strips", "quality": None} and result.get("selection_seconds")
-    ]
-
-
 # Tables
 
 
 def main() -> None:
     args = report.parse_args("which criterion chooses the quality that training would have chosen?", grid.add_arguments)
     if args.quick:
-        results, kept_by_budget, other, expected = quick(), list[Result](), {}, 1
+        results, kept_by_budget, other, expected = quick(), list[Result](), dict[str, list[Trial]](), 1
     else:
         results = grid.gather(CELLS, args)
         print_rates(kept.load(grid.tuning_jobs(CELLS), args.out))

@@ -21,6 +21,7 @@ from typing import Any
 import criterion
 import grid
 import report
+import trials
 from grid import Cell
 from intervals import Estimate, paired
 from kept import Job, Result
@@ -48,10 +49,10 @@ def main() -> None:
         results |= grid.known(criterion.CELLS, args.out)
     cells = by_cell(results)
     flat = shifts(cells)
-    flat |= best_qualities(criterion.trials_of(results))
+    flat |= best_qualities(trials.trials_of(results))
     if not args.quick:
-        full_shifts(criterion.budget_results(args.out))
-        flat |= best_qualities(criterion.trials_of_budget(args.out), kind="budget.py's runs, full size")
+        full_shifts(trials.budget_results(args.out))
+        flat |= best_qualities(trials.trials_of_budget(args.out), kind="budget.py's runs, full size")
     missing = [cell.name for cell in CELLS if cell not in cells] if not args.quick else []
     report.finish(args, flat | {"cells": len(cells), "cells_missing": ", ".join(missing) or None})
 
@@ -136,13 +137,13 @@ def _rounded(value: float | None) -> float | None:
     return None if value is None else round(value, 2)
 
 
-def best_qualities(trials: criterion.Trials, kind: str = "small runs") -> dict[str, Any]:
+def best_qualities(found: trials.Trials, kind: str = "small runs") -> dict[str, Any]:
     """The best quality of each cell, and which are as good."""
     flat: dict[str, Any] = {}
     rows: list[list[report.Cell]] = []
-    for name, each in sorted(trials.items()):
+    for name, each in sorted(found.items()):
         means = {quality: fmean(trial.last[quality] for trial in each) for quality in each[0].last}
-        best = criterion.best_quality(each)
+        best = trials.best_quality(each)
         good = as_good(means)
         listed = (means.get(quality) for quality in CANDIDATE_QUALITIES)
         rows.append([name, len(each), *listed, best, " ".join(map(str, good))])

@@ -22,6 +22,7 @@ import gaps
 import grid
 import kept
 import qualities
+import trials
 from intervals import Estimate, estimate, paired
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -68,7 +69,7 @@ def of_budget(data: str, budget: int) -> Runs:
 
 @cache
 def _budget() -> list[Any]:
-    return criterion.budget_results(kept.RESULTS)
+    return trials.budget_results(kept.RESULTS)
 
 
 def complete(runs: Runs) -> list[int]:
@@ -82,11 +83,11 @@ def last(runs: Runs, arm: Arm, seeds: Sequence[int]) -> dict[int, float]:
 
 
 @cache
-def trials() -> dict[str, Sequence[criterion.Trial]]:
+def tried() -> dict[str, Sequence[trials.Trial]]:
     """Every cell of which there is a grid search: small ones, and those of full size."""
     cells = dict.fromkeys([*criterion.CELLS, *(cell for cell in qualities.CELLS if cell.codec_ratio)])
-    small = criterion.trials_of(grid.known(tuple(cells), kept.RESULTS))
-    return {**small, **criterion.trials_of_budget(kept.RESULTS)}
+    small = trials.trials_of(grid.known(tuple(cells), kept.RESULTS))
+    return {**small, **trials.trials_of_budget(kept.RESULTS)}
 
 
 # Tables and sentences
@@ -121,7 +122,7 @@ def missing() -> str:
         lacking = sorted({*PRIMARY_SEEDS} - {*complete(of_budget(data, budget))})
         if lacking:
             found.append(f"{DATA[data]} at {budget:,} bytes: seeds {', '.join(map(str, lacking))}")
-    lacking_cells = [cell.name for cell in _wanted() if cell.name not in trials()]
+    lacking_cells = [cell.name for cell in _wanted() if cell.name not in tried()]
     text = f"Missing of the primary table: {'; '.join(found)}." if found else "All seeds of the primary table are done."
     if lacking_cells:
         text += f" Missing of the grid searches: {', '.join(lacking_cells)}."
@@ -147,29 +148,31 @@ def worth() -> str:
 
 def best() -> str:
     """The best quality of each cell, and which are as good."""
-    if not trials():
+    if not tried():
         return "No grid search is done yet."
     lines = ["| cell | seeds | best quality | within a point of it | selected |", "|---|---|---|---|---|"]
-    for name, each in sorted(trials().items()):
+    for name, each in sorted(tried().items()):
         means = {quality: fmean(trial.last[quality] for trial in each) for quality in each[0].last}
         good = " ".join(map(str, qualities.as_good(means)))
         chosen = " ".join(map(str, sorted({criterion.TODAY.choice(trial.tasks[:1]) for trial in each})))
-        lines.append(f"| {name} | {len(each)} | {criterion.best_quality(each)} | {good} | {chosen} |")
+        lines.append(f"| {name} | {len(each)} | {trials.best_quality(each)} | {good} | {chosen} |")
     return "\n".join(lines)
 
 
 def best_said() -> str:
     """How often each quality is as good as the best."""
-    if not trials():
+    if not tried():
         return "No grid search is done yet."
     good: dict[int, int] = dict.fromkeys(CANDIDATE_QUALITIES, 0)
-    tried: dict[int, int] = dict.fromkeys(CANDIDATE_QUALITIES, 0)
-    for each in trials().values():
+    trained: dict[int, int] = dict.fromkeys(CANDIDATE_QUALITIES, 0)
+    for each in tried().values():
         means = {quality: fmean(trial.last[quality] for trial in each) for quality in each[0].last}
         for quality in means:
-            tried[quality] += 1
+            trained[quality] += 1
             good[quality] += quality in qualities.as_good(means)
-    told = [f"{good[quality]} of {tried[quality]} at {quality}" for quality in CANDIDATE_QUALITIES if tried[quality]]
+    told = [
+        f"{good[quality]} of {trained[quality]} at {quality}" for quality in CANDIDATE_QUALITIES if trained[quality]
+    ]
     return f"Within a point of the best quality of a cell: {', '.join(told)}."
 
 
@@ -194,7 +197,7 @@ def shifts() -> str:
 def choosing() -> str:
     """Which criterion was chosen on one half of the cells, and how it does on the other."""
     one, other = criterion.halves(cell.name for cell in criterion.CELLS)
-    picking, reporting = ({name: trials()[name] for name in half if name in trials()} for half in (one, other))
+    picking, reporting = ({name: tried()[name] for name in half if name in tried()} for half in (one, other))
     if not picking or not reporting:
         return "There are not enough grid searches yet to choose a criterion on some and to report it on others."
     found = criterion.chosen(picking)
@@ -220,7 +223,7 @@ def choosing() -> str:
 
 def cost() -> str:
     """What a grid search costs over the selection."""
-    found = criterion.full_cost_ratios(_budget())
+    found = trials.full_cost_ratios(_budget())
     if not found:
         return "No run of full size is done yet."
     return f"Five trainings take {fmean(found):.0f} times the selection's time ({len(found)} runs of full size)."
@@ -361,7 +364,7 @@ def _columns(rows: Any) -> tuple[list[float], list[float]]:
 def quality_data() -> Any:
     """Accuracy less that of the best quality: [cell, [[quality, points], ...]]."""
     lines = []
-    for name, each in sorted(trials().items()):
+    for name, each in sorted(tried().items()):
         means = {quality: fmean(trial.last[quality] for trial in each) for quality in each[0].last}
         lines.append([name, [[quality, round(mean - max(means.values()), 2)] for quality, mean in means.items()]])
     return lines
@@ -388,7 +391,7 @@ def draw_quality(figure: Figure, lines: Any) -> None:
 
 def ratio_data() -> Any:
     """R at every task: [embedding, [[quality, [[R by task] of each run]], ...]] of the cell that is shown."""
-    name = next((name for name in _SHOWN if name in trials()), None)
+    name = next((name for name in _SHOWN if name in tried()), None)
     if name is None:
         return []
     return [
@@ -397,7 +400,7 @@ def ratio_data() -> Any:
             [
                 [
                     quality,
-                    [[gaps.form(task, embedding, "raw")[quality] for task in trial.tasks] for trial in trials()[name]],
+                    [[gaps.form(task, embedding, "raw")[quality] for task in trial.tasks] for trial in tried()[name]],
                 ]
                 for quality in (25, 50, 75)
             ],

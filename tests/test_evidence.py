@@ -49,10 +49,10 @@ def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(result))
             number += 1
-    for cached in (evidence.trials, evidence._budget):
+    for cached in (evidence.tried, evidence._budget):
         cached.cache_clear()
     yield
-    for cached in (evidence.trials, evidence._budget):
+    for cached in (evidence.tried, evidence._budget):
         cached.cache_clear()
 
 

@@ -9,8 +9,10 @@ from typing import Any
 
 import criterion
 import pytest
-from criterion import CELLS, CONSTANTS, FAMILIES, TODAY, Criterion, Trial
+import trials
+from criterion import CELLS, CONSTANTS, FAMILIES, TODAY, Criterion
 from gaps import EXTRACTOR, PIXELS, Gaps
+from trials import Trial
 
 QUALITIES = (10, 25, 50, 75, 90)
 ACCURATE = {10: 40.0, 25: 50.0, 50: 49.5, 75: 45.0, 90: 44.0}
@@ -64,14 +66,14 @@ def test_without_anything_to_compare_the_middle_is_taken() -> None:
 
 def test_behind_is_counted_from_the_best_of_the_other_seeds_and_at_most_from_the_best_of_all() -> None:
     worse = {**ACCURATE, 25: 47.0, 50: 48.5}
-    trials = [trial(BLUR, NOISE), trial(NOISE, seed=11, last=worse)]
+    both = [trial(BLUR, NOISE), trial(NOISE, seed=11, last=worse)]
     # 50 is the best of the means, 49 against 48.5; alone, the first seed says 25 and the second 50.
-    assert criterion.best_quality(trials) == 50
-    assert criterion.at_most_behind(TODAY, trials) == [0.0, 0.0]
-    assert criterion.behind(TODAY, trials) == [0.0, -1.5]
-    assert criterion.at_most_behind(Criterion("pixels", "raw", 0.4), trials) == [-0.5, 0.0]
-    assert criterion.behind(CONSTANTS[0], trials) == [9.5, 7.0]
-    assert criterion.behind(CONSTANTS[0], trials[:1]) == [10.0]
+    assert trials.best_quality(both) == 50
+    assert criterion.at_most_behind(TODAY, both) == [0.0, 0.0]
+    assert criterion.behind(TODAY, both) == [0.0, -1.5]
+    assert criterion.at_most_behind(Criterion("pixels", "raw", 0.4), both) == [-0.5, 0.0]
+    assert criterion.behind(CONSTANTS[0], both) == [9.5, 7.0]
+    assert criterion.behind(CONSTANTS[0], both[:1]) == [10.0]
 
 
 def test_a_criterion_is_asked_after_the_first_task_only() -> None:
@@ -106,9 +108,9 @@ def test_of_epsilons_that_are_equal_the_largest_is_taken() -> None:
 
 
 def test_own_choices_that_change_are_counted() -> None:
-    trials = {"a": [trial(BLUR, BLUR, task({**dict.fromkeys(QUALITIES, 0.0), 10: -9.0}))]}
-    assert criterion.own_choices(TODAY, trials["a"][0]) == [50, 50, 25]
-    assert criterion.changes(TODAY, trials) == 0.5
+    every = {"a": [trial(BLUR, BLUR, task({**dict.fromkeys(QUALITIES, 0.0), 10: -9.0}))]}
+    assert criterion.own_choices(TODAY, every["a"][0]) == [50, 50, 25]
+    assert criterion.changes(TODAY, every) == 0.5
     assert criterion.drift(PIXELS, {"a": [trial(BLUR, NOISE)]}, 10) == pytest.approx(2.718281828**3)
 
 
@@ -118,8 +120,8 @@ def test_the_grid_costs_its_trainings_and_counts_the_shared_task_once() -> None:
         "runs": {"25": {"cpu_seconds": 20.0}, "50": {"cpu_seconds": 30.0}},
         "gaps": [BLUR],
     }
-    assert criterion.cost_ratios([result]) == [60.0]
-    assert criterion.cost_ratios([{**result, "runs": {**result["runs"], "75": None}}]) == []
+    assert trials.cost_ratios([result]) == [60.0]
+    assert trials.cost_ratios([{**result, "runs": {**result["runs"], "75": None}}]) == []
 
 
 def budget_result(quality: int | None, seed: int, last: float, **more: Any) -> dict[str, Any]:
@@ -144,9 +146,9 @@ def test_runs_of_the_budget_benchmark_are_cells_with_the_qualities_that_were_tra
         path = tmp_path / table / "cifar10" / f"seed-{result['seed']}" / f"{number}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(result))
-    [(name, [found])] = criterion.trials_of_budget(tmp_path).items()
+    [(name, [found])] = trials.trials_of_budget(tmp_path).items()
     assert name == "budget cifar10 lucir 5 16000"
     assert dict(found.last) == {25: 50.0, 50: 49.5, 75: 45.0}
     assert TODAY.choice(found.tasks) == 50
     assert Criterion("pixels", "raw", 0.9).choice(found.tasks) == 25
-    assert criterion.full_cost_ratios(criterion.budget_results(tmp_path)) == [500.0]
+    assert trials.full_cost_ratios(trials.budget_results(tmp_path)) == [500.0]
