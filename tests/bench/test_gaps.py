@@ -24,7 +24,7 @@ IMAGES = pictures(0, 160)
 def embed(images_NHWC: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
     """Features that are no pixels: means of small squares, squared."""
     means = images_NHWC.reshape(len(images_NHWC), 4, 4, 4, 4, 3).mean(axis=(2, 4)).reshape(len(images_NHWC), -1)
-    return ((means / 255) ** 2 - 0.2).astype(np.float32)
+    return np.asarray((means / 255) ** 2 - 0.2, np.float32)
 
 
 @pytest.fixture(scope="module")
