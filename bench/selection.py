@@ -45,7 +45,7 @@ from engram_trainer import datasets, networks
 from engram_trainer.datasets import Dataset
 from engram_trainer.examples import ArraySet
 from engram_trainer.extractor import to_onnx
-from engram_trainer.methods.lucir import Coded
+from engram_trainer.methods.codec import Coded
 
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 SHARE_BYTES = 16_000

@@ -13,14 +13,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engram import strip
 from engram_trainer import datasets, evaluation, stream
 from engram_trainer.datasets import Dataset
-from engram_trainer.examples import ArraySet
 from engram_trainer.local_memory import Kind, LocalConfig, LocalMemory
 from engram_trainer.memory import Learned, NoMemory
 from engram_trainer.methods.lucir import (
-    Coded,
     Lucir,
     adaptive_weight,
     imprint,
@@ -170,16 +167,6 @@ def test_a_replay_ratio_is_the_least_part_of_a_batch_that_is_exemplars(digits: D
 def test_scenarios_without_new_classes_are_refused(digits: Dataset) -> None:
     with pytest.raises(ValueError, match="permuted tasks bring none"):
         learner_of(stream_of(digits, scenario="permuted"))
-
-
-def test_coded_images_are_those_of_an_engram_pack_at_their_quality(digits: Dataset) -> None:
-    images = digits.train.read()[:30]
-    quality_N = np.resize([10, 90], 30)
-    rows = np.random.default_rng(0).permutation(30)[:20]
-    coded = Coded(ArraySet(images), quality_N).read(rows)
-    for row, image in zip(rows, coded, strict=True):
-        alone = strip.encode(images[row : row + 1], np.zeros(1, np.int64), quality=int(quality_N[row])).decode()
-        assert np.array_equal(image, alone[0])
 
 
 def test_own_images_are_shown_as_jpeg_only_where_exemplars_are_jpeg(digits: Dataset) -> None:

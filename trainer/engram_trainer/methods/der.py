@@ -7,10 +7,10 @@ The two draws are independent. DER has beta = 0; DER++ (`derpp`) adds the last t
 
 z' is of the original image, not of the stored one: measured on digits in strips of quality 50 and 10, logits of the
 decoded image end within 1.5 points, once above and once below (4 seeds, intervals of 3 points). Filled online, as
-published, z' is what the step has just computed: of the varied image, by the network of that moment in training mode.
-Filled once the task is learned, it is of the image as it is, by the network that has learned the task. With random
-shifts, online logits of the image as it is end 6 points higher (digits, all 4 seeds), for one more pass of the network
-at every step: not done.
+published, z' is what the step has just computed: of the image as it was varied, and coded where `codec_ratio` says so,
+by the network of that moment in training mode. Filled once the task is learned, it is of the image as it is, by the
+network that has learned the task. With random shifts, online logits of the image as it is end 6 points higher (digits,
+all 4 seeds), for one more pass of the network at every step: not done.
 
 Source: Buzzega et al., Dark Experience for General Continual Learning (NeurIPS 2020), section 3; constants in brackets:
 Mammoth's, for Seq-CIFAR-10. Departure by default: the memory is filled once a task is learned, not online (`fill`).
@@ -60,6 +60,7 @@ class Der(er.Er):
         competing = self.competing(task)
         optimizer = config.optimizer(self.model.parameters())
         self.filling.open(memory)
+        examples, order = config.shown(task, memory, seed=self.seed)
         said_NC = torch.empty(0)  # what the network says about the new images of the step
 
         def loss(step: Step) -> torch.Tensor:
@@ -89,9 +90,10 @@ class Der(er.Er):
             epochs=config.epochs,
             batch_size=config.batch_size,
             augment=config.augment,
-            examples=task.train,
+            examples=examples,
             replay=[Replay(config.replay_batch, stream=stream) for stream in range(2 if config.beta else 1)],
             schedule=config.schedule(optimizer),
+            order=order,
             after_step=offer,
             also=[self.filling],
             writes_memory=self.fills_memory,

@@ -17,6 +17,7 @@ from typing import Any, Literal
 import torch
 
 from engram_trainer.memory import Memory
+from engram_trainer.methods.codec import Coding
 from engram_trainer.methods.filling import Filled, Filling
 from engram_trainer.methods.linear import LinearLearner
 from engram_trainer.online import Reservoir
@@ -28,7 +29,7 @@ Compete = Literal["seen", "all"]
 
 
 @dataclass(frozen=True)
-class Config(Filled):
+class Config(Filled, Coding):
     """How a task is trained; in brackets the published settings where they differ."""
 
     epochs: int = 10
@@ -67,6 +68,7 @@ class Er(LinearLearner):
         competing = self.competing(task)
         optimizer = config.optimizer(self.model.parameters())
         self.filling.open(memory)
+        examples, order = config.shown(task, memory, seed=self.seed)
 
         def loss(step: Step) -> torch.Tensor:
             return runtime.mean(self.losses(step.images, step.labels, competing))
@@ -80,9 +82,10 @@ class Er(LinearLearner):
             epochs=config.epochs,
             batch_size=config.batch_size,
             augment=config.augment,
-            examples=task.train,
+            examples=examples,
             replay=[Replay(config.replay_batch)],
             schedule=config.schedule(optimizer),
+            order=order,
             after_step=partial(self.filling.offer, task=task),
             also=[self.filling],
             writes_memory=self.fills_memory,

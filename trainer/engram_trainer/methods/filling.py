@@ -16,6 +16,7 @@ import numpy.typing as npt
 import torch
 
 from engram_trainer.memory import Memory
+from engram_trainer.methods.codec import originals
 from engram_trainer.methods.training import Training
 from engram_trainer.online import OnlineWriter, Policy
 from engram_trainer.runtime import Runtime
@@ -81,10 +82,11 @@ class Filling:
             return
         order = self._order(len(step.new))
         gather = self.runtime.gather
-        rows = gather(step.new.rows)[order]
+        own_rows, images_NHWC = originals(step.new, task)
+        rows = gather(own_rows)[order]
         self._writer.offer(
             task.index,
-            gather(step.new.plain_NHWC)[order],
+            gather(images_NHWC)[order],
             gather(step.new.class_ids)[order],
             keys=[f"v{task.visit}-e{step.epoch}-r{row}" for row in rows],
             fields={name: gather(values.cpu().numpy())[order] for name, values in (fields or {}).items()},

@@ -25,8 +25,7 @@ hshustc/CVPR19_Incremental_Learning at e5a90ae, which wins where they differ:
 - K is at most |C_n|; the code fails with fewer new classes than K.
 - exemplars are drawn, so many for every batch, in shuffled passes; the code shuffles them among the new images.
   `replay_ratio` is its `rs_ratio`, 0 in its scripts: the least part of a batch that they are.
-- `codec_ratio` is this project's: new images are clean and exemplars are not, so without it the marks of compression
-  come to mean "old class", and clean test images of old classes are taken for new ones.
+- `codec_ratio` is this project's: see `codec`.
 - L_dis has no gradient in the balanced fine-tune, whose network is frozen, so it is not computed there.
 - learning-rate drops are fractions of the epochs, so that a short run keeps the schedule's shape.
 - `classify` chooses the scores: those of the cosine classifier ("CNN" in the paper's tables) or of the nearest mean.
@@ -40,7 +39,6 @@ import copy
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -49,21 +47,20 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from engram import strip
-from engram.schemas import CANDIDATE_QUALITIES
 from engram_trainer import networks
-from engram_trainer.examples import Examples, Images, ImageSet, Joined, Rows, Shape
+from engram_trainer.examples import Examples, Images
 from engram_trainer.memory import Memory
+from engram_trainer.methods.codec import Coding
 from engram_trainer.methods.nearest_mean import class_means, nearest_mean_scores
-from engram_trainer.methods.training import Training, multistep, union
+from engram_trainer.methods.training import multistep, union
 from engram_trainer.networks import CosineClassifier, cosines
 from engram_trainer.runtime import Runtime
-from engram_trainer.steps import BALANCE, CODEC, LEARN, WEIGHTS, OnStep, Phase, Replay, Step
+from engram_trainer.steps import BALANCE, LEARN, WEIGHTS, OnStep, Phase, Replay, Step
 from engram_trainer.stream import Task
 
 
 @dataclass(frozen=True)
-class Config(Training):
+class Config(Coding):
     """LUCIR's settings; in brackets those of its CIFAR-100 script where they differ."""
 
     epochs: int = 8
@@ -89,9 +86,7 @@ class Config(Training):
     """Least part of every batch that is exemplars. They have at least the part that they are of all images, so 0 walks
     through the union [0]."""
     codec_ratio: float = 0.5
-    """Part of a task's own images that a batch shows as JPEG gives them back, where the memory's are JPEG [0]."""
-    codec_qualities: tuple[int, ...] = CANDIDATE_QUALITIES
-    """The qualities of these; each image draws one for the task."""
+    """Part of a task's own images that an epoch shows as JPEG gives them back, where the memory's are JPEG [0]."""
     balance_epochs: int = 10
     """Passes over all exemplars after each task but the first [none; 20 in the ImageNet script]; 0 skips it."""
     balance_lr: float = 0.001
@@ -152,6 +147,7 @@ class Lucir:
             return total
 
         batch_size, replay = union(config.batch_size, config.replay_ratio, task, memory, world_size=runtime.world_size)
+        examples, order = config.shown(task, memory, seed=self.seed)
         phase = Phase(
             task=task,
             purpose=LEARN,
@@ -161,10 +157,10 @@ class Lucir:
             epochs=config.epochs,
             batch_size=batch_size,
             augment=config.augment,
-            examples=self._clean_and_coded(task) if memory.is_lossy else task.train,
+            examples=examples,
             replay=replay,
             schedule=config.schedule(optimizer),
-            order=partial(self._order, len(task.train)) if memory.is_lossy else None,
+            order=order,
         )
         runtime.fit(phase, memory, progress)
         self.classifier.embeddings_CD = nn.Parameter(torch.cat([old_CD, new_CD.detach()]))
@@ -252,20 +248,6 @@ class Lucir:
         )
         return self.runtime.mean_where(losses_N, labels_N < old_count)
 
-    def _clean_and_coded(self, task: Task) -> Examples:
-        """The task's images as they are, and behind them all of them once more after a round trip through JPEG."""
-        clean = task.train.images
-        drawn = np.random.default_rng([self.seed, CODEC, task.index])
-        qualities = np.resize(np.array(self.config.codec_qualities), len(clean))
-        coded = Coded(clean, drawn.permutation(qualities))
-        return Examples(Joined([clean, coded]), np.tile(task.train.class_ids, 2))
-
-    def _order(self, count: int, generator: np.random.Generator) -> Rows:
-        """All images shuffled, some of them in their coded form."""
-        is_coded = generator.random(count) < self.config.codec_ratio
-        order: Rows = generator.permutation(count) + np.where(is_coded, count, 0)
-        return order
-
     def _imprinted(self, task: Task, old_CD: torch.Tensor) -> torch.Tensor:
         """Embeddings of the new classes, from the network as it is before it has seen them."""
         features_ND = self.runtime.features(self.network, task.train)
@@ -278,35 +260,6 @@ class Lucir:
         generator = torch.Generator().manual_seed(self.runtime.key(WEIGHTS))
         drawn_CD = torch.rand(count, self.dimensions, generator=generator)
         return ((2 * drawn_CD - 1) * bound).to(self.device)
-
-
-@dataclass(frozen=True, eq=False)
-class Coded:
-    """Images after JPEG encoding and decoding as in an Engram pack, each at a quality of its own."""
-
-    base: ImageSet
-    quality_N: npt.NDArray[np.int64]
-
-    is_at_hand = False
-
-    @property
-    def shape(self) -> Shape:
-        """As of the images."""
-        return self.base.shape
-
-    def __len__(self) -> int:
-        return len(self.base)
-
-    def read(self, rows: Rows) -> Images:
-        """These images in this order, coded."""
-        images_NHWC = self.base.read(rows)
-        coded = np.empty_like(images_NHWC)
-        qualities = self.quality_N[rows]
-        for quality in np.unique(qualities):
-            here = np.flatnonzero(qualities == quality)
-            encoded = strip.encode(images_NHWC[here], np.zeros(len(here), np.int64), quality=int(quality))
-            coded[here] = encoded.decode()
-        return coded
 
 
 def adaptive_weight(base: float, old_count: int, new_count: int) -> float:
