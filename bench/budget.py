@@ -35,10 +35,9 @@ import hashlib
 import json
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from math import inf
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -47,6 +46,7 @@ import gaps
 import kept
 import numpy as np
 import report
+import shift
 import torch
 from intervals import Estimate, estimate, paired
 from kept import Job, Result
@@ -80,11 +80,8 @@ BUDGETS = {"cifar10": (16_000, 61_480), "fashion": (4_000, 16_000)}
 """Bytes per class; on CIFAR-10 they hold 5 and 20 raw images."""
 CLASSES = 10
 
-Items = tuple[tuple[str, Any], ...]
-"""A mapping whose `repr` says all."""
-
 # All settings stand here, so that results keep their meaning whatever becomes the trainer's default.
-LUCIR = {
+LUCIR: dict[str, Any] = {
     "epochs": 8,
     "batch_size": 128,
     "milestones": (0.5, 0.75),
@@ -108,9 +105,42 @@ LUCIR = {
     "balance_milestones": (0.5,),
     "classify": "cosine",
 }
-SELECTION = {"definition": "raw", "rule": "any", "epsilon": 0.3}
-STREAM = {"tasks": 5, "train_per_class": 1_500}
-TUNING_STREAM = {"tasks": 5, "train_per_class": 500, "validation_ratio": 0.1}
+ER: dict[str, Any] = {
+    "epochs": 8,
+    "batch_size": 32,
+    "replay_batch": 32,
+    "milestones": (),
+    "decay": 0.1,
+    "momentum": 0.0,
+    "nesterov": False,
+    "weight_decay": 0.0,
+    "flip": True,
+    "padding": 2,
+    "resized_crop": False,
+    "codec_ratio": 0.5,
+    "codec_qualities": CANDIDATE_QUALITIES,
+    "fill": "task",
+    "slots": None,
+    "flush": 64,
+    "compete": "all",
+}
+JOINT: dict[str, Any] = {
+    "epochs": 10,
+    "batch_size": 128,
+    "milestones": (2 / 3,),
+    "decay": 0.1,
+    "momentum": 0.9,
+    "nesterov": False,
+    "weight_decay": 5e-4,
+    "flip": True,
+    "padding": 2,
+    "resized_crop": False,
+}
+SELECTION: dict[str, Any] = {"definition": "raw", "rule": "any", "epsilon": 0.3}
+UNSEEN_QUALITY = 50
+"""At which test images are coded for arms whose memory has no quality."""
+STREAM: dict[str, Any] = {"tasks": 5, "train_per_class": 1_500}
+TUNING_STREAM: dict[str, Any] = {"tasks": 5, "train_per_class": 500, "validation_ratio": 0.1}
 
 
 @dataclass(frozen=True)
@@ -142,8 +172,12 @@ RAW, LOSSLESS, FILES, SELECTED = Arm("raw"), Arm("lossless"), Arm("files"), Arm(
 FIXED = tuple(Arm("strips", quality) for quality in (25, 50, 75))
 # What is selected comes first: most often it is the run of a fixed quality as well.
 PRIMARY = (SELECTED, RAW, LOSSLESS, FILES, *FIXED)
+NONE, JOINTLY = Arm("none"), Arm("joint")
 TUNED_ARMS = (RAW, LOSSLESS, Arm("files", 50), Arm("strips", 50))
 """What stands for every arm of its kind when learning rates are tuned."""
+
+Items = tuple[tuple[str, Any], ...]
+"""A mapping whose `repr` says all."""
 
 
 @dataclass(frozen=True)
@@ -153,6 +187,7 @@ class Learning:
     name: str
     method: str
     settings: Items
+    tuned_arms: tuple[Arm, ...] = TUNED_ARMS
 
 
 def items(settings: Mapping[str, Any]) -> Items:
@@ -165,6 +200,10 @@ LEARNINGS = {
     for each in (
         Learning("lucir", "lucir", items(LUCIR)),
         Learning("lucir-uncoded", "lucir", items({**LUCIR, "codec_ratio": 0.0})),
+        Learning("lucir-own-codec", "lucir", items({**LUCIR, "codec_qualities": (50,)}), (Arm("strips", 50),)),
+        Learning("lucir-without", "lucir", items(LUCIR), (NONE,)),
+        Learning("er", "er", items(ER)),
+        Learning("joint", "joint", items(JOINT), (JOINTLY,)),
     )
 }
 
@@ -215,8 +254,12 @@ class Table:
 TABLES = {
     "primary": Table("lucir", PRIMARY, SEEDS, budgets=2),
     "uncoded": Table("lucir-uncoded", PRIMARY),
-    "extremes": Table("lucir", (SELECTED, Arm("strips", 10), Arm("strips", 90))),
+    "er": Table("er", PRIMARY),
+    "extremes": Table("lucir", (SELECTED, Arm("strips", 10), *FIXED, Arm("strips", 90))),
     "total": Table("lucir", PRIMARY, per="buffer"),
+    "codec": Table("lucir-own-codec", (Arm("strips", 50),)),
+    "floor": Table("lucir-without", (NONE,)),
+    "ceiling": Table("joint", (JOINTLY,)),
 }
 
 
@@ -226,10 +269,10 @@ def cells(table: Table, data: str) -> list[tuple[int, Per]]:
     return [(budget if table.per == "class" else CLASSES * budget, table.per) for budget in budgets]
 
 
-def job_of(name: str, run: Run, seed: int, *more: str) -> Job:
+def job_of(table: str, run: Run, seed: int, learning: str, *more: str) -> Job:
     """A run with a seed, as it is kept."""
     arm = run.arm.name.replace(", ", "-")
-    return Job(f"{name}/{run.data}", " ".join([run.method, arm, str(run.budget_bytes), *more]), seed, run)
+    return Job(f"{table}/{run.data}", " ".join([learning, arm, str(run.budget_bytes), *more]), seed, run)
 
 
 @dataclass(frozen=True)
@@ -249,7 +292,12 @@ def jobs_of(table: Table, data: str, seed: int, budget: int, per: Per, place: Pl
     learning = LEARNINGS[table.learning]
     rates = rates_of(table.learning, data, budget if per == "class" else budget // CLASSES, place)
     return [
-        job_of("budget", run_of(learning, data, arm, budget, rates[arm.kind], per=per, device=place.device), seed)
+        job_of(
+            "budget",
+            run_of(learning, data, arm, budget, rates[arm.kind], per=per, device=place.device),
+            seed,
+            table.learning,
+        )
         for arm in table.arms
     ]
 
@@ -269,7 +317,7 @@ def run_of(
     return Run(
         data,
         arm,
-        budget,
+        budget if arm.has_memory else 0,
         per,
         learning.method,
         (*learning.settings, ("lr", lr)),
@@ -302,15 +350,16 @@ def tuning_jobs(learning: str, data: str, budget: int, rate: float, seed: int, d
             "budget-tuning",
             run_of(LEARNINGS[learning], data, arm, budget, rate, stream=TUNING_STREAM, device=device),
             seed,
-            f"{learning} lr-{rate:g}",
+            learning,
+            f"lr-{rate:g}",
         )
-        for arm in TUNED_ARMS
+        for arm in LEARNINGS[learning].tuned_arms
     ]
 
 
 def tuned(learning: str, data: str, budget: int, place: Place) -> dict[str, dict[float, list[float]]]:
     """Last accuracies of each kind of memory by learning rate, where all of a rate's runs are done."""
-    found: dict[str, dict[float, list[float]]] = {arm.kind: {} for arm in TUNED_ARMS}
+    found: dict[str, dict[float, list[float]]] = {arm.kind: {} for arm in LEARNINGS[learning].tuned_arms}
     for rate in RATES:
         jobs = [job for seed in TUNING_SEEDS for job in tuning_jobs(learning, data, budget, rate, seed, place.device)]
         results = kept.load(jobs, place.results)
@@ -348,10 +397,11 @@ def best_rate(by_rate: Mapping[float, Sequence[float]]) -> float:
     return max(sorted(by_rate), key=lambda rate: fmean(by_rate[rate]))
 
 
-def tune(learnings: Sequence[str], place: Place, *, processes: int, minutes: float) -> None:
-    """Run the grid, print what it says."""
+def tune(names: Sequence[str], place: Place, *, processes: int, minutes: float) -> None:
+    """Run the grid for these tables, print what it says."""
     deadline = time.monotonic() + 60 * minutes
-    grids = [(name, data, budget) for name in learnings for data in place.data for budget in budgets_of(name, data)]
+    needed = [(TABLES[name].learning, data, budget) for name in names for data, budget in grid_of(TABLES[name])]
+    grids = [key for key in dict.fromkeys(needed) if key[1] in place.data]
     while time.monotonic() < deadline:
         todo = [
             job
@@ -380,9 +430,9 @@ def tune(learnings: Sequence[str], place: Place, *, processes: int, minutes: flo
         report.print_table(f"Chosen: {key}", ("kind", "lr"), list((chosen(*key, place) or {}).items()))
 
 
-def budgets_of(learning: str, data: str) -> tuple[int, ...]:
-    """Those that tables with this learning need."""
-    return BUDGETS[data][: max(table.budgets for table in TABLES.values() if table.learning == learning)]
+def grid_of(table: Table) -> list[tuple[str, int]]:
+    """The data sets and budgets per class that a table needs learning rates for."""
+    return [(data, budget) for data, budgets in BUDGETS.items() for budget in budgets[: table.budgets]]
 
 
 # One run
@@ -489,7 +539,7 @@ def selected_twin(job: Job, folder: Path) -> Result | None:
     if run.arm.kind != "strips" or run.arm.quality is None:
         return None
     selecting = replace(run, arm=SELECTED, selection=items(SELECTION))
-    twin = job_of("budget", selecting, job.seed)
+    twin = job_of("budget", selecting, job.seed, job.name.split()[0])
     found = kept.load([twin], folder).get(twin) if twin.table == job.table else None
     if found is None or set(found.get("qualities", ())) != {run.arm.quality}:
         return None
@@ -541,6 +591,8 @@ def learn(run: Run, seed: int, place: Place) -> Result:
         "counts": {str(task): classes for task, classes in memory.counts().items()},
         "learning_seconds": round(time.perf_counter() - start, 1),
     }
+    result["coded_quality"] = coded = getattr(memory, "quality", None) or UNSEEN_QUALITY
+    result["on_coded"] = [round(each, 6) for each in shift.on_coded(learner, tasks.tasks, coded)]
     if run.arm.kind in ("strips", "files"):
         result["qualities"] = qualities
     if isinstance(memory, Archives):
@@ -579,7 +631,7 @@ def brief(decision: Decision) -> dict[str, Any]:
     return known
 
 
-def _rounded(ratios: Mapping[str, float | None]) -> dict[str, float | None]:
+def _rounded(ratios: Mapping[Any, float | None]) -> dict[str, float | None]:
     return {name: None if ratio is None else round(ratio, 4) for name, ratio in ratios.items()}
 
 
@@ -742,8 +794,7 @@ def main() -> None:
         report.finish(args, quick(place, args.jobs))
         return
     if args.tune:
-        learnings = list(dict.fromkeys(TABLES[name].learning for name in args.table))
-        tune(learnings, place, processes=args.jobs, minutes=args.minutes)
+        tune(args.table, place, processes=args.jobs, minutes=args.minutes)
         return
     if not args.print:
         collect(args.table, place, processes=args.jobs, minutes=args.minutes)
@@ -769,14 +820,16 @@ def collect(names: Sequence[str], place: Place, *, processes: int, minutes: floa
 def quick(place: Place, processes: int) -> dict[str, report.Cell]:
     """A look at a small table in well under a minute: one seed, one budget, few images."""
     data = {"fashion": place.data.get("fashion", "sample")}
-    learning = replace(LEARNINGS["lucir"], settings=items({**LUCIR, "batch_size": 32, "epochs": 5}))
-    small = {**STREAM, "train_per_class": 150, "test_per_class": 100}
+    learning = replace(LEARNINGS["lucir"], settings=items({**LUCIR, "batch_size": 32, "epochs": 3}))
+    small = {**STREAM, "train_per_class": 60, "test_per_class": 50}
     budget = BUDGETS["fashion"][0]
     with tempfile.TemporaryDirectory() as scratch:
         place = replace(place, data=data, results=Path(scratch), bases=Path(scratch) / "bases")
         jobs = [
-            job_of("budget", run_of(learning, "fashion", arm, budget, 0.03, stream=small, device=place.device), 0)
-            for arm in PRIMARY
+            job_of(
+                "budget", run_of(learning, "fashion", arm, budget, 0.03, stream=small, device=place.device), 0, "lucir"
+            )
+            for arm in (SELECTED, RAW, LOSSLESS, Arm("strips", 25), Arm("strips", 50))
         ]
         results = kept.collect(
             jobs, partial(execute, place=place), folder=place.results, processes=processes, tell=tell

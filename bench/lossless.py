@@ -18,7 +18,7 @@ Images are uint8 `[N, H, W, C]`.
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from PIL import Image
@@ -30,7 +30,7 @@ from engram_trainer.plain_memory import CLASS_ID_BYTES, Kept, PlainMemory, kept_
 
 FORM_BYTES = 1
 LEAST_PART = 8
-"""No archive takes less than this part of the pixels, so no ranking is looked at deeper; checked."""
+"""An archive takes more than an eighth of the pixels, so no ranking is looked at deeper."""
 _EFFORTS = ({"method": 4, "quality": 100}, {"method": 6, "quality": 99})
 """Which is smaller differs by image. Method 6 at quality 100 takes forty times as long and gains nothing."""
 
@@ -56,13 +56,12 @@ def sheet(images_NHWC: Images) -> list[bytes]:
 FORMS: Mapping[str, Form] = {"png": png, "webp": webp, "sheet": sheet}
 
 
-def size(form: str, images_NHWC: Images) -> int:
-    """All bytes of images of one class in a form; none for no images."""
-    files = FORMS[form](images_NHWC)
-    return sum(map(len, files)) + FORM_BYTES + CLASS_ID_BYTES * len(images_NHWC) if files else 0
+def size(files: Sequence[bytes], count: int) -> int:
+    """All bytes of `count` images of one class in these files; none for no images."""
+    return sum(map(len, files)) + FORM_BYTES + CLASS_ID_BYTES * count if count else 0
 
 
-def read(files: list[bytes], shape: tuple[int, int, int]) -> Images:
+def read(files: Sequence[bytes], shape: tuple[int, int, int]) -> Images:
     """The images that are in files of any form, which are as high as `shape` or a multiple of it."""
     mode = "L" if shape[2] == 1 else "RGB"
     return np.concatenate(
@@ -72,24 +71,33 @@ def read(files: list[bytes], shape: tuple[int, int, int]) -> Images:
 
 def fitting(images_NHWC: Images, share: int) -> tuple[int, str]:
     """How many of these images, best first, a share holds in the form that holds most, and that form."""
-    counts = {form: _count(form, images_NHWC, share) for form in FORMS}
+    counts = {form: _files(form, images_NHWC, share) for form in ("png", "webp")}
+    counts["sheet"] = _sheet(images_NHWC, share, counts["webp"])
     best = max(counts, key=lambda form: counts[form])
     return counts[best], best
 
 
-def _count(form: str, images_NHWC: Images, share: int) -> int:
-    """The length of the longest prefix that fits: sizes grow with every image, but for a few bytes of a sheet's."""
+def _files(form: str, images_NHWC: Images, share: int) -> int:
+    spent = FORM_BYTES
+    for place in range(len(images_NHWC)):
+        [file] = FORMS[form](images_NHWC[place : place + 1])
+        spent += len(file) + CLASS_ID_BYTES
+        if spent > share:
+            return place
+    return len(images_NHWC)
+
+
+def _sheet(images_NHWC: Images, share: int, guess: int) -> int:
+    """The longest prefix that fits as a sheet, whose size grows with every image."""
 
     def fits(count: int) -> bool:
-        return size(form, images_NHWC[:count]) <= share
+        return size(sheet(images_NHWC[:count]), count) <= share
 
-    if form != "sheet":
-        sizes = np.cumsum([len(file) + CLASS_ID_BYTES for file in FORMS[form](images_NHWC)])
-        return int((sizes + FORM_BYTES <= share).sum())
     most = len(images_NHWC)
-    low, high = 0, min(most, 8)  # low fits; grow until high does not
+    low = guess if fits(guess) else 0
+    high = min(most, low + max(2, low // 4))
     while high < most and fits(high):
-        low, high = high, min(most, 2 * high)
+        low, high = high, min(most, high + max(2, high // 4))
     while low < high:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if fits(middle) else (low, middle - 1)
@@ -134,13 +142,13 @@ class LosslessMemory(PlainMemory):
                 own = np.flatnonzero(held.class_ids == class_id)
                 images = held.coded.images[own]
                 count, form = fitting(images, shares[task][class_id])
-                archive = FORMS[form](images[:count])
                 if not count:
                     raise BudgetExceeded(f"no image of class {class_id} fits {shares[task][class_id]} bytes")
+                archive = FORMS[form](images[:count])
                 assert np.array_equal(read(archive, images.shape[1:]), images[:count]), f"{form} is not lossless"
                 rows.append(own[:count])
                 runs.append((class_id, count))
-                spent += size(form, images[:count])
+                spent += size(archive, count)
                 self.forms[task, class_id] = form
             self._kept[task] = held.select(np.concatenate(rows))
             tasks.append((task, spent, runs))

@@ -16,7 +16,7 @@ from engram.schemas import CANDIDATE_QUALITIES
 from engram_trainer import evaluation
 from engram_trainer.examples import Examples, Subset
 from engram_trainer.methods import Learner
-from engram_trainer.methods.lucir import Coded
+from engram_trainer.methods.codec import Coded
 from engram_trainer.stream import Task
 
 
