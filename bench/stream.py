@@ -26,6 +26,7 @@ from typing import Any
 
 import budget
 import kept
+import learning
 import numpy as np
 import report
 import torch
@@ -213,14 +214,14 @@ def execute(
         found: dict[str, Any] = json.loads(path.read_text())
         return found
     tasks = stream.build(data, config)
-    learner = lucir.Lucir(Runtime(RuntimeConfig(), tasks, seed=config.seed), method, network=budget.NETWORK)
+    learner = lucir.Lucir(Runtime(RuntimeConfig(), tasks, seed=config.seed), method, network=learning.NETWORK)
     memory = Bits(arm)
     matrix: list[list[float]] = []
     qualities: list[int | None] = []
     for task in tasks.tasks:
-        learner.learn(task, memory, budget.ignore)
+        learner.learn(task, memory, learning.ignore)
         memory.add(Learned(task.index, task.train, embed=learner.embed, seed=config.seed))
-        learner.balance(task, memory, budget.ignore)
+        learner.balance(task, memory, learning.ignore)
         earlier = [
             evaluation.accuracy(learner.scores, learner.runtime, each, learned=task.index) for each in tasks.tasks
         ]

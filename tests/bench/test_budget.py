@@ -7,86 +7,89 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+import arms
 import budget
 import kept
+import learning
 import pytest
+import rates
+import settings
 
 from engram_trainer import methods
 from tests.bench.results import put
 
-PLACE = budget.Place({"cifar10": "", "fashion": ""}, kept.RESULTS, Path())
-RATES = {"raw": 0.1, "lossless": 0.1, "files": 0.03, "strips": 0.03, "none": 0.1, "joint": 0.1}
+PLACE = learning.Place({"cifar10": "", "fashion": ""}, kept.RESULTS, Path())
+TUNED = {"raw": 0.1, "lossless": 0.1, "files": 0.03, "strips": 0.03, "none": 0.1, "joint": 0.1}
 
 
-def run(arm: budget.Arm, **changes: Any) -> budget.Run:
-    learning = budget.LEARNINGS["lucir"]
-    return replace(budget.run_of(learning, "fashion", arm, 4_000, 0.03), **changes)
+def run(arm: arms.Arm, **changes: Any) -> learning.Run:
+    return replace(learning.run_of(settings.LEARNINGS["lucir"], "fashion", arm, 4_000, 0.03), **changes)
 
 
-def job(arm: budget.Arm, seed: int = 10, **changes: Any) -> kept.Job:
-    return budget.job_of("budget", run(arm, **changes), seed, "lucir")
+def job(arm: arms.Arm, seed: int = 10, **changes: Any) -> kept.Job:
+    return learning.job_of("budget", run(arm, **changes), seed, "lucir")
 
 
-@pytest.mark.parametrize("learning", budget.LEARNINGS.values(), ids=list(budget.LEARNINGS))
-def test_no_setting_is_left_to_a_default_of_the_trainer(learning: budget.Learning) -> None:
-    options = {field.name for field in fields(methods.config_class(learning.method))}
-    assert options - {"lr"} == dict(learning.settings).keys()
+@pytest.mark.parametrize("way", settings.LEARNINGS.values(), ids=list(settings.LEARNINGS))
+def test_no_setting_is_left_to_a_default_of_the_trainer(way: settings.Learning) -> None:
+    options = {field.name for field in fields(methods.config_class(way.method))}
+    assert options - {"lr"} == dict(way.settings).keys()
 
 
 def test_the_arms_of_a_table_differ_in_memory_and_learning_rate_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(budget, "TUNED", {("lucir", "cifar10", 16_000): RATES})
+    monkeypatch.setattr(rates, "TUNED", {("lucir", "cifar10", 16_000): TUNED})
     jobs = budget.jobs_of(budget.TABLES["primary"], "cifar10", 10, 16_000, "class", PLACE)
     runs = [job.config for job in jobs]
-    assert {each.arm for each in runs} == {*budget.PRIMARY}
+    assert {each.arm for each in runs} == {*arms.PRIMARY}
     assert {dict(each.settings)["lr"] for each in runs if each.arm.kind == "strips"} == {0.03}
-    assert dict(next(each.settings for each in runs if each.arm == budget.RAW))["lr"] == 0.1
+    assert dict(next(each.settings for each in runs if each.arm == arms.RAW))["lr"] == 0.1
     alike = {
-        replace(each, arm=budget.RAW, selection=(), settings=tuple(s for s in each.settings if s[0] != "lr"))
+        replace(each, arm=arms.RAW, selection=(), settings=tuple(s for s in each.settings if s[0] != "lr"))
         for each in runs
     }
     assert len(alike) == 1
 
 
-@pytest.mark.parametrize("arm", [*budget.PRIMARY, budget.NONE], ids=lambda arm: arm.name)
-def test_beside_every_memory_the_learner_shows_coded_images(arm: budget.Arm) -> None:
-    assert budget.memory_of(run(arm)).is_lossy
+@pytest.mark.parametrize("arm", [*arms.PRIMARY, arms.NONE, *budget.LOSSY], ids=lambda arm: arm.name)
+def test_beside_every_memory_the_learner_shows_coded_images(arm: arms.Arm) -> None:
+    assert arms.memory_of(arm, 4_000, "class", {}).is_lossy
 
 
 def test_a_run_of_a_fixed_quality_is_that_of_selection_where_this_chose_it_at_every_task(tmp_path: Path) -> None:
     done = {"last": 61.0, "exemplars": 9, "gaps": [], "decisions": [], "selection_seconds": 1.0}
-    put(job(budget.SELECTED, selection=budget.items(budget.SELECTION)), {**done, "qualities": [50] * 5}, tmp_path)
-    found = budget.selected_twin(job(budget.Arm("strips", 50)), tmp_path)
+    put(job(arms.SELECTED, selection=settings.items(settings.SELECTION)), {**done, "qualities": [50] * 5}, tmp_path)
+    found = learning.selected_twin(job(arms.Arm("strips", 50)), tmp_path)
     assert found is not None
     assert (found["same_as"], found["last"], found["qualities"]) == ("lucir strips-selected 4000", 61.0, [50] * 5)
     assert "decisions" not in found
     others = [
-        job(budget.Arm("strips", 25)),
-        job(budget.Arm("files", 50)),
-        job(budget.SELECTED, selection=budget.items(budget.SELECTION)),
-        job(budget.Arm("strips", 50), seed=11),
-        job(budget.Arm("strips", 50), budget_bytes=4_001),
-        job(budget.Arm("strips", 50), settings=(*run(budget.RAW).settings[:-1], ("lr", 0.1))),
-        replace(job(budget.Arm("strips", 50)), table="budget-tuning/fashion"),
+        job(arms.Arm("strips", 25)),
+        job(arms.Arm("files", 50)),
+        job(arms.SELECTED, selection=settings.items(settings.SELECTION)),
+        job(arms.Arm("strips", 50), seed=11),
+        job(arms.Arm("strips", 50), budget_bytes=4_001),
+        job(arms.Arm("strips", 50), settings=(*run(arms.RAW).settings[:-1], ("lr", 0.1))),
+        replace(job(arms.Arm("strips", 50)), table="budget-tuning/fashion"),
     ]
-    assert [budget.selected_twin(each, tmp_path) for each in others] == [None] * len(others)
+    assert [learning.selected_twin(each, tmp_path) for each in others] == [None] * len(others)
 
 
 def test_where_selection_changed_its_mind_the_fixed_quality_is_run(tmp_path: Path) -> None:
-    selecting = job(budget.SELECTED, selection=budget.items(budget.SELECTION))
+    selecting = job(arms.SELECTED, selection=settings.items(settings.SELECTION))
     put(selecting, {"last": 61.0, "qualities": [50, 50, 75, 75, 75]}, tmp_path)
-    assert budget.selected_twin(job(budget.Arm("strips", 50)), tmp_path) is None
-    assert budget.selected_twin(job(budget.Arm("strips", 75)), tmp_path) is None
+    assert learning.selected_twin(job(arms.Arm("strips", 50)), tmp_path) is None
+    assert learning.selected_twin(job(arms.Arm("strips", 75)), tmp_path) is None
 
 
 @pytest.mark.slow
 def test_that_run_is_the_same_bit_for_bit(tmp_path: Path) -> None:
-    place = budget.Place({"fashion": "digits"}, tmp_path, tmp_path / "bases")
-    settings = budget.items({**budget.LUCIR, "epochs": 1, "balance_epochs": 1, "batch_size": 32, "lr": 0.03})
-    small = budget.items({"tasks": 2, "train_per_class": 60})
-    selecting = run(budget.SELECTED, stream=small, settings=settings, budget_bytes=600)
-    selected = budget.learn(selecting, 3, place)
+    place = learning.Place({"fashion": "digits"}, tmp_path, tmp_path / "bases")
+    told = settings.items({**settings.LUCIR, "epochs": 1, "balance_epochs": 1, "batch_size": 32, "lr": 0.03})
+    small = settings.items({"tasks": 2, "train_per_class": 60})
+    selecting = run(arms.SELECTED, stream=small, settings=told, budget_bytes=600)
+    selected = learning.learn(selecting, 3, place)
     same, other = (
-        budget.learn(replace(selecting, arm=budget.Arm("strips", quality), selection=()), 3, place)
+        learning.learn(replace(selecting, arm=arms.Arm("strips", quality), selection=()), 3, place)
         for quality in (selected["qualities"][0], 75)
     )
     assert len({*selected["qualities"]}) == 1
@@ -100,29 +103,29 @@ def grid(**by_kind: Mapping[float, float]) -> dict[str, dict[float, list[float]]
 
 
 def test_a_grid_grows_where_the_best_lies_at_its_end_for_all_arms() -> None:
-    assert budget.missing_rates(grid(raw={}, strips={})) == [0.01, 0.03, 0.1]
+    assert rates.missing_rates(grid(raw={}, strips={})) == [0.01, 0.03, 0.1]
     inside = grid(raw={0.01: 1, 0.03: 3, 0.1: 2}, strips={0.01: 1, 0.03: 3, 0.1: 2})
-    assert budget.missing_rates(inside) == []
+    assert rates.missing_rates(inside) == []
     above = grid(raw={0.01: 1, 0.03: 3, 0.1: 2}, strips={0.01: 1, 0.03: 3, 0.1: 4})
-    assert budget.missing_rates(above) == [0.3]
+    assert rates.missing_rates(above) == [0.3]
     both = grid(raw={0.01: 4, 0.03: 3, 0.1: 2}, strips={0.01: 1, 0.03: 3, 0.1: 4})
-    assert budget.missing_rates(both) == [0.003, 0.3]
+    assert rates.missing_rates(both) == [0.003, 0.3]
     grown = grid(raw={0.01: 1, 0.03: 3, 0.1: 2, 0.3: 1}, strips={0.01: 1, 0.03: 3, 0.1: 4, 0.3: 3})
-    assert budget.missing_rates(grown) == []
+    assert rates.missing_rates(grown) == []
 
 
 def test_of_learning_rates_that_are_equally_good_the_lowest_is_taken() -> None:
-    assert budget.best_rate({0.1: [5.0, 5.0], 0.03: [4.0, 6.0], 0.01: [1.0, 2.0]}) == 0.03
+    assert rates.best_rate({0.1: [5.0, 5.0], 0.03: [4.0, 6.0], 0.01: [1.0, 2.0]}) == 0.03
 
 
 def test_gains_are_paired_by_seed_and_the_best_fixed_quality_has_the_best_mean() -> None:
     found = budget.headline(
         {
-            budget.SELECTED: {10: 60.0, 11: 50.0},
-            budget.RAW: {10: 50.0, 11: 42.0},
-            budget.LOSSLESS: {10: 55.0, 11: 45.0},
-            budget.Arm("strips", 25): {10: 63.0, 11: 48.0},
-            budget.Arm("strips", 50): {10: 60.0, 11: 50.0},
+            arms.SELECTED: {10: 60.0, 11: 50.0},
+            arms.RAW: {10: 50.0, 11: 42.0},
+            arms.LOSSLESS: {10: 55.0, 11: 45.0},
+            arms.Arm("strips", 25): {10: 63.0, 11: 48.0},
+            arms.Arm("strips", 50): {10: 60.0, 11: 50.0},
         }
     )
     assert found["seeds"] == 2
@@ -137,17 +140,17 @@ def test_a_run_that_diverges_counts_as_chance(monkeypatch: pytest.MonkeyPatch, t
     def diverging(*_: Any) -> Any:
         raise FloatingPointError("the loss is not finite")
 
-    monkeypatch.setattr(budget, "learn", diverging)
-    found = budget.execute(job(budget.RAW), replace(PLACE, results=tmp_path))
+    monkeypatch.setattr(learning, "learn", diverging)
+    found = learning.execute(job(arms.RAW), replace(PLACE, results=tmp_path))
     assert (found["last"], found["diverged"]) == (10.0, "the loss is not finite")
 
 
 @pytest.mark.parametrize(
-    ("learning", "data", "bytes_per_class"),
+    ("name", "data", "bytes_per_class"),
     sorted({(table.learning, data, each) for table in budget.TABLES.values() for data, each in budget.grid_of(table)}),
 )
-def test_the_learning_rates_are_those_that_the_kept_grid_says(learning: str, data: str, bytes_per_class: int) -> None:
-    found = budget.chosen(learning, data, bytes_per_class, PLACE)
+def test_the_learning_rates_are_those_that_the_kept_grid_says(name: str, data: str, bytes_per_class: int) -> None:
+    found = rates.chosen(name, data, bytes_per_class, PLACE)
     if found is None:
         pytest.skip("bench/budget.py --tune has not been run for it")
-    assert budget.TUNED.get((learning, data, bytes_per_class)) == found
+    assert rates.TUNED.get((name, data, bytes_per_class)) == found

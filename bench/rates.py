@@ -1,0 +1,128 @@
+"""Tune the learning rate of every kind of memory alike: on one grid, by accuracy on held-out training images.
+
+Seeds are those of no table, and runs are smaller: 500 images a class. Where the best of any kind lies at an end of the
+grid, the grid grows there for all. A run whose loss is not finite counts as chance.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
+from statistics import fmean
+
+import kept
+import report
+from kept import Job
+from learning import Place, execute, job_of, run_of, tell
+from settings import LEARNINGS, TUNING_STREAM
+
+SEEDS = (1000, 1001)
+RATES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
+FIRST_RATES = (0.01, 0.03, 0.1)
+
+Key = tuple[str, str, int]
+"""Learning, data set and bytes per class."""
+Rates = Mapping[str, float]
+"""The learning rate of each kind of memory."""
+TUNED: dict[Key, Rates] = {}
+"""What the grids found; `tests/bench/test_rates.py` compares."""
+
+
+def rates_of(learning: str, data: str, budget: int, place: Place) -> Rates:
+    """The tuned learning rates; those of this file, else what the kept results say.
+
+    Raises:
+        SystemExit: nobody has tuned them.
+    """
+    key = (learning, data, budget)
+    found = TUNED.get(key) or chosen(*key, place)
+    if found is None:
+        raise SystemExit(f"the learning rates of {learning} on {data} at {budget:,} bytes are not tuned: run --tune")
+    return found
+
+
+def tuning_jobs(learning: str, data: str, budget: int, rate: float, seed: int, device: str) -> list[Job]:
+    """One learning rate for every kind of memory."""
+    return [
+        job_of(
+            "budget-tuning",
+            run_of(LEARNINGS[learning], data, arm, budget, rate, stream=TUNING_STREAM, device=device),
+            seed,
+            learning,
+            f"lr-{rate:g}",
+        )
+        for arm in LEARNINGS[learning].tuned_arms
+    ]
+
+
+def tuned(learning: str, data: str, budget: int, place: Place) -> dict[str, dict[float, list[float]]]:
+    """Last accuracies of each kind of memory by learning rate, where all of a rate's runs are done."""
+    found: dict[str, dict[float, list[float]]] = {arm.kind: {} for arm in LEARNINGS[learning].tuned_arms}
+    for rate in RATES:
+        jobs = [job for seed in SEEDS for job in tuning_jobs(learning, data, budget, rate, seed, place.device)]
+        results = kept.load(jobs, place.results)
+        if len(results) == len(jobs):
+            for job in jobs:
+                found[job.config.arm.kind].setdefault(rate, []).append(results[job]["last"])
+    return found
+
+
+def chosen(learning: str, data: str, budget: int, place: Place) -> Rates | None:
+    """The best learning rate of each kind; None as long as the grid has to grow."""
+    found = tuned(learning, data, budget, place)
+    if missing_rates(found):
+        return None
+    return {kind: best_rate(by_rate) for kind, by_rate in found.items()}
+
+
+def missing_rates(found: Mapping[str, Mapping[float, Sequence[float]]]) -> list[float]:
+    """Learning rates that are still to be tried: the first ones, then the next beyond an end where the best lies."""
+    missing = [rate for rate in FIRST_RATES if any(rate not in by_rate for by_rate in found.values())]
+    if missing:
+        return missing
+    tried = sorted(set.intersection(*(set(by_rate) for by_rate in found.values())))
+    best = {best_rate(by_rate) for by_rate in found.values()}
+    return [
+        rate
+        for rate in RATES
+        if (tried[0] in best and rate == max((each for each in RATES if each < tried[0]), default=None))
+        or (tried[-1] in best and rate == min((each for each in RATES if each > tried[-1]), default=None))
+    ]
+
+
+def best_rate(by_rate: Mapping[float, Sequence[float]]) -> float:
+    """The one with the highest mean; of equals the lowest."""
+    return max(sorted(by_rate), key=lambda rate: fmean(by_rate[rate]))
+
+
+def tune(needed: Iterable[Key], place: Place, *, processes: int, minutes: float) -> None:
+    """Run the grids, print what they say."""
+    deadline = time.monotonic() + 60 * minutes
+    grids = [key for key in dict.fromkeys(needed) if key[1] in place.data]
+    while time.monotonic() < deadline:
+        todo = [
+            job
+            for seed in SEEDS
+            for key in grids
+            for rate in missing_rates(tuned(*key, place))
+            for job in tuning_jobs(*key, rate, seed, place.device)
+        ]
+        if not todo:
+            break
+        left = (deadline - time.monotonic()) / 60
+        kept.collect(
+            todo, partial(execute, place=place), folder=place.results, processes=processes, minutes=left, tell=tell
+        )
+    for key in grids:
+        found = tuned(*key, place)
+        rates = sorted({rate for by_rate in found.values() for rate in by_rate})
+        rows = [[kind, *(fmean(of[rate]) if rate in of else None for rate in rates)] for kind, of in found.items()]
+        name, data, budget = key
+        report.print_table(
+            f"Tuning {name}: {data}, {budget:,} bytes per class; last accuracy on held-out training images, "
+            f"{len(SEEDS)} seeds, by learning rate",
+            ("memory", *(f"{rate:g}" for rate in rates)),
+            rows,
+        )
+        report.print_table(f"Chosen: {key}", ("kind", "lr"), list((chosen(*key, place) or {}).items()))
