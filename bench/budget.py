@@ -60,8 +60,6 @@ SEEDS = (10, 11, 12, 13, 14)
 """Nobody has looked at what comes of them while anything was chosen."""
 BUDGETS = {"cifar10": (16_000, 61_480), "fashion": (4_000, 16_000)}
 """Bytes per class; on CIFAR-10 they hold 5 and 20 raw images."""
-
-
 LOSSY = (
     *(Arm("webp", quality) for quality in (10, 30, 50)),
     *(Arm("jpeg2000", decibels) for decibels in (26, 28, 30)),
@@ -119,8 +117,6 @@ def grid_of(table: Table) -> list[tuple[str, int]]:
     """The data sets and budgets per class that a table needs learning rates for."""
     return [(data, budget) for data, budgets in BUDGETS.items() for budget in budgets[: table.budgets]]
 
-
-# Tables
 
 Scores = Mapping[Arm, Mapping[int, float]]
 """Of each arm by seed, in percent."""
@@ -192,7 +188,7 @@ def print_cell(title: str, results: Mapping[Job, Result], seeds: Sequence[int]) 
         "quality after each task; seed",
         "diverged",
     )
-    report.print_table(f"{title}; seeds {' '.join(map(str, seeds))}", columns, rows)
+    report.print_table(f"{title}; seeds {' '.join(map(str, seeds)) or '(none is complete)'}", columns, rows)
 
 
 def print_tables(names: Sequence[str], place: Place) -> dict[str, report.Cell]:
@@ -201,25 +197,48 @@ def print_tables(names: Sequence[str], place: Place) -> dict[str, report.Cell]:
     for name in names:
         table = TABLES[name]
         for data in place.data:
+            prefix = data if name == "primary" else f"{name}_{data}"
             for number, (budget, per) in enumerate(cells(table, data)):
-                jobs = [job for seed in table.seeds for job in jobs_of(table, data, seed, budget, per, place)]
-                results = kept.load(jobs, place.results)
-                seeds = kept.complete_seeds(jobs, results)
+                results, seeds = done(table, data, budget, per, place)
+                wanted = len(table.seeds) * len(table.arms)
                 what = "bytes per class" if per == "class" else "bytes in all"
                 title = f"{name}: {data}, {budget:,} {what}, {table.learning}"
-                if len(seeds) < len(table.seeds):
-                    title += f"; {len(results)} of {len(jobs)} runs are done"
+                if len(results) < wanted:
+                    title += f"; {len(results)} of {wanted} runs are done"
                 print_cell(title, results, seeds)
-                numbers = headline(scores(results, seeds))
-                prefix = data if name == "primary" else f"{name}_{data}"
+                last = scores(results, seeds)
+                numbers = headline(last) | (over_the_best(data, budget, place) if name == "uncoded" else {})
                 flat |= {f"{prefix}_{key}_{budget}": value for key, value in numbers.items()}
                 if number == 0:
                     flat |= {f"{prefix}_{key}": value for key, value in numbers.items()}
-                for arm, by_seed in scores(results, seeds).items():
+                for arm, by_seed in last.items():
                     slug = arm.name.replace(", ", "_")
                     flat[f"{prefix}_last_{slug}_{budget}"] = round(fmean(by_seed.values()), 2)
                 flat[f"{prefix}_old_code_{budget}"] = len(kept.stale(results.values()))
     return flat
+
+
+def done(table: Table, data: str, budget: int, per: Per, place: Place) -> tuple[dict[Job, Result], list[int]]:
+    """The results of one cell of a table, and the seeds of which all are there; none before rates are tuned."""
+    try:
+        jobs = [job for seed in table.seeds for job in jobs_of(table, data, seed, budget, per, place)]
+    except rates.NotTuned:
+        return {}, []
+    results = kept.load(jobs, place.results)
+    return results, kept.complete_seeds(jobs, results)
+
+
+def over_the_best(data: str, budget: int, place: Place) -> dict[str, float | None]:
+    """Gains over opponents with or without the codec, whichever suits each better, over the seeds that both have."""
+    numbers: dict[str, float | None] = {}
+    found = [done(TABLES[name], data, budget, "class", place) for name in ("primary", "uncoded")]
+    seeds = sorted(set.intersection(*({*seeds} for _, seeds in found)))
+    coded, uncoded = (scores(results, seeds) for results, _ in found)
+    for name, arm in (("raw", RAW), ("lossless", LOSSLESS)):
+        if seeds:
+            best = max((coded[arm], uncoded[arm]), key=lambda by_seed: fmean(by_seed.values()))
+            numbers |= _points(f"gain_over_{name}_best", paired(coded[SELECTED], best))
+    return numbers
 
 
 def service_path_is_identical(place: Place) -> bool:
@@ -255,9 +274,16 @@ def main() -> None:
     def add(parser: argparse.ArgumentParser) -> None:
         parser.add_argument("--cifar10", type=Path, help="folder with CIFAR-10's binary files")
         parser.add_argument("--fashion", type=Path, default=FASHION_MNIST, help="folder with Fashion-MNIST's IDX files")
-        parser.add_argument("--table", nargs="+", choices=[*TABLES], default=["primary"], help="default: primary")
+        parser.add_argument(
+            "--table",
+            nargs="+",
+            choices=[*TABLES],
+            default=["primary"],
+            metavar="TABLE",
+            help=f"of {', '.join(TABLES)}; default: primary",
+        )
         parser.add_argument("--tune", action="store_true", help="the learning rates of these tables, not the tables")
-        parser.add_argument("--print", action="store_true", help="what is done; run nothing")
+        parser.add_argument("--print", action="store_true", help="tables of what is done; run nothing")
         parser.add_argument("--bases", type=Path, default=Path("runs/budget"), help="folder of learned first tasks")
         parser.add_argument("--device", default="cpu")
         kept.add_arguments(parser)
@@ -265,7 +291,7 @@ def main() -> None:
     args = report.parse_args("at equal bytes, which memory forgets least?", add)
     torch.set_num_threads(1)
     folders = {"cifar10": args.cifar10, "fashion": args.fashion if args.fashion.is_dir() else None}
-    data = {name: str(folder) for name, folder in folders.items() if folder is not None}
+    data = {name: str(folder) for name, folder in folders.items() if folder is not None or args.print}
     place = Place(data, args.out, args.bases, args.device)
     if args.quick:
         report.finish(args, quick(place, args.jobs))
@@ -274,8 +300,13 @@ def main() -> None:
         needed = [(TABLES[name].learning, *cell) for name in args.table for cell in grid_of(TABLES[name])]
         rates.tune(needed, place, processes=args.jobs, minutes=args.minutes)
         return
-    if not args.print:
+    if args.print:
+        report.finish(args, print_tables(args.table, place))
+        return
+    try:
         collect(args.table, place, processes=args.jobs, minutes=args.minutes)
+    except rates.NotTuned as error:
+        raise SystemExit(str(error)) from None
     flat = print_tables(args.table, place)
     flat["service_path_identical"] = service_path_is_identical(place)
     report.finish(args, flat)

@@ -29,16 +29,20 @@ TUNED: dict[Key, Rates] = {}
 """What the grids found; `tests/bench/test_rates.py` compares."""
 
 
+class NotTuned(LookupError):
+    """Nobody has tuned these learning rates."""
+
+
 def rates_of(learning: str, data: str, budget: int, place: Place) -> Rates:
-    """The tuned learning rates; those of this file, else what the kept results say.
+    """The tuned learning rates: those of this file, else what the kept results say.
 
     Raises:
-        SystemExit: nobody has tuned them.
+        NotTuned: there are none.
     """
     key = (learning, data, budget)
     found = TUNED.get(key) or chosen(*key, place)
     if found is None:
-        raise SystemExit(f"the learning rates of {learning} on {data} at {budget:,} bytes are not tuned: run --tune")
+        raise NotTuned(f"the learning rates of {learning} on {data} at {budget:,} bytes are not tuned: run --tune")
     return found
 
 

@@ -98,6 +98,11 @@ def test_that_run_is_the_same_bit_for_bit(tmp_path: Path) -> None:
     assert other["counts"] != selected["counts"]
 
 
+def result(last: float) -> kept.Result:
+    own = {"last": last, "average_incremental": last, "exemplars": 100, "used_bytes": 40_000, "qualities": [50] * 5}
+    return {**own, "code": "then"}
+
+
 def grid(**by_kind: Mapping[float, float]) -> dict[str, dict[float, list[float]]]:
     return {kind: {rate: [value, value] for rate, value in rates.items()} for kind, rates in by_kind.items()}
 
@@ -134,6 +139,36 @@ def test_gains_are_paired_by_seed_and_the_best_fixed_quality_has_the_best_mean()
     assert found["gain_over_raw_low"] == pytest.approx(9 - 12.706, abs=0.01)
     assert (found["gain_over_lossless_points"], found["gain_over_lossless_low"]) == (5.0, 5.0)
     assert (found["best_fixed_quality"], found["gap_to_best_fixed_quality_points"]) == (25, 0.5)
+
+
+def test_a_table_is_over_complete_seeds_and_says_what_is_missing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(kept, "code_version", lambda: "now")
+    place = replace(PLACE, data={"fashion": ""}, results=tmp_path)
+    assert budget.print_tables(["uncoded"], place) == {"uncoded_fashion_old_code_4000": 0}
+    assert "0 of 21 runs are done; seeds (none is complete)" in capsys.readouterr().out
+    monkeypatch.setattr(rates, "TUNED", {(name, "fashion", 4_000): TUNED for name in ("lucir", "lucir-uncoded")})
+    points = {"strips": 50.0, "raw": 40.0, "lossless": 45.0, "files": 47.0}
+    for name in ("primary", "uncoded"):
+        for seed in (10, 11, 12):
+            for each in budget.jobs_of(budget.TABLES[name], "fashion", seed, 4_000, "class", place):
+                last = (
+                    points[each.config.arm.kind]
+                    + seed
+                    + (3 if (name, each.config.arm.kind) == ("uncoded", "raw") else 0)
+                )
+                if (name, seed, each.config.arm) != ("uncoded", 12, arms.FILES):
+                    put(each, result(last), tmp_path)
+    flat = budget.print_tables(["uncoded"], place)
+    assert "20 of 21 runs are done; seeds 10 11" in capsys.readouterr().out
+    assert flat["uncoded_fashion_seeds"] == 2
+    assert flat["uncoded_fashion_old_code_4000"] == 20
+    assert flat["uncoded_fashion_last_raw_4000"] == 43 + 10.5
+    assert flat["uncoded_fashion_gain_over_raw_points"] == 7.0
+    # Raw pixels are better off without the codec, lossless archives are as well with it.
+    assert flat["uncoded_fashion_gain_over_raw_best_points"] == 7.0
+    assert flat["uncoded_fashion_gain_over_lossless_best_points_4000"] == 5.0
 
 
 def test_a_run_that_diverges_counts_as_chance(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
