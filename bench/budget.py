@@ -245,7 +245,7 @@ def service_path_is_identical(place: Place) -> bool:
     """Whether a real service, over HTTP, keeps the exemplars of the first task that `SelectedStrips` keeps."""
     data, seed = next(iter(place.data)), SEEDS[0]
     budget = BUDGETS[data][0]
-    small = {**STREAM, "train_per_class": 200}
+    small = {**STREAM, "train_per_class": 100}
     run = run_of(LEARNINGS["lucir"], data, SELECTED, budget, 0.03, stream=small)
     tasks = stream_of(run, seed, place)
     learner, here = learner_of(run, seed, tasks), memory_of(SELECTED, budget, "class", SELECTION)
@@ -338,7 +338,7 @@ def quick(place: Place, processes: int) -> dict[str, report.Cell]:
             job_of(
                 "budget", run_of(learning, "fashion", arm, budget, 0.03, stream=small, device=place.device), 0, "lucir"
             )
-            for arm in (SELECTED, RAW, LOSSLESS, Arm("strips", 25), Arm("strips", 50))
+            for arm in (SELECTED, RAW, LOSSLESS, STRIPS_50)
         ]
         results = kept.collect(
             jobs, partial(execute, place=place), folder=place.results, processes=processes, tell=tell

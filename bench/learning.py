@@ -172,7 +172,8 @@ def learn(run: Run, seed: int, place: Place) -> Result:
         else:
             learner.learn(task, memory, ignore)
         if run.arm.has_memory:
-            model = to_onnx(learner.extractor(), tasks.shape)
+            needs_model = run.arm.kind == "strips" or run.arm.selects
+            model = to_onnx(learner.extractor(), tasks.shape) if needs_model else None
             memory.add(Learned(task.index, task.train, model, learner.embed, seed=seed))
         learner.balance(task, memory, ignore)
         earlier = tasks.tasks[: task.index + 1]

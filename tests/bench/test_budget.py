@@ -14,6 +14,7 @@ import learning
 import pytest
 import rates
 import settings
+import torch
 
 from engram_trainer import methods
 from tests.bench.results import put
@@ -96,6 +97,42 @@ def test_that_run_is_the_same_bit_for_bit(tmp_path: Path) -> None:
     for key in ("matrix", "on_coded", "used_bytes", "counts", "qualities"):
         assert same[key] == selected[key]
     assert other["counts"] != selected["counts"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("way", "arm"),
+    [
+        *(("lucir", arm) for arm in (arms.RAW, arms.LOSSLESS, arms.FILES, arms.NONE, *budget.LOSSY[2:4])),
+        ("lucir-uncoded", arms.STRIPS_50),
+        ("er", arms.SELECTED),
+        ("joint", arms.JOINTLY),
+    ],
+    ids=str,
+)
+def test_every_arm_of_every_table_runs(way: str, arm: arms.Arm, tmp_path: Path) -> None:
+    place = learning.Place({"fashion": "digits"}, tmp_path, tmp_path / "bases")
+    each = settings.LEARNINGS[way]
+    told = dict(each.settings) | {"epochs": 1, "batch_size": 32}
+    each = replace(each, settings=settings.items(told | ({"balance_epochs": 1} if "balance_epochs" in told else {})))
+    small = {"tasks": 2, "train_per_class": 40}
+    tiny = learning.run_of(each, "fashion", arm, 600, 0.03, stream=small)
+    found = learning.learn(tiny, 3, place)
+    assert len(found["matrix"]) == len(found["on_coded"]) == 2
+    assert found["used_bytes"] <= tiny.limit_bytes
+    assert (found["exemplars"] > 0) == arm.has_memory
+    assert ("decisions" in found) == (arm == arms.SELECTED)
+    # The first task is there already, and what comes of it is the same.
+    assert learning.learn(tiny, 3, place)["matrix"] == found["matrix"]
+
+
+@pytest.mark.gpu
+def test_a_run_on_a_gpu(tmp_path: Path) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    place = learning.Place({"fashion": "digits"}, tmp_path, tmp_path / "bases", "cuda")
+    tiny = run(arms.SELECTED, stream=settings.items({"tasks": 2, "train_per_class": 60}), device="cuda")
+    assert learning.learn(tiny, 3, place)["last"] > 20
 
 
 def result(last: float) -> kept.Result:
