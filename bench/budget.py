@@ -104,7 +104,8 @@ def jobs_of(table: Table, data: str, seed: int, budget: int, per: Per, place: Pl
     tuned = rates.rates_of(table.learning, data, budget if per == "class" else budget // CLASSES, place)
     return [
         job_of(
-            "budget",
+            # What is not of the headline's learning lies apart, so that nobody takes it for the same.
+            "budget" if table.learning == "lucir" else f"budget-{table.learning}",
             run_of(learning, data, arm, budget, tuned[arm.tuned_as], per=per, device=place.device),
             seed,
             table.learning,

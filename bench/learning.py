@@ -146,8 +146,8 @@ def selected_twin(job: Job, folder: Path) -> Result | None:
     if run.arm.kind != "strips" or run.arm.quality is None:
         return None
     selecting = replace(run, arm=SELECTED, selection=items(SELECTION))
-    twin = job_of("budget", selecting, job.seed, job.name.split()[0])
-    found = kept.load([twin], folder).get(twin) if twin.table == job.table else None
+    twin = job_of(job.table.split("/")[0], selecting, job.seed, job.name.split()[0])
+    found = kept.load([twin], folder).get(twin)
     if found is None or set(found.get("qualities", ())) != {run.arm.quality}:
         return None
     dropped = ("gaps", "decisions", "qualities_alone", "selection_seconds")

@@ -120,13 +120,14 @@ def tune(needed: Iterable[Key], place: Place, *, processes: int, minutes: float)
         )
     for key in grids:
         found = tuned(*key, place)
-        rates = sorted({rate for by_rate in found.values() for rate in by_rate})
-        rows = [[kind, *(fmean(of[rate]) if rate in of else None for rate in rates)] for kind, of in found.items()]
+        tried = sorted({rate for by_rate in found.values() for rate in by_rate})
+        rows = [[kind, *(fmean(of[rate]) if rate in of else None for rate in tried)] for kind, of in found.items()]
         name, data, budget = key
         report.print_table(
-            f"Tuning {name}: {data}, {budget:,} bytes per class; last accuracy on held-out training images, "
+            f"Tuning {name}: {data}, {budget:,} bytes per class; last accuracy on held-out training images, mean of "
             f"{len(SEEDS)} seeds, by learning rate",
-            ("memory", *(f"{rate:g}" for rate in rates)),
+            ("memory", *(f"{rate:g}" for rate in tried)),
             rows,
         )
-        report.print_table(f"Chosen: {key}", ("kind", "lr"), list((chosen(*key, place) or {}).items()))
+    rows = [[str(key), str(chosen(*key, place) or "the grid is not done")] for key in grids]
+    report.print_table("Chosen, as `TUNED` has it", ("learning, data, bytes per class", "learning rates"), rows)
