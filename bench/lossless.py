@@ -8,7 +8,7 @@ Each class of a task is kept in the form that holds most of its ranking in its s
              the codec knows of them
 
 Counted are the bytes of the files with their containers, one byte for the form, and 2 bytes for each image's class id.
-On photographs and on Fashion-MNIST the sheet holds most: it takes 4 to 20 % fewer bytes than single WebP files, and
+On photographs and on Fashion-MNIST the sheet holds most: it takes 6 to 17 % fewer bytes than single WebP files, and
 single PNG files take more. Sheets as PNG or lossless JPEG 2000, and the residuals of a median edge predictor under
 LZMA, are all larger than as WebP, so they are not tried here.
 

@@ -15,6 +15,7 @@ import rates
 import settings
 import torch
 
+from engram.schemas import Per
 from engram_trainer import methods
 from tests.bench.results import put
 
@@ -100,22 +101,23 @@ def test_that_run_is_the_same_bit_for_bit(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("way", "arm"),
+    ("way", "arm", "per"),
     [
-        *(("lucir", arm) for arm in (arms.RAW, arms.LOSSLESS, arms.FILES, arms.NONE, *budget.LOSSY[2:4])),
-        ("lucir-uncoded", arms.STRIPS_50),
-        ("er", arms.SELECTED),
-        ("joint", arms.JOINTLY),
+        *(("lucir", arm, "class") for arm in (arms.RAW, arms.LOSSLESS, arms.FILES, arms.NONE, *budget.LOSSY[2:4])),
+        ("lucir-uncoded", arms.STRIPS_50, "class"),
+        ("er", arms.SELECTED, "class"),
+        ("joint", arms.JOINTLY, "class"),
+        *(("lucir", arm, "buffer") for arm in (arms.LOSSLESS, arms.SELECTED)),
     ],
     ids=str,
 )
-def test_every_arm_of_every_table_runs(way: str, arm: arms.Arm, tmp_path: Path) -> None:
+def test_every_arm_of_every_table_runs(way: str, arm: arms.Arm, per: Per, tmp_path: Path) -> None:
     place = learning.Place({"fashion": "digits"}, tmp_path, tmp_path / "bases")
     each = settings.LEARNINGS[way]
     told = dict(each.settings) | {"epochs": 1, "batch_size": 32}
     each = replace(each, settings=settings.items(told | ({"balance_epochs": 1} if "balance_epochs" in told else {})))
     small = {"tasks": 2, "train_per_class": 40}
-    tiny = learning.run_of(each, "fashion", arm, 600, 0.03, stream=small)
+    tiny = learning.run_of(each, "fashion", arm, 600 if per == "class" else 6_000, 0.03, per=per, stream=small)
     found = learning.learn(tiny, 3, place)
     assert len(found["matrix"]) == len(found["on_coded"]) == 2
     assert found["used_bytes"] <= tiny.limit_bytes
