@@ -1,15 +1,17 @@
 """What do tokens, audit and metrics cost a draw?
 
-Two services draw from one data folder, side by side. "on" is what a user starts, with tokens: each draw carries one of
-scope read and with a prefix, is counted and timed, its classes are written down, and Prometheus asks every few seconds.
-"off" is the same application without what stands around it for operators: no tokens, no request ids, no metrics, no
-count of what is served, and nobody asks.
+Two services draw from one data folder, side by side. "on" is the application as it is, with tokens: each draw carries
+one of scope read, with a prefix and a rate, is counted and timed, its classes are written down, and Prometheus asks
+every few seconds. "off" is the same application, started the same way, without what stands around it for operators: no
+tokens, no request ids, no metrics, no count of what is served, and nobody asks.
 
 Both are measured in every round, in the order on, off, off, on, so that a machine that slows down slows both; what is
-compared is compared within a round, and medians over rounds are reported. A draw is 256 exemplars of 32x32 at quality
-50 out of 10 thousand, and another one of 16, where whatever is done once for a request weighs most. "draws/s" are those
-of one client on a kept connection that asks for the next draw when it has read the last. CPU times are of the service's
-process, so that they hold on a busy machine, too.
+compared is compared within a round, and medians over rounds are reported. Two processes of one program differ by some
+percent, by where their memory happens to lie, so both are started anew several times.
+
+A draw is 256 exemplars of 32x32 at quality 50 out of 10 thousand, and another one of 16, where whatever is done once
+for a request weighs most. "draws/s" are those of one client on a kept connection that asks for the next draw when it
+has read the last. CPU times are of the service's process, so that they hold on a busy machine, too.
 """
 
 from __future__ import annotations
@@ -21,30 +23,29 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 
 import httpx
 import psutil
 from draw import SMALL, cpu_s, fill
+from pydantic import SecretStr
 from report import finish, parse_args, print_table
 
 from engram import Client
 from engram_service.app import create_app
-from engram_service.console.page import Frame
+from engram_service.around import Around
 from engram_service.edge import Server, listen
 from engram_service.gate import Gate
-from engram_service.metrics import Metered
-from engram_service.problems import LastResort
 from engram_service.settings import Settings
-from engram_trainer.local_service import START_S, LocalService, local_service
+from engram_trainer.local_service import START_S, local_service
 
 BUFFER = "small"
 SIZES = (256, 16)
 SCRAPE_S = 5.0
 ORDER = ("on", "off", "off", "on")
-AROUND: tuple[object, ...] = (Gate, LastResort, Frame, Metered)
+OVERSIGHT: tuple[object, ...] = (Gate, Around)
 ADMIN = "0123456789abcdef" * 4
 
 
@@ -53,8 +54,14 @@ class Plan:
     """How much is measured."""
 
     exemplars: int
+    starts: int
     rounds: int
+    """Of each start."""
     seconds: float
+
+
+Round = tuple[dict[str, float], dict[str, float]]
+"""Draws per second of each side, and CPU seconds per draw."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +75,7 @@ class Side:
 
 def main() -> None:
     args = parse_args("what do tokens, audit and metrics cost a draw?")
-    plan = Plan(SMALL // 5, 3, 0.8) if args.quick else Plan(SMALL, 15, 4.0)
+    plan = Plan(SMALL // 5, 1, 3, 0.8) if args.quick else Plan(SMALL, 8, 4, 1.0)
     finish(args, measure(plan))
 
 
@@ -78,10 +85,12 @@ def measure(plan: Plan) -> dict[str, float]:
         folder = Path(name)
         with local_service(folder) as filling, Client(filling.url) as client:
             fill(client, BUFFER, plan.exemplars)
-        with watched(folder) as on, bare(folder) as off:
-            sides = {"on": on, "off": off}
-            found = {size: [one_round(sides, size, plan.seconds) for _ in range(plan.rounds)] for size in SIZES}
-    flat: dict[str, float] = {"rounds": plan.rounds}
+        found: dict[int, list[Round]] = {size: [] for size in SIZES}
+        for _ in range(plan.starts):
+            with watched(folder) as on, served(folder, is_watched=False) as off:
+                for size, rounds in found.items():
+                    rounds += [one_round({"on": on, "off": off}, size, plan.seconds) for _ in range(plan.rounds)]
+    flat: dict[str, float] = {"starts": plan.starts, "rounds": plan.starts * plan.rounds}
     for size, rounds in found.items():
         rates, cpu = ([each[kind] for each in rounds] for kind in (0, 1))
         ratios = [each["on"] / each["off"] for each in rates]
@@ -101,7 +110,7 @@ def measure(plan: Plan) -> dict[str, float]:
     return flat
 
 
-def one_round(sides: dict[str, Side], size: int, seconds: float) -> tuple[dict[str, float], dict[str, float]]:
+def one_round(sides: dict[str, Side], size: int, seconds: float) -> Round:
     """Draws per second and CPU seconds of the service per draw, of both sides."""
     draws, took, busy = dict.fromkeys(sides, 0), dict.fromkeys(sides, 0.0), dict.fromkeys(sides, 0.0)
     for name in ORDER:
@@ -128,20 +137,19 @@ def draw(connection: http.client.HTTPConnection, side: Side, size: int, step: in
 
 @contextmanager
 def watched(folder: Path) -> Iterator[Side]:
-    """The service as it is, asked for its metrics every few seconds."""
-    service = LocalService(folder, "--workers", "0", admin_token=ADMIN)
-    service.start()
-    done = threading.Event()
-    asking = threading.Thread(target=scrape, args=(service.url, done))
-    try:
+    """The service with a token to draw with, asked for its metrics every few seconds."""
+    with served(folder, is_watched=True) as side:
         wanted = {"name": "bench", "scope": "read", "prefix": BUFFER[:2], "requests_per_s": 1e6}
         admin = {"Authorization": f"Bearer {ADMIN}"}
-        token = httpx.post(f"{service.url}/v1/tokens", json=wanted, headers=admin).raise_for_status().json()["token"]
+        token = httpx.post(f"{side.url}/v1/tokens", json=wanted, headers=admin).raise_for_status().json()["token"]
+        done = threading.Event()
+        asking = threading.Thread(target=scrape, args=(side.url, done))
         asking.start()
-        yield Side(service.url, {"Authorization": f"Bearer {token}"}, psutil.Process(service.process.pid))
-    finally:
-        done.set()
-        service.stop()
+        try:
+            yield replace(side, headers={"Authorization": f"Bearer {token}"})
+        finally:
+            done.set()
+            asking.join()
 
 
 def scrape(url: str, done: threading.Event) -> None:
@@ -153,16 +161,17 @@ def scrape(url: str, done: threading.Event) -> None:
 
 
 @contextmanager
-def bare(folder: Path) -> Iterator[Side]:
-    """The same application without what is around it, in a process of its own."""
-    port_file = folder / "bare.port"
-    child = multiprocessing.get_context("spawn").Process(target=serve_bare, args=(folder / "data", port_file))
+def served(folder: Path, *, is_watched: bool) -> Iterator[Side]:
+    """The application in a process of its own."""
+    port_file = folder / f"{is_watched}.port"
+    port_file.unlink(missing_ok=True)
+    child = multiprocessing.get_context("spawn").Process(target=serve, args=(folder / "data", port_file, is_watched))
     child.start()
     try:
         deadline = time.monotonic() + START_S
         while not port_file.exists():
             if not child.is_alive() or time.monotonic() > deadline:
-                raise RuntimeError("the bare service did not start")
+                raise RuntimeError("the service did not start")
             time.sleep(0.02)
         assert child.pid is not None, "it has started"
         yield Side(f"http://127.0.0.1:{int(port_file.read_text())}", {}, psutil.Process(child.pid))
@@ -171,11 +180,12 @@ def bare(folder: Path) -> Iterator[Side]:
         child.join()
 
 
-def serve_bare(data_dir: Path, port_file: Path) -> None:
-    settings = Settings(data_dir=data_dir, workers=0)
+def serve(data_dir: Path, port_file: Path, is_watched: bool) -> None:
+    settings = Settings(data_dir=data_dir, workers=0, admin_token=SecretStr(ADMIN) if is_watched else None)
     app = create_app(settings)
-    app.user_middleware = [each for each in app.user_middleware if each.cls not in AROUND]
-    app.state.replay.note = lambda view, runs, size, damaged: None
+    if not is_watched:
+        app.user_middleware = [each for each in app.user_middleware if each.cls not in OVERSIGHT]
+        app.state.replay.note = lambda view, runs, size, damaged: None
     Server(app, settings, port_file).run(sockets=[listen("127.0.0.1", 0)])
 
 

@@ -6,8 +6,10 @@ import os
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from secrets import token_hex
+from typing import Any
 
 import httpx
 import hypothesis
@@ -19,6 +21,7 @@ from sqlalchemy import create_engine, text
 from engram_service.database import Database
 from engram_service.settings import Settings
 from engram_service.storage import PackStore
+from tests.contents import Filling
 from tests.servers import PATIENCE_S, ServiceProcess, ServiceThread, http
 
 for name in [name for name in os.environ if name.startswith("ENGRAM_")]:
@@ -59,6 +62,33 @@ def migrated(tmp_path_factory: pytest.TempPathFactory) -> Path:
     database.migrate()
     database.close()
     return folder
+
+
+@pytest.fixture(scope="session")
+def once(migrated: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[Filling], tuple[Path, Any]]:
+    """A data folder that a function has filled, to be copied, and what the function returned: it is called once."""
+
+    @cache
+    def filled(fill: Filling) -> tuple[Path, Any]:
+        settings = Settings(data_dir=shutil.copytree(migrated, tmp_path_factory.mktemp("filled") / "data"))
+        database = Database(settings)
+        found = fill(database, settings)
+        database.close()
+        return settings.data_dir, found
+
+    return filled
+
+
+@pytest.fixture
+def hold(once: Callable[[Filling], tuple[Path, Any]], tmp_path: Path) -> Callable[[Filling], Any]:
+    """The data folder of the test is filled by a function, before anything else asks for it: `hold(three_tasks)`."""
+
+    def copy(fill: Filling) -> Any:
+        folder, found = once(fill)
+        shutil.copytree(folder, tmp_path / "data")
+        return found
+
+    return copy
 
 
 @pytest.fixture

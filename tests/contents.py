@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -22,6 +22,9 @@ from engram_service.storage import PackStore
 from tests.uploads import queue
 
 UInt8Array = npt.NDArray[np.uint8]
+
+Filling = Callable[[Database, Settings], Any]
+"""What fills an empty data folder, for the fixtures `once` and `hold`."""
 
 
 def pictures(seed: int, count: int, shape: tuple[int, int, int] = (16, 16, 3)) -> UInt8Array:

@@ -377,6 +377,7 @@ def address(
             process.terminate()
 
 
+@pytest.mark.slow
 def test_the_healthcheck_finds_the_service_ready(stages: dict[str, Stage], address: str) -> None:
     check = yaml.safe_load(stages["service"].all("HEALTHCHECK")[0].partition("CMD ")[2])
     assert check[0] == "python"
@@ -387,6 +388,7 @@ def test_the_healthcheck_finds_the_service_ready(stages: dict[str, Stage], addre
     assert result.returncode == 0, result.stderr
 
 
+@pytest.mark.slow
 def test_a_client_with_the_token_is_served_and_one_without_is_not(address: str) -> None:
     with Client(address, token=TOKEN) as client:
         assert client.create_buffer("composed", budget_bytes=100_000).used_bytes == 0

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from sklearn.datasets import load_digits
 
 import engram
 from engram import Client, Mirror, ReplayLoader
@@ -15,6 +14,8 @@ from tests.servers import ServiceProcess
 def test_a_learner_uploads_three_tasks_replays_them_and_resumes_after_a_crash(
     make_service: Callable[..., ServiceProcess], tmp_path: Path
 ) -> None:
+    from sklearn.datasets import load_digits  # two seconds of a core
+
     digits = load_digits()
     images = (digits.images * 15).astype(np.uint8).repeat(2, axis=1).repeat(2, axis=2)
     budget_bytes = 12_000

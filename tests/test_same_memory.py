@@ -256,7 +256,7 @@ def replay(shared: Service, policy: dict[str, Any], made: list[tuple[Any, ...]])
 RELAXED = {"deadline": None, "suppress_health_check": [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]}
 
 
-@run_settings(max_examples=15, **RELAXED)  # type: ignore[arg-type]
+@run_settings(max_examples=8, **RELAXED)  # type: ignore[arg-type]
 @given(policies(), steps())
 def test_local_buffer_and_service_hold_the_same_packs_after_any_changes(
     shared: Service, policy: dict[str, Any], made: list[tuple[Any, ...]]

@@ -15,14 +15,14 @@ from engram.packs import PackCache, raise_handles
 
 from . import __version__, console, interface, pages, problems
 from .answers import Answers
+from .around import Around
 from .bodies import Bodies
-from .console.page import Frame
 from .database import Database
 from .extractors import Turns
 from .gate import Gate, require_token_beyond_loopback
 from .head import Head
 from .liveness import Liveness
-from .metrics import Metered, Metrics, Requests
+from .metrics import Metrics, Requests
 from .replay import Replay
 from .restore import WAITING
 from .room import Room
@@ -109,9 +109,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.add_middleware(Bodies, settings=settings, answers=app.state.answers)
     app.add_middleware(Gate, tokens=app.state.tokens, sessions=app.state.sessions)
     app.add_middleware(Head)
-    app.add_middleware(problems.LastResort)
-    app.add_middleware(Frame)
-    app.add_middleware(Metered, requests=requests, settings=settings)
+    app.add_middleware(Around, requests=requests, settings=settings)
     # Routes are tried in order: draws come by the hundred a second, everything else now and then.
     rest = (buffers, extractors, ingests, tasks, export, exemplars, draws, tokens, audit, disk, health, metrics)
     for resource in (draw, packs, *rest):

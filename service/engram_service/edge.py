@@ -274,7 +274,7 @@ class Server(uvicorn.Server):
                 http=cast(type[asyncio.Protocol], partial(Connection, edge=self.edge)),
                 ws="none",
                 log_config=None,
-                # `metrics.Metered` writes it, with what it knows of the request.
+                # `around.Around` writes it, with what it knows of the request.
                 access_log=False,
                 server_header=False,
                 timeout_keep_alive=KEEP_ALIVE_S,

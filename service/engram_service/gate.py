@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import ipaddress
 import re
+import time
 from functools import lru_cache
 from hashlib import sha256
 from typing import Any
@@ -25,17 +26,25 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from engram.errors import EngramError, Forbidden, Unauthorized
 
-from .access import Access, Row
+from .access import MAX_PATH_CHARACTERS, Access, Row
 from .acting import ACTING, LOCAL, NOBODY, Acting, Principal
 from .problems import problem_response
 from .sessions import COOKIE, Session, Sessions, csrf_of, make_cookie
 from .settings import Settings
-from .tokens import Tokens
+from .tokens import RECHECK_S, Known, Tokens
 
 _COOKIE = re.compile(rf"(?:^|;) *{COOKIE}=([A-Za-z0-9_-]{{43}}) *(?:;|$)")
 
 _CONSOLE = "/console"
 _LOGIN = "/console/login"
+
+_BEARER = b"bearer "
+
+MAX_PASSED = 1024
+"""Requests that are remembered to have been let through."""
+
+_Asked = tuple[str, str, bytes]
+"""A method, a path, and what the Authorization header says."""
 
 
 class Gate:
@@ -55,6 +64,8 @@ class Gate:
         self.app = app
         self._tokens, self._sessions = tokens, sessions
         self._access = access or Access()
+        self._passed: dict[_Asked, Known] = {}
+        self._forget_at = 0.0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One request; anything that is not HTTP (the lifespan) passes."""
@@ -62,55 +73,86 @@ class Gate:
             await self.app(scope, receive, send)
             return
         path = path_of(scope)
-        is_console = path == _CONSOLE or path.startswith(_CONSOLE + "/")
+        asked = scope["method"], path, _header(scope, b"authorization")
+        known = self._passed.get(asked)
         try:
-            if self._tokens.is_open:
-                _check_is_from_here(scope)
-            found: Principal
-            row, buffer = self._access.find(scope["method"], path)
-            if row is not None and row.scope is None and path != _LOGIN:
-                found = NOBODY
-            elif is_console:
-                send = await self._begin_session(scope, row, send)
-                found = scope["engram.session"].principal
+            if known is not None and known.is_fresh:
+                found = self._tokens.counted(known)
             else:
-                found = await self._bearer(scope)
-            scope["engram.principal"] = found
-            if row is not None:
-                row.check(found, buffer)
-            elif _is_routed(scope):
-                raise Forbidden(f"nobody may {scope['method']} {path}: it has no row in the table of access")
+                found, send = await self._let_in(scope, asked, send)
         except _LoginNeeded:
             await _to_login(scope, path)(scope, receive, send)
             return
         except EngramError as error:
             await problem_response(error, scope["path"])(scope, receive, send)
             return
-        # Whoever made the context takes it back: `problems.LastResort`.
+        scope["engram.principal"] = found
+        # Whoever made the context takes it back: `around.Around`.
         ACTING.set(Acting(found, scope.get("engram.request_id", "")))
         await self.app(scope, receive, send)
 
-    async def _bearer(self, scope: Scope) -> Principal:
+    async def _let_in(self, scope: Scope, asked: _Asked, send: Send) -> tuple[Principal, Send]:
+        """Whoever the request is from, who may make it; and what sends the answer.
+
+        Raises:
+            EngramError: it may not be made.
+            _LoginNeeded: nobody is logged in at the console.
+        """
+        method, path, given = asked
+        is_console = path == _CONSOLE or path.startswith(_CONSOLE + "/")
+        if self._tokens.is_open:
+            _check_is_from_here(scope)
+        row, buffer = self._access.find(method, path)
+        is_bearer = False
+        if row is not None and row.scope is None and path != _LOGIN:
+            found = NOBODY
+        elif is_console:
+            send = await self._begin_session(scope, row, send)
+            found = scope["engram.session"].principal
+        else:
+            found, is_bearer = await self._bearer(scope, given), bool(given)
+        scope["engram.principal"] = found
+        if row is not None:
+            row.check(found, buffer)
+        elif _is_routed(scope):
+            raise Forbidden(f"nobody may {method} {path}: it has no row in the table of access")
+        if row is not None and is_bearer and not self._tokens.is_open:
+            self._remember(asked)
+        return found, send
+
+    def _remember(self, asked: _Asked) -> None:
+        """What was let through is, as long as the token is known to be good: some hundreds of milliseconds.
+
+        A trainer asks for one thing by the thousand. No token stays here for longer than others come.
+        """
+        now = time.monotonic()
+        if now >= self._forget_at or len(self._passed) >= MAX_PASSED:
+            self._passed.clear()
+            self._forget_at = now + RECHECK_S
+        known = self._tokens.known(sha256(asked[2][len(_BEARER) :]).hexdigest())
+        if known is not None and len(asked[1]) <= MAX_PATH_CHARACTERS:
+            self._passed[asked] = known
+
+    async def _bearer(self, scope: Scope, given: bytes) -> Principal:
         """Whoever the bearer token is of.
 
         Raises:
             Unauthorized: there is none, or it is nobody's, revoked or expired.
             RateLimited: it has asked too often, or its address has tried too many wrong ones.
         """
-        given = _header(scope, b"authorization")
         if not given:
             if self._tokens.is_open:
                 return LOCAL
             raise Unauthorized("this request needs an Authorization header: `Bearer` and the token of the service")
         # The scheme is case-insensitive (RFC 9110); the token is not.
-        if given[:7].lower() != b"bearer ":
+        if given[: len(_BEARER)].lower() != _BEARER:
             raise Unauthorized("the Authorization header is not `Bearer` and a token of this service")
-        secret = given[7:]
+        secret = given[len(_BEARER) :]
         digest = sha256(secret).hexdigest()
         found = self._tokens.peek(digest)
         if found is not None:
             return found
-        if self._tokens.is_known(digest):
+        if self._tokens.known(digest) is not None:
             return await run_sync(self._tokens.find, digest)
         return await run_sync(self._tokens.try_secret, secret.decode("latin-1"), (scope.get("client") or ("",))[0])
 

@@ -26,6 +26,8 @@ from engram.oversight import MapMethod, MapPoint, TaskMap
 from engram.packs import LoadedPack
 from engram.selection.embedding import BuiltinEmbedder, FloatArray
 
+from . import samples
+from .database import Database
 from .replay import Replay, View
 from .samples import Sample, SampleFolder
 from .turns import Turn
@@ -57,15 +59,18 @@ def methods() -> list[MapMethod]:
 
 
 def of_task(
-    replay: Replay, view: View, task: int, method: MapMethod, folder: SampleFolder, digest: str | None
+    database: Database, replay: Replay, folder: SampleFolder, buffer: str, task: int, method: MapMethod
 ) -> TaskMap:
-    """The map of a task, with the originals of the sample of this digest.
+    """The map of a task in the current generation of a buffer, with the originals that are kept of it.
 
     Raises:
-        NotFound: the task holds no exemplar.
+        NotFound: no such buffer, or the task holds no exemplar.
         InvalidRequest: the method's library is not installed.
         Unavailable: the disk does not answer, or too many wait for other maps.
     """
+    view = replay.view(buffer, None)
+    with database.reading() as session:
+        digest = samples.of_task(session, buffer, task)
     if method not in methods():
         raise InvalidRequest(
             f"a map by {method} needs a library that this service does not have: pip install 'engram[maps]'",

@@ -28,7 +28,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 from sqlalchemy import Text, cast, func, select
 from sqlalchemy.orm import Session
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import Scope
 
 from engram import shares
 from engram.errors import ERRORS, EngramError
@@ -39,8 +39,6 @@ from . import __version__, buffers, disk, health, tallies
 from .database import Database
 from .ingest import ACTIVE, FINAL
 from .liveness import Liveness
-from .logs import ACCESS
-from .problems import STATUS
 from .served import Served
 from .settings import Settings
 from .tables import BufferRow, IngestRow, PackRow, TaskRow, WorkerRow
@@ -70,11 +68,11 @@ class Requests:
         self.latencies: dict[str, list[float]] = {}
         """By route: how many took at most each of `BUCKETS_S` and no less, how many longer, seconds in all."""
 
-    def count(self, scope: Scope, seconds: float) -> None:
-        """The request of this scope has been answered, after so many seconds."""
+    def count(self, scope: Scope, status: int, seconds: float) -> None:
+        """The request of this scope has been answered with this status (0: not at all), after so many seconds."""
         route = scope.get("route")
         path: str = OTHER if route is None else route.path
-        key = path, scope["method"], scope.get(STATUS, 0) // 100
+        key = path, scope["method"], status // 100
         counts = self.counts
         counts[key] = counts.get(key, 0) + 1
         latency = self.latencies.get(path)
@@ -82,47 +80,6 @@ class Requests:
             latency = self.latencies[path] = [0.0] * (len(BUCKETS_S) + 2)
         latency[bisect_left(BUCKETS_S, seconds)] += 1
         latency[-1] += seconds
-
-
-class Metered:
-    """Counts and times the requests that `app` answers, and logs a line for each if the settings say so."""
-
-    def __init__(self, app: ASGIApp, requests: Requests, settings: Settings) -> None:
-        self.app = app
-        self._requests = requests
-        self._is_logged = settings.access_log
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """One request, from its head to the last piece of its answer."""
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-        requests, began = self._requests, time.perf_counter()
-        requests.in_flight += 1
-        try:
-            await self.app(scope, receive, send)
-        finally:
-            requests.in_flight -= 1
-            seconds = time.perf_counter() - began
-            requests.count(scope, seconds)
-            if self._is_logged:
-                _log(scope, seconds)
-
-
-def _log(scope: Scope, seconds: float) -> None:
-    """One line for one request. Its query is left out: it is long, and clients have put secrets there."""
-    client = scope.get("client") or ("-", 0)
-    who = scope.get("engram.principal")
-    extra = {
-        "client": client[0],
-        "method": scope["method"],
-        "path": scope["path"],
-        "status": scope.get(STATUS, 0),
-        "ms": round(1000 * seconds, 3),
-        "request_id": scope.get("engram.request_id", ""),
-        "who": "" if who is None else who.who,
-    }
-    ACCESS.info("%(client)s %(method)s %(path)s %(status)s %(ms)s ms", extra, extra=extra)
 
 
 class Metrics(Collector):

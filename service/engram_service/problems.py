@@ -5,11 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import math
-import re
 from http import HTTPStatus
-from itertools import count
 from pathlib import Path
-from secrets import token_hex
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -19,22 +16,13 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.routing import Match
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from engram.errors import BadUpload, EngramError, InvalidRequest, NotFound, RateLimited, Unauthorized, Unavailable
 from engram.files import disk_errors
-from engram.schemas import API_HEADER, API_NUMBER
-
-from .acting import ACTING, NOBODY, Acting
 
 logger = logging.getLogger(__name__)
 
 MEDIA_TYPE = "application/problem+json"
-
-STATUS = "engram.status"
-"""Where the scope of a request has the status of its answer once that has begun."""
-
-_API = (API_HEADER.lower().encode(), str(API_NUMBER).encode())
 
 RETRY_AFTER_S = 1
 """What `Retry-After` says when the error does not know better."""
@@ -98,60 +86,6 @@ def install(app: FastAPI) -> None:
     @app.exception_handler(ClientDisconnect)
     def gone(request: Request, error: ClientDisconnect) -> Response:
         return problem_response(BadUpload("the connection ended before the body did"), request.url.path)
-
-
-_REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
-
-
-class LastResort:
-    """Around everything: every answer states the API's number and the request's id, and what nobody foresaw is logged
-    with its stack and answered without it.
-
-    The id is that of the header `X-Request-ID`, or made here: `engram.request_id` in the scope, and in `acting.ACTING`.
-    """
-
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
-        self._ours = f"{token_hex(6)}-"
-        self._count = count(1)
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """One request. An answer that has begun is cut off, so that nobody takes it for whole."""
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-        has_begun = False
-        request_id = self._id(scope)
-        scope["engram.request_id"] = request_id
-        its_id = (b"x-request-id", request_id.encode())
-
-        async def watched(message: Message) -> None:
-            nonlocal has_begun
-            if not has_begun and message["type"] == "http.response.start":
-                has_begun = True
-                message["headers"] = [*message["headers"], _API, its_id]
-                scope[STATUS] = message["status"]
-            await send(message)
-
-        outside = ACTING.set(Acting(NOBODY, request_id))
-        try:
-            await self.app(scope, receive, watched)
-        except Exception as error:
-            if has_begun:
-                raise
-            logger.exception("%s %s failed", scope["method"], scope["path"])
-            defect = EngramError(f"{type(error).__name__} inside the service: a defect; its log has the details")
-            await problem_response(defect, scope["path"])(scope, receive, watched)
-        finally:
-            ACTING.reset(outside)
-
-    def _id(self, scope: Scope) -> str:
-        """The id that the client has given the request, or one that no other request of any process has."""
-        for name, value in scope["headers"]:
-            if name == b"x-request-id" and _REQUEST_ID.fullmatch(value):
-                found: str = value.decode()
-                return found
-        return f"{self._ours}{next(self._count):x}"
 
 
 def _methods(app: FastAPI, request: Request) -> list[str]:

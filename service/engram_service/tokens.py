@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from hashlib import sha256
 from secrets import token_bytes, token_hex
+from typing import Any
 from zlib import crc32
 
 from sqlalchemy import select, update
@@ -164,12 +165,17 @@ def _time(at: float | None) -> datetime | None:
 
 
 @dataclass(slots=True)
-class _Known:
+class Known:
     """A token that was good when it was looked at, until `fresh_until` by the stopwatch."""
 
     principal: Principal
     per_s: float | None
     fresh_until: float
+
+    @property
+    def is_fresh(self) -> bool:
+        """Whether it is still taken for good without another look."""
+        return self.fresh_until > time.monotonic()
 
 
 class Tokens:
@@ -183,7 +189,7 @@ class Tokens:
         self._per_s = settings.requests_per_s
         token = settings.admin_token
         self._admin = None if token is None else digest_of(token.get_secret_value())
-        self._known: dict[str, _Known] = {}
+        self._known: dict[str, Known] = {}
         self._changes = 0
         self._lock = threading.Lock()
         self._rates, self._wrong = Rates(), Rates()
@@ -195,20 +201,27 @@ class Tokens:
         """True if the environment names no token: then whoever names none either is `LOCAL`."""
         return self._admin is None
 
-    def is_known(self, digest: str) -> bool:
-        """Whether the token was good when it was looked at last."""
-        return digest in self._known
+    def known(self, digest: str) -> Known | None:
+        """What is known of a token that was good when it was looked at last."""
+        return self._known.get(digest)
 
     def peek(self, digest: str) -> Principal | None:
-        """Whose token it is, if that is known without waiting.
+        """Whose token it is, if that is known or can be found out without waiting.
 
         Raises:
-            RateLimited: the token has asked too often.
+            Unauthorized: it was revoked or has expired.
+            RateLimited: it has asked too often.
         """
         known = self._known.get(digest)
-        if known is None or known.fresh_until < time.monotonic():
+        if known is None:
             return None
-        return self._counted(known)
+        if not known.is_fresh:
+            changes = self._changes
+            row = self._database.glance(_ROW, digest)
+            if row is None:
+                return None
+            known = self._take(digest, row, changes)
+        return self.counted(known)
 
     def find(self, digest: str) -> Principal:
         """Whose token it is. This may wait for the database.
@@ -219,10 +232,10 @@ class Tokens:
             Unavailable: the database does not answer.
         """
         if self._admin is not None and hmac.compare_digest(digest, self._admin):
-            known = self._known[digest] = _Known(ADMIN, self._per_s, float("inf"))
+            known = self._known[digest] = Known(ADMIN, self._per_s, float("inf"))
         else:
             known = self._look_up(digest)
-        return self._counted(known)
+        return self.counted(known)
 
     def try_secret(self, secret: str, address: str) -> Principal:
         """Whose token it is, of one that was not known a moment ago.
@@ -249,6 +262,24 @@ class Tokens:
         except Unauthorized:
             self._wrong.take(address, WRONG_PER_S, WRONG_BURST)
             raise
+
+    def counted(self, known: Known) -> Principal:
+        """Whose token it is; it has asked once more.
+
+        Raises:
+            RateLimited: too often.
+        """
+        per_s = known.per_s
+        if per_s is not None:
+            wait_s = self._rates.take(known.principal.token_id or "", per_s, max(1.0, BURST_S * per_s))
+            if wait_s > 0.0:
+                raise RateLimited(
+                    f"the token of {known.principal.who!r} may make {per_s:g} requests a second; the next one is free "
+                    f"in {wait_s:.3g} s",
+                    requests_per_s=per_s,
+                    retry_after_s=wait_s,
+                )
+        return known.principal
 
     def forget(self) -> None:
         """Every token is looked up again: one was revoked. Those that were good are still let through a flood of wrong
@@ -277,21 +308,8 @@ class Tokens:
             return
         self._written |= used
 
-    def _counted(self, known: _Known) -> Principal:
-        per_s = known.per_s
-        if per_s is not None:
-            wait_s = self._rates.take(known.principal.token_id or "", per_s, max(1.0, BURST_S * per_s))
-            if wait_s > 0.0:
-                raise RateLimited(
-                    f"the token of {known.principal.who!r} may make {per_s:g} requests a second; the next one is free "
-                    f"in {wait_s:.3g} s",
-                    requests_per_s=per_s,
-                    retry_after_s=wait_s,
-                )
-        return known.principal
-
-    def _look_up(self, digest: str) -> _Known:
-        changes, now = self._changes, time.time()
+    def _look_up(self, digest: str) -> Known:
+        changes = self._changes
         row = self._database.glance(_ROW, digest)
         if row is None:
             columns = (
@@ -308,6 +326,15 @@ class Tokens:
             if found is None:
                 raise Unauthorized("this is not a token of this service")
             row = tuple(found)
+        return self._take(digest, row, changes)
+
+    def _take(self, digest: str, row: tuple[Any, ...], changes: int) -> Known:
+        """The token as its row has it, from now on; the row was read after so many changes.
+
+        Raises:
+            Unauthorized: it was revoked or has expired.
+        """
+        now = time.time()
         token_id, name, scope, prefix, per_s, expires_at, revoked_at = row
         if revoked_at is not None:
             self._drop(digest)
@@ -316,7 +343,7 @@ class Tokens:
             self._drop(digest)
             raise Unauthorized("the token has expired")
         left_s = RECHECK_S if expires_at is None else min(RECHECK_S, expires_at - now)
-        known = _Known(
+        known = Known(
             Principal(name, scope, prefix, token_id), self._per_s if per_s is None else per_s, time.monotonic() + left_s
         )
         with self._lock:

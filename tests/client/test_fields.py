@@ -289,7 +289,7 @@ def picked(columns: dict[str, Any], rows: npt.ArrayLike) -> dict[str, Any]:
     return {name: [column[row] for row in np.asarray(rows).tolist()] for name, column in columns.items()}
 
 
-@settings(max_examples=60)
+@settings(max_examples=25)
 @given(schema=SCHEMAS, count=st.integers(1, 9), data=st.data())
 def test_fields_survive_packs_selection_merging_prefixes_and_draws(
     schema: Schema, count: int, data: st.DataObject
@@ -324,7 +324,7 @@ def test_fields_survive_packs_selection_merging_prefixes_and_draws(
         assert np.array_equal(got.images, stored.decode()[rows])
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30)
 @given(schema=SCHEMAS.filter(bool), counts=st.lists(st.integers(1, 30), min_size=1, max_size=3), data=st.data())
 def test_what_fits_counts_the_bytes_of_fields(schema: Schema, counts: list[int], data: st.DataObject) -> None:
     count = sum(counts)

@@ -310,7 +310,7 @@ LocalBuffer(sys.argv[1]).add(3, pictures(3, 8), [6] * 8, options=IngestOptions(r
 """
 
 
-@pytest.mark.parametrize("is_killed", [False, True])
+@pytest.mark.parametrize("is_killed", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_two_processes_on_one_folder_take_turns(filled_folder: Path, is_killed: bool) -> None:
     env = environment() | {"PYTHONPATH": f"{environment()['PYTHONPATH']}:{ROOT}"}
     with subprocess.Popen(
@@ -361,7 +361,7 @@ def test_readers_see_complete_generations_while_a_writer_goes_on(folder: Path) -
     for thread in readers:
         thread.start()
     try:
-        for task in range(1, 12):
+        for task in range(1, 7):
             grow(writer, task)
     finally:
         done.set()
@@ -396,7 +396,7 @@ def deaths(tmp_path: Path, *points: str) -> str:
 
 
 def test_a_writer_killed_at_any_step_leaves_a_complete_generation(tmp_path: Path) -> None:
-    assert deaths(tmp_path, "8").startswith("8 deaths")
+    assert deaths(tmp_path, "4").startswith("4 deaths")
 
 
 @pytest.mark.slow
@@ -555,7 +555,7 @@ def test_a_fork_on_another_file_system_is_a_copy(filled_folder: Path) -> None:
         shutil.rmtree(target, ignore_errors=True)
 
 
-@pytest.mark.parametrize("budget_bytes", [None, 2000])
+@pytest.mark.parametrize("budget_bytes", [None, pytest.param(2000, marks=pytest.mark.slow)])
 def test_forks_made_while_uploads_go_on_are_complete_generations(
     folder: Path, tmp_path: Path, budget_bytes: int | None
 ) -> None:

@@ -212,7 +212,7 @@ shapes = st.sampled_from([(1, 1, 3), (8, 8, 1), (9, 7, 3), (16, 16, 1)])
 
 
 @given(policies, shapes, st.builds(lambda first, rest: [first, *rest], uploads, changes))
-@settings(max_examples=30)
+@settings(max_examples=15)
 def test_any_sequence_of_changes_keeps_every_promise(policy: Policy, shape: Shape, sequence: list[Change]) -> None:
     contents = play(policy, shape, sequence)
     assert [digests(content) for content in contents] == [

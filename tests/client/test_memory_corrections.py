@@ -335,7 +335,7 @@ CHANGES = st.one_of(
     sequence=st.lists(CHANGES, min_size=2, max_size=9),
     has_fields=st.booleans(),
 )
-@settings(max_examples=35)
+@settings(max_examples=20)
 def test_any_sequence_of_corrections_keeps_budget_order_and_fields(
     policy: Policy, sequence: list[tuple[str, Any, Any]], has_fields: bool
 ) -> None:

@@ -302,6 +302,7 @@ def test_no_more_packs_are_open_than_allowed(folder: PackFolder) -> None:
         assert len(open_packs(folder)) <= 2
 
 
+@pytest.mark.slow
 def test_a_process_without_descriptors_left_draws_all_the_same(tmp_path: Path, folder: PackFolder) -> None:
     digests = [put(folder, seed) for seed in range(20)]
     wanted = [expected(folder, digests, size=100, step=step)[0] for step in range(3)]

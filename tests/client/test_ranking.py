@@ -236,6 +236,7 @@ def test_each_image_of_a_stream_is_kept_equally_often_and_the_test_would_see_a_b
     assert found(forgetful) > 100
 
 
+@pytest.mark.slow
 def test_every_order_of_every_subset_of_a_stream_is_equally_likely_and_the_test_would_see_a_bias() -> None:
     """Two of a stream of 1 + 3 + 2 images: 30 ordered pairs. The old scheme stratified: it spread them over uploads."""
 
@@ -251,7 +252,7 @@ def test_every_order_of_every_subset_of_a_stream_is_equally_likely_and_the_test_
     assert excess(by_share) > 20
 
 
-@pytest.mark.parametrize("method", BY_CHANCE)
+@pytest.mark.parametrize("method", ["reservoir", pytest.param("random", marks=pytest.mark.slow)])
 def test_a_memory_keeps_each_image_of_a_stream_equally_often(method: Ranking) -> None:
     """Shades cost the same, so what fits depends on no image; they are told apart by their grey."""
     runs, counts, keep = 100, np.zeros(sum(UNEQUAL)), 0
@@ -316,7 +317,7 @@ def distance(content: Content, features_ND: FloatArray, class_ids: IntArray) -> 
     )
 
 
-@pytest.mark.parametrize("group", [4096, 32])
+@pytest.mark.parametrize("group", [4096, pytest.param(32, marks=pytest.mark.slow)])
 def test_after_60_uploads_of_20_images_herding_is_about_as_near_the_class_mean_as_in_one_upload(
     group: int, clothes: tuple[UInt8Array, IntArray], monkeypatch: pytest.MonkeyPatch
 ) -> None:

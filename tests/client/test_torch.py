@@ -58,7 +58,12 @@ def test_batches_are_tensors_in_the_order_of_steps(source: Source, mirror: Mirro
 
 @pytest.mark.parametrize(
     ("at_hand", "method"),
-    [(False, "fork"), (True, "fork"), (False, "spawn"), pytest.param(True, "forkserver", marks=pytest.mark.slow)],
+    [
+        (False, "fork"),
+        (True, "fork"),
+        pytest.param(False, "spawn", marks=pytest.mark.slow),
+        pytest.param(True, "forkserver", marks=pytest.mark.slow),
+    ],
 )
 def test_workers_of_every_start_method_share_the_steps_out_and_keep_their_order(
     filled: Filled, mirror: Mirror, at_hand: bool, method: str

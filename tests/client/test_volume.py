@@ -8,7 +8,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from sklearn.datasets import load_sample_images
 
 from engram import strip
 from engram.schemas import Definition
@@ -126,7 +125,7 @@ def test_measured_ratios_are_the_formulas_of_the_docstring(quality: int, shape: 
     assert found == pytest.approx(plain_ratios(images, order, {2: 17, 9: 12}, block=6, quality=quality), rel=1e-4)
 
 
-@pytest.mark.parametrize("side", [64, 96, 224])
+@pytest.mark.parametrize("side", [64, *(pytest.param(side, marks=pytest.mark.slow) for side in (96, 224))])
 def test_r_of_large_photographs_falls_with_the_quality(side: int) -> None:
     images = crops(128, side)
     pool = pool_of(images, np.zeros(len(images), np.int64))
@@ -139,6 +138,8 @@ def test_r_of_large_photographs_falls_with_the_quality(side: int) -> None:
 
 def crops(count: int, side: int) -> UInt8Array:
     """Squares of two photographs at random places, of random sizes, all scaled to one."""
+    from sklearn.datasets import load_sample_images  # two seconds of a core
+
     rng = np.random.default_rng(3)
     photographs = [Image.fromarray(photograph) for photograph in load_sample_images().images]
     scaled = []

@@ -122,7 +122,6 @@ def configuration(held: memory.Held) -> str:
         "query.task": ([*memory.TASKS], some),
         "query.class_id": ([0, 1, 2, 3], some),
         "query.generation": ([1, 2], some),
-        "query.where": (["key:prefix:k", "key:eq:k0", "logits:eq:1", "nothing:eq:1"], most),
         "query.of": (["class", "task", "bytes", "key"], most),
         "query.quality": ([1, 10, 25], most),
         "query.method": (["pca"], most),

@@ -67,6 +67,8 @@ def map_case(context: HookContext, case: Case[Any]) -> Case[Any]:
         query["size"] = "none"  # what was wrong with it is gone once it is text
     if case.operation.label.endswith("/exemplars") and _mode(case) == "positive" and query.get("key"):
         query["key"] = [*memory.KEYS][: len(query["key"])]  # dictionaries have no lists
+    if _mode(case) == "positive" and query.get("where") and next(_numbers) % 8:
+        query["where"] = [*memory.CONDITIONS][: len(query["where"])]
     # The coverage phase leaves out the quotes that the pattern demands.
     tag = str(case.headers.get("if-match", "*"))
     if _mode(case) == "positive" and tag.isdigit():

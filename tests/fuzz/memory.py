@@ -21,6 +21,7 @@ UPLOADED = "uploaded"
 SOURCE = "source"
 BUFFERS = ("b0", "b1", "b2", "b3")
 KEYS = ("k0", "k1")
+CONDITIONS = ("key:prefix:k", "key:ne:k1", "key:eq:k0")
 MODELS = tuple(model(dimensions) for dimensions in (4, 6))
 TASKS = (0, 1)
 

@@ -249,7 +249,7 @@ class AnySequenceOfChanges(RuleBasedStateMachine):
             assert after.get(number, {}).keys() <= classes.keys()
 
 
-@pytest.mark.parametrize("count", [6, pytest.param(100, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [3, pytest.param(100, marks=pytest.mark.slow)])
 def test_any_sequence_of_changes_keeps_the_budget_and_a_prefix_of_every_ranking(
     migrated: Path, tmp_path: Path, count: int
 ) -> None:
@@ -497,7 +497,7 @@ class Crash(BaseException):
     """The process ends here."""
 
 
-@pytest.mark.parametrize("written", range(4))
+@pytest.mark.parametrize("written", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2)), 3])
 def test_a_crash_before_the_transaction_leaves_the_old_generation(written: int, place: Place) -> None:
     place.create(45_000, quality=None)
     for task in range(3):

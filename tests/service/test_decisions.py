@@ -11,24 +11,40 @@ import pytest
 
 from engram.schemas import Decision, IngestOptions
 from engram.selection.quality import choose
-from tests.contents import create, fill, pictures
+from engram_service.database import Database
+from engram_service.settings import Settings
+from engram_service.storage import PackStore
+from tests.contents import Filling, create, fill, pictures
 from tests.servers import ServiceThread
 from tests.uploads import final, queue, tar_of_arrays, work_through
 
 BUDGET = 40_000
 
 
-@pytest.fixture
-def asked(client: httpx.Client, served: ServiceThread) -> Callable[..., dict[str, Any]]:
-    """Buffer "b" with two tasks whose quality was chosen, and what is answered of one of them."""
-    state = served.state
-    create(state.database, budget_bytes=BUDGET, quality=None)
+def two_decisions(database: Database, settings: Settings) -> None:
+    """Buffer "b" with two tasks whose quality was chosen."""
+    create(database, budget_bytes=BUDGET, quality=None)
     for task in (0, 1):
         class_ids = np.arange(320) % 4 + 4 * task
         body = tar_of_arrays(pictures(task, 320), class_ids)
-        queued = queue(state.database, served.settings, body, task=task, options=IngestOptions(epsilon=0.2))
-        work_through(state.database, state.store, served.settings)
-        assert final(state.database, queued).state == "committed"
+        queued = queue(database, settings, body, task=task, options=IngestOptions(epsilon=0.2))
+        work_through(database, PackStore(settings.packs_dir), settings)
+        assert final(database, queued).state == "committed"
+
+
+@pytest.fixture
+def served(
+    request: pytest.FixtureRequest, hold: Callable[[Filling], Any], serve_thread: Callable[..., ServiceThread]
+) -> ServiceThread:
+    """A service that holds from its start what `asked` says, where a test asks for that."""
+    if "asked" in request.fixturenames:
+        hold(two_decisions)
+    return serve_thread()
+
+
+@pytest.fixture
+def asked(client: httpx.Client) -> Callable[..., dict[str, Any]]:
+    """What is answered of one of `two_decisions`."""
 
     def ask(task: int = 1, **given: object) -> dict[str, Any]:
         answer = client.get(f"/v1/buffers/b/tasks/{task}/decision", params=given)  # type: ignore[arg-type]

@@ -7,6 +7,7 @@ import shutil
 import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 import httpx
@@ -21,31 +22,45 @@ from engram import batch, pack, tar
 from engram.draw import STRATEGIES, Layout, Request, plan
 from engram.schemas import Manifest
 from engram_service.collect import collect
+from engram_service.database import Database
 from engram_service.settings import Settings
-from tests.contents import UInt8Array, create, fill
+from tests.contents import Filling, UInt8Array, create, fill
 from tests.servers import ServiceProcess, ServiceThread, http
 
 DRAW = "/v1/buffers/b/draw"
 
 
-def filled(served: ServiceThread) -> dict[int, UInt8Array]:
+def three_tasks(database: Database, settings: Settings) -> dict[int, UInt8Array]:
     """Buffer "b" with three tasks; the stored pixels of each, in row order."""
-    create(served.state.database)
+    create(database)
     tasks = {0: {0: 20, 1: 10}, 1: {2: 5}, 2: {0: 7, 3: 8}}
-    return {task: fill(served.state.database, served.settings, task, counts) for task, counts in tasks.items()}
+    return {task: fill(database, settings, task, counts) for task, counts in tasks.items()}
 
 
 @pytest.fixture
-def pixels(served: ServiceThread) -> dict[int, UInt8Array]:
-    """What the test's own service holds."""
-    return filled(served)
+def served(
+    request: pytest.FixtureRequest, hold: Callable[[Filling], Any], serve_thread: Callable[..., ServiceThread]
+) -> ServiceThread:
+    """A service that holds from its start what `pixels` says, where a test asks for that."""
+    if "pixels" in request.fixturenames:
+        hold(three_tasks)
+    return serve_thread()
+
+
+@pytest.fixture
+def pixels(once: Callable[[Filling], tuple[Path, Any]]) -> dict[int, UInt8Array]:
+    """Those of `three_tasks`, which the service holds."""
+    found: dict[int, UInt8Array] = once(three_tasks)[1]
+    return found
 
 
 @pytest.fixture(scope="module")
-def asked(tmp_path_factory: pytest.TempPathFactory, migrated: Path) -> Iterator[httpx.Client]:
-    """A client of a filled service for requests that change nothing."""
-    served = ServiceThread(Settings(data_dir=shutil.copytree(migrated, tmp_path_factory.mktemp("asked") / "data")))
-    filled(served)
+def asked(
+    once: Callable[[Filling], tuple[Path, Any]], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[httpx.Client]:
+    """A client of a service with `three_tasks` for requests that change nothing."""
+    folder = shutil.copytree(once(three_tasks)[0], tmp_path_factory.mktemp("asked") / "data")
+    served = ServiceThread(Settings(data_dir=folder))
     with http(served) as client:
         yield client
     served.stop()

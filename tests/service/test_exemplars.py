@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import httpx
 import numpy as np
@@ -11,18 +14,36 @@ import simplejpeg
 from PIL import Image
 
 from engram.schemas import Exemplar, ExemplarPage
-from tests.contents import UInt8Array, create, fill
+from engram_service.database import Database
+from engram_service.settings import Settings
+from tests.contents import Filling, UInt8Array, create, fill
 from tests.servers import ServiceThread
 
 EXEMPLARS = "/v1/buffers/b/exemplars"
 
 
-@pytest.fixture
-def pixels(served: ServiceThread) -> dict[int, UInt8Array]:
+def three_tasks(database: Database, settings: Settings) -> dict[int, UInt8Array]:
     """Buffer "b" with three tasks; the stored pixels of each, in row order."""
-    create(served.state.database)
+    create(database)
     tasks = {0: {0: 4, 1: 3}, 1: {2: 5}, 4: {0: 2, 3: 1}}
-    return {task: fill(served.state.database, served.settings, task, counts) for task, counts in tasks.items()}
+    return {task: fill(database, settings, task, counts) for task, counts in tasks.items()}
+
+
+@pytest.fixture
+def served(
+    request: pytest.FixtureRequest, hold: Callable[[Filling], Any], serve_thread: Callable[..., ServiceThread]
+) -> ServiceThread:
+    """A service that holds from its start what `pixels` says, where a test asks for that."""
+    if "pixels" in request.fixturenames:
+        hold(three_tasks)
+    return serve_thread()
+
+
+@pytest.fixture
+def pixels(once: Callable[[Filling], tuple[Path, Any]]) -> dict[int, UInt8Array]:
+    """Those of `three_tasks`, which the service holds."""
+    found: dict[int, UInt8Array] = once(three_tasks)[1]
+    return found
 
 
 def walk(client: httpx.Client, query: str) -> list[list[Exemplar]]:

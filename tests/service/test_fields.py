@@ -26,7 +26,7 @@ from engram_service.database import Database
 from engram_service.settings import Settings
 from engram_service.spooled import SpooledImages
 from engram_service.storage import PackStore
-from tests.contents import pictures
+from tests.contents import Filling, pictures
 from tests.servers import ServiceThread
 from tests.uploads import Member, encoded, final, queue, tar_of, work_through
 
@@ -72,11 +72,25 @@ def numbers(keys: Column) -> list[int]:
     return [int(str(key)[4:-4]) for key in keys]
 
 
+def all_pictures(database: Database, settings: Settings) -> None:
+    """Buffer "b" holds all pictures with their fields as task 0."""
+    create(database)
+    assert upload(database, settings, body()) is None
+
+
+@pytest.fixture
+def served(
+    request: pytest.FixtureRequest, hold: Callable[[Filling], Any], serve_thread: Callable[..., ServiceThread]
+) -> ServiceThread:
+    """A service that holds from its start what `filled` says, where a test asks for that."""
+    if "filled" in request.fixturenames:
+        hold(all_pictures)
+    return serve_thread()
+
+
 @pytest.fixture
 def filled(served: ServiceThread) -> ServiceThread:
-    """Buffer "b" holds all pictures with their fields as task 0."""
-    create(served.state.database)
-    assert upload(served.state.database, served.settings, body()) is None
+    """A service with `all_pictures`."""
     return served
 
 

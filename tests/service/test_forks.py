@@ -165,7 +165,7 @@ def fork_while_uploads_go_on(database: Database, store: PackStore, budget_bytes:
             assert named == digests(database, "b", found.generation)
 
 
-@pytest.mark.parametrize("budget_bytes", [None, 3000])
+@pytest.mark.parametrize("budget_bytes", [None, pytest.param(3000, marks=pytest.mark.slow)])
 def test_forks_made_while_uploads_go_on_are_complete_generations(
     database: Database, store: PackStore, budget_bytes: int | None
 ) -> None:

@@ -156,7 +156,7 @@ conditions = st.one_of(
     high=st.sampled_from([None, None, 150, 180, 0]),
     limit=st.integers(1, 120),
 )
-@settings(max_examples=60)
+@settings(max_examples=30)
 def test_filters_find_what_looking_at_each_exemplar_finds(
     replay: Replay,
     view: View,

@@ -5,6 +5,8 @@ from __future__ import annotations
 import base64
 import hashlib
 import io
+from collections.abc import Callable
+from typing import Any
 
 import httpx
 import pytest
@@ -12,15 +14,31 @@ from PIL import Image
 
 from engram import pack
 from engram.schemas import Manifest, PackEntry
-from tests.contents import create, fill
+from engram_service.database import Database
+from engram_service.settings import Settings
+from tests.contents import Filling, create, fill
 from tests.servers import ServiceThread
 
 
+def one_pack(database: Database, settings: Settings) -> None:
+    """In buffer "b"."""
+    create(database)
+    fill(database, settings, 0, {0: 20})
+
+
 @pytest.fixture
-def entry(client: httpx.Client, served: ServiceThread) -> PackEntry:
+def served(
+    request: pytest.FixtureRequest, hold: Callable[[Filling], Any], serve_thread: Callable[..., ServiceThread]
+) -> ServiceThread:
+    """A service that holds from its start what `entry` says, where a test asks for that."""
+    if "entry" in request.fixturenames:
+        hold(one_pack)
+    return serve_thread()
+
+
+@pytest.fixture
+def entry(client: httpx.Client) -> PackEntry:
     """The only pack of buffer "b"."""
-    create(served.state.database)
-    fill(served.state.database, served.settings, 0, {0: 20})
     return Manifest.model_validate(client.get("/v1/buffers/b/manifest").json()).packs[0]
 
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -20,16 +21,27 @@ from engram_service.database import Database
 from engram_service.replay import Replay
 from engram_service.settings import Settings
 from engram_service.storage import PackStore
-from tests.contents import create, fill
+from tests.contents import Filling, create, fill
 from tests.servers import ServiceThread, environment
+
+
+def three_generations(database: Database, settings: Settings) -> None:
+    """Of a buffer "b", each with all packs new."""
+    create(database, budget_bytes=3000)
+    for task in range(3):
+        fill(database, settings, task, {2 * task: 10, 2 * task + 1: 10})
+
+
+@pytest.fixture
+def settings(hold: Callable[[Filling], Any], tmp_path: Path) -> Settings:
+    """Of a data folder with `three_generations`."""
+    hold(three_generations)
+    return Settings(data_dir=tmp_path / "data")
 
 
 @pytest.fixture
 def replay(database: Database, settings: Settings) -> Replay:
-    """Of a buffer "b" with three generations, each with all packs new; nothing in memory yet."""
-    create(database, budget_bytes=3000)
-    for task in range(3):
-        fill(database, settings, task, {2 * task: 10, 2 * task + 1: 10})
+    """Of `three_generations`; nothing in memory yet."""
     return Replay(database, PackCache(PackStore(settings.packs_dir), 10**9), settings)
 
 
@@ -167,6 +179,7 @@ def test_health_forgets_damaged_packs_that_were_collected(served: ServiceThread)
     assert httpx.get(f"{served.url}/healthz").json()["damaged_packs"] == []
 
 
+@pytest.mark.slow
 def test_nothing_is_imported_on_the_way_of_a_first_draw(
     serve_thread: Callable[..., ServiceThread],
 ) -> None:

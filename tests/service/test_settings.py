@@ -74,7 +74,7 @@ def test_a_page_has_a_limit(serve_thread: Callable[..., ServiceThread]) -> None:
 
 
 def test_the_service_says_where_it_listens_and_ends_on_sigterm(make_service: Callable[..., ServiceProcess]) -> None:
-    service = make_service()
+    service = make_service(workers=0)
     assert httpx.get(f"{service.url}/readyz").json()["status"] == "ok"
     lines = re.findall(r"^Engram service on (http://127\.0\.0\.1:\d+)$", service.log.read_text(), re.MULTILINE)
     assert lines == [service.url]
@@ -82,6 +82,7 @@ def test_the_service_says_where_it_listens_and_ends_on_sigterm(make_service: Cal
     assert "Traceback" not in service.log.read_text()
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_the_service_without_a_stack(make_service: Callable[..., ServiceProcess]) -> None:
     service = make_service(workers=0)
     service.process.send_signal(signal.SIGINT)

@@ -183,6 +183,7 @@ def test_workers_beside_another_service_are_supervised_too(settings: Settings, d
     assert beats(database) == {}
 
 
+@pytest.mark.slow
 def test_workers_import_nothing_from_the_folder_in_which_the_service_was_started(
     database: Database, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -192,6 +193,7 @@ def test_workers_import_nothing_from_the_folder_in_which_the_service_was_started
         assert eventually(lambda: len(beats(database)) == 1)
 
 
+@pytest.mark.slow
 def test_a_database_that_takes_no_reports_does_not_fill_the_log(
     database: Database, settings: Settings, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -64,6 +64,7 @@ def test_an_upload_becomes_a_pack_with_a_decision(database: Database, store: Pac
     assert distances.min(axis=1).max() < 12
 
 
+@pytest.mark.slow
 def test_a_first_upload_of_20_images_does_not_fix_the_quality(
     database: Database, store: PackStore, settings: Settings
 ) -> None:
@@ -84,6 +85,7 @@ def test_a_first_upload_of_20_images_does_not_fix_the_quality(
     assert seen.index(seen[-1]) > 2
 
 
+@pytest.mark.slow
 def test_two_noisy_images_of_2048_pixels_are_stored(database: Database, store: PackStore, settings: Settings) -> None:
     create(database, budget_bytes=10**8, quality=95)
     noise = np.random.default_rng(0).integers(0, 256, (2, 2048, 2048, 3), np.uint8)

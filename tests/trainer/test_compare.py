@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from scipy import stats
 from typer.testing import CliRunner, Result
 
 from engram_trainer import compare
@@ -69,6 +68,8 @@ def test_every_method_is_run_with_every_memory_and_budget_and_those_without_memo
 
 
 def test_intervals_and_paired_differences_are_those_done_by_hand(tmp_path: Path) -> None:
+    from scipy import stats  # a second of a core
+
     first, second = Cell("lucir", "raw", 1000), Cell("gem", "raw", 1000)
     ours, theirs = [0.5, 0.6, 0.7], [0.4, 0.55, 0.7]
     runs = [fake_run(tmp_path, first, seed, last) for seed, last in enumerate(ours)]

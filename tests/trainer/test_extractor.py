@@ -14,8 +14,16 @@ from engram_trainer import networks
 from engram_trainer.extractor import to_onnx
 
 
-@pytest.mark.parametrize("shape", [(28, 28, 1), (32, 32, 3)])
-@pytest.mark.parametrize("name", ["mlp", "conv", "resnet32"])
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("mlp", (28, 28, 1)),
+        ("conv", (28, 28, 1)),
+        ("resnet32", (32, 32, 3)),
+        *(pytest.param(name, (32, 32, 3), marks=pytest.mark.slow) for name in ("mlp", "conv")),
+        pytest.param("resnet32", (28, 28, 1), marks=pytest.mark.slow),
+    ],
+)
 def test_onnxruntime_computes_the_same_features_for_any_number_of_images(
     name: str, shape: tuple[int, int, int]
 ) -> None:

@@ -213,7 +213,14 @@ def learned(tasks: Stream, **options: Any) -> Gem:
     return learner
 
 
-@pytest.mark.parametrize("options", [{}, {"average": True}, {"replay_batch": 16}], ids=["gem", "a-gem", "drawn"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param({}, id="gem"),
+        pytest.param({"average": True}, id="a-gem", marks=pytest.mark.slow),
+        pytest.param({"replay_batch": 16}, id="drawn", marks=pytest.mark.slow),
+    ],
+)
 def test_two_runs_with_one_seed_are_bit_identical(tasks: Stream, options: dict[str, Any]) -> None:
     first, second = learned(tasks, **options), learned(tasks, **options)
     assert same(first.state_dict(), second.state_dict())

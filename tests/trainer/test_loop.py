@@ -78,7 +78,7 @@ def test_replay_beats_chance_and_no_replay(tmp_path: Path) -> None:
     assert with_replay.metrics.last > max(0.3, without.metrics.last)
 
 
-@pytest.mark.parametrize("method", ["finetune", "joint", "gem", "lucir"])
+@pytest.mark.parametrize("method", ["finetune", pytest.param("joint", marks=pytest.mark.slow), "gem", "lucir"])
 @pytest.mark.parametrize("scenario", ["class-incremental", pytest.param("task-incremental", marks=pytest.mark.slow)])
 def test_every_method_runs_and_two_runs_with_one_seed_are_equal(tmp_path: Path, method: str, scenario: Any) -> None:
     config = replace(
@@ -86,7 +86,7 @@ def test_every_method_runs_and_two_runs_with_one_seed_are_equal(tmp_path: Path, 
         method=method,
         options={"epochs": 2},
         stream=replace(SMALL.stream, scenario=scenario, tasks=2),
-        network="conv" if method in ("lucir", "finetune") else "mlp",
+        network="conv" if method == "lucir" else "mlp",
     )
     first, second = (run(config, tmp_path / name) for name in ("first", "second"))
     assert results(first) == results(second)
@@ -165,14 +165,14 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 @pytest.mark.parametrize(
     ("kind", "task", "phase"),
     [
-        ("raw", 0, "learn"),
+        pytest.param("raw", 0, "learn", marks=pytest.mark.slow),
         pytest.param("raw", 1, "learn", marks=pytest.mark.slow),
         pytest.param("raw", 2, "evaluate", marks=pytest.mark.slow),
         pytest.param("raw", 4, "evaluate", marks=pytest.mark.slow),
         pytest.param("files", 1, "balance", marks=pytest.mark.slow),
         pytest.param("strips", 1, "balance", marks=pytest.mark.slow),
         ("selected", 1, "learn"),
-        ("selected", 3, "balance"),
+        pytest.param("selected", 3, "balance", marks=pytest.mark.slow),
     ],
 )
 def test_a_run_that_is_stopped_anywhere_ends_as_if_it_had_not_been(
@@ -233,9 +233,8 @@ def test_a_run_that_is_stopped_between_two_epochs_goes_on_with_the_next(
         memory=MemoryConfig(kind="strips", budget_bytes=12_000, quality=60),
         runtime=RuntimeConfig(checkpoint_s=0),
     )
-    whole = run(config, tmp_path / "whole")
     stop = StopAfter(1, "learn", None)
-    run(config, tmp_path / "counted", watch=stop)
+    whole = run(config, tmp_path / "whole", watch=stop)
     steps = -(-100 // config.options.get("batch_size", methods.config_class(method)().batch_size)) * 2 + 1
     with pytest.raises(Stopped):
         run(config, tmp_path / "stopped", watch=StopAfter(1, "learn", steps))
@@ -421,8 +420,13 @@ def test_a_run_killed_after_its_last_checkpoint_has_its_report_once_it_is_resume
     assert (tmp_path / "run" / "report.json").read_text() == written
 
 
+def of_service(url: str) -> MemoryConfig:
+    """Ranked at random: what is ranked by features takes an extractor and a process that runs it."""
+    return MemoryConfig(kind="service", url=url, quality=50, budget_bytes=20_000, ranking="random")
+
+
 def test_a_new_run_refuses_a_buffer_that_holds_another_ones_exemplars(service: ServiceProcess, tmp_path: Path) -> None:
-    memory = MemoryConfig(kind="service", url=service.url, buffer="taken", quality=50, budget_bytes=20_000)
+    memory = replace(of_service(service.url), buffer="taken")
     short = replace(SMALL, stream=replace(SMALL.stream, tasks=1), options={"epochs": 1}, memory=memory)
     run(short, tmp_path / "first")
     with pytest.raises(Conflict, match="already holds 1 tasks"):
@@ -433,7 +437,7 @@ def test_without_a_service_the_run_says_so_before_it_trains_and_can_be_started_a
     service: ServiceProcess, tmp_path: Path
 ) -> None:
     config = replace(SMALL, stream=replace(SMALL.stream, tasks=1), options={"epochs": 1})
-    memory = MemoryConfig(kind="service", url="http://127.0.0.1:9", quality=50, budget_bytes=20_000)
+    memory = of_service("http://127.0.0.1:9")
     with pytest.raises(Unavailable):
         run(replace(config, memory=memory), tmp_path / "run")
     # The service is there now, under an address of its own: nothing was learned, so there is nothing to resume.
@@ -455,7 +459,7 @@ def test_there_must_be_a_run_to_resume(tmp_path: Path) -> None:
 def test_a_run_that_failed_leaves_no_buffer_and_its_folder_takes_the_corrected_command(
     service: ServiceProcess, tmp_path: Path, buffer: str | None
 ) -> None:
-    memory = MemoryConfig(kind="service", url=service.url, buffer=buffer, quality=50, budget_bytes=20)
+    memory = replace(of_service(service.url), buffer=buffer, budget_bytes=20)
     small = replace(SMALL, stream=replace(SMALL.stream, tasks=1), options={"epochs": 1}, memory=memory)
     right = replace(small, memory=replace(memory, budget_bytes=20_000))
     with Client(service.url) as client:
@@ -473,7 +477,7 @@ def test_a_run_that_failed_leaves_no_buffer_and_its_folder_takes_the_corrected_c
 
 
 def test_a_buffer_that_was_there_before_a_run_stays_when_it_fails(service: ServiceProcess, tmp_path: Path) -> None:
-    memory = MemoryConfig(kind="service", url=service.url, buffer="made-by-hand", quality=50, budget_bytes=20)
+    memory = replace(of_service(service.url), buffer="made-by-hand", budget_bytes=20)
     with Client(service.url) as client:
         made = client.create_buffer("made-by-hand", budget_bytes=20, quality=50)
         with pytest.raises(BudgetExceeded):

@@ -121,14 +121,14 @@ def test_old_embeddings_stand_still_while_a_task_is_learned_and_move_in_the_bala
 
 
 def test_tasks_of_a_single_class_can_be_learned(digits: Dataset) -> None:
-    tasks = stream_of(digits, base_classes=8, tasks=3)
+    tasks = stream_of(digits, base_classes=8, tasks=3, train_per_class=20)
     learner = learner_of(tasks)
     run(learner, raw_memory(), tasks, 3)
     assert learner.scores(tasks.tasks[2].test.read()).shape[1] == 10
 
 
 def test_a_seed_decides_a_run_to_the_last_bit(digits: Dataset) -> None:
-    tasks = stream_of(digits)
+    tasks = stream_of(digits, train_per_class=20)
     one, again, other = learner_of(tasks), learner_of(tasks), learner_of(tasks, seed=1)
     for learner in (one, again, other):
         run(learner, raw_memory(), tasks, 2)
@@ -137,7 +137,7 @@ def test_a_seed_decides_a_run_to_the_last_bit(digits: Dataset) -> None:
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one(digits: Dataset) -> None:
-    tasks, memory = stream_of(digits), raw_memory()
+    tasks, memory = stream_of(digits, train_per_class=20), raw_memory()
     learner = learner_of(tasks)
     run(learner, memory, tasks, 2)
     resumed = learner_of(tasks)

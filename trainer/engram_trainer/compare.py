@@ -29,7 +29,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy import stats
+from scipy.special import stdtrit
 
 from engram import files
 from engram.errors import Conflict, EngramError
@@ -312,7 +312,7 @@ def _interval(values: Sequence[float]) -> Interval:
     count = len(values)
     if count == 1:
         return Interval(float(values[0]), None, 1)
-    quantile = float(stats.t.ppf((1 + CONFIDENCE) / 2, count - 1))
+    quantile = float(stdtrit(count - 1, (1 + CONFIDENCE) / 2))  # of Student; scipy.stats takes a second to import
     return Interval(float(np.mean(values)), quantile * float(np.std(values, ddof=1)) / count**0.5, count)
 
 

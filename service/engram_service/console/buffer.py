@@ -18,7 +18,7 @@ from ..room import Room
 from ..routes.parts import BufferPath, DatabasePart, ReplayPart, RoomPart, StorePart, TaskPath
 from ..storage import PackStore
 from .forms import Text, confirmed, model
-from .page import problem_of, redirect, render
+from .page import redirect, render
 
 router = APIRouter(prefix="/buffers/{buffer}")
 
@@ -137,14 +137,13 @@ def _page(request: Request, database: Database, name: str, *, problem: EngramErr
     return render(
         request,
         "buffer.html",
-        status=200 if problem is None else problem.status,
         buffer=found,
         tasks=tasks,
         generations=generations,
         tasks_bytes={task.task: task.bytes for task in tasks},
         classes_bytes={f"class {each.class_id} {each.name or ''}": each.bytes for each in totals(found, tasks)},
         state=etags.of(found.generation, found.created_at),
-        problem=None if problem is None else problem_of(problem),
+        problem=problem,
     )
 
 
@@ -162,11 +161,10 @@ def _classes(
     return render(
         request,
         "classes.html",
-        status=200 if problem is None else problem.status,
         buffer=found,
         totals=totals(found, tasks),
         given=given or {},
-        problem=None if problem is None else problem_of(problem),
+        problem=problem,
     )
 
 

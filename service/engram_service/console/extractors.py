@@ -10,7 +10,7 @@ from .. import extractors
 from ..acting import principal
 from ..database import Database
 from ..routes.parts import DatabasePart, RoomPart, SettingsPart
-from .page import problem_of, redirect, render
+from .page import redirect, render
 
 router = APIRouter(prefix="/extractors")
 
@@ -39,8 +39,7 @@ def _page(request: Request, database: Database, *, problem: EngramError | None =
     return render(
         request,
         "extractors.html",
-        status=200 if problem is None else problem.status,
         extractors=found[::-1],
         uses=uses,
-        problem=None if problem is None else problem_of(problem),
+        problem=problem,
     )

@@ -19,7 +19,7 @@ from ..forecast import forecast
 from ..routes.parts import BufferPath, DatabasePart, RoomPart, StorePart
 from ..storage import PackStore
 from .forms import Text, amount, model, whole
-from .page import problem_of, redirect, render
+from .page import redirect, render
 
 router = APIRouter(prefix="/buffers/{buffer}")
 
@@ -93,7 +93,6 @@ def _page(
     return render(
         request,
         "forecast.html",
-        status=200 if problem is None else problem.status,
         buffer=buffer,
         forecast=found,
         losses=[] if found is None else losses(found),
@@ -101,7 +100,7 @@ def _page(
         budget_bytes=budget_bytes,
         new_classes=new_classes,
         state=etags.of(buffer.generation, buffer.created_at),
-        problem=None if problem is None else problem_of(problem),
+        problem=problem,
     )
 
 

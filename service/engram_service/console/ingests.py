@@ -13,7 +13,7 @@ from .. import ingest
 from ..acting import principal
 from ..database import Database
 from ..routes.parts import DatabasePart, RoomPart
-from .page import problem_of, redirect, render
+from .page import redirect, render
 
 router = APIRouter(prefix="/ingests")
 
@@ -90,8 +90,7 @@ def _one(request: Request, database: Database, ingest_id: str, *, problem: Engra
     return render(
         request,
         "ingest.html",
-        status=200 if problem is None else problem.status,
         ingest=found,
         is_live=found.state in ingest.ACTIVE,
-        problem=None if problem is None else problem_of(problem),
+        problem=problem,
     )

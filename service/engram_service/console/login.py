@@ -12,7 +12,7 @@ from engram.errors import RateLimited, Unauthorized
 
 from ..gate import set_cookie
 from ..sessions import Sessions
-from .page import problem_of, redirect, render, up
+from .page import redirect, render, up
 
 router = APIRouter()
 
@@ -24,7 +24,7 @@ Next = Annotated[str, Query(max_length=4000)]
 @router.get("/login")
 def login_page(request: Request, next: Next = "") -> Response:
     """The form that asks for a token."""
-    return render(request, "login.html", problem=None, next=_page(next))
+    return render(request, "login.html", next=_page(next))
 
 
 @router.post("/login")
@@ -35,7 +35,7 @@ async def login(request: Request, token: Annotated[str, Form()] = "", next: Anno
     try:
         cookie = await run_sync(_begin, sessions, token.strip(), request.scope["engram.cookie"], address)
     except (Unauthorized, RateLimited) as error:
-        return render(request, "login.html", status=error.status, problem=problem_of(error), next=_page(next))
+        return render(request, "login.html", problem=error, next=_page(next))
     wanted = _page(next)
     answer = redirect(request)
     if wanted:

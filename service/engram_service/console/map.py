@@ -10,7 +10,7 @@ from fastapi.responses import HTMLResponse
 
 from engram.oversight import MapMethod, MapPoint, TaskMap
 
-from .. import buffers, maps, samples
+from .. import buffers, maps
 from ..routes.parts import BufferPath, DatabasePart, ReplayPart, SettingsPart, TaskPath
 from ..samples import SampleFolder
 from .page import render
@@ -33,11 +33,9 @@ def show_map(
     class_id: int | None = None,
 ) -> HTMLResponse:
     """The map; `class_id` brings one class to the front."""
-    view = replay.view(buffer, None)
+    found = maps.of_task(database, replay, SampleFolder(settings.samples_dir), buffer, task, method)
     with database.reading() as session:
         whole = buffers.read(session, buffer)
-        digest = samples.of_task(session, buffer, task)
-    found = maps.of_task(replay, view, task, method, SampleFolder(settings.samples_dir), digest)
     classes = sorted({each.class_id for each in (*found.points, *found.originals)})
     return render(
         request,

@@ -17,7 +17,7 @@ from ..acting import principal
 from ..database import Database
 from ..routes.parts import DatabasePart
 from .forms import Text, amount, model, whole
-from .page import problem_of, redirect, render
+from .page import redirect, render
 
 router = APIRouter()
 
@@ -120,7 +120,6 @@ def _page(
     return render(
         request,
         "overview.html",
-        status=200 if problem is None else problem.status,
         buffers=found,
         by_task=by_task,
         activity=activity,
@@ -129,5 +128,5 @@ def _page(
         disk=usage,
         damaged=len(state.cache.damaged()),
         given=given or {},
-        problem=None if problem is None else problem_of(problem),
+        problem=problem,
     )

@@ -25,7 +25,7 @@ from markupsafe import Markup, escape
 from starlette.datastructures import Headers
 from starlette.requests import HTTPConnection
 from starlette.staticfiles import StaticFiles
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from engram.errors import EngramError, Forbidden
 
@@ -101,11 +101,14 @@ class Console:
         self.templates.globals.update(version=__version__)
 
 
-def render(request: HTTPConnection, name: str, /, *, status: int = 200, **context: Any) -> HTMLResponse:
-    """The page that a template makes of this.
+def render(
+    request: HTTPConnection, name: str, /, *, status: int = 200, problem: EngramError | None = None, **context: Any
+) -> HTMLResponse:
+    """The page that a template makes of this; where there is a problem, which forms show, with the status of that.
 
-    Beside `context`, templates have `principal` (None where nobody is logged in), `csrf`, `nav`, `url(...)` (the
-    address of a path below /console), `static(name)` and `here(**changes)` (this page with other filters).
+    Beside `context` and `problem`, templates have `principal` (None where nobody is logged in), `csrf`, `nav`,
+    `url(...)` (the address of a path below /console), `static(name)` and `here(**changes)` (this page with other
+    filters).
     """
     console: Console = request.app.state.console
     principal: Principal | None = request.scope.get("engram.principal")
@@ -121,9 +124,11 @@ def render(request: HTTPConnection, name: str, /, *, status: int = 200, **contex
         "static": lambda file: f"{up(request)}{STATIC}/{file}?v={_version(file)}",
         "here": lambda **changes: _here(request, changes),
         "request_id": request.scope.get("engram.request_id", ""),
+        "problem": None if problem is None else problem.to_problem(),
     }
     page = console.templates.get_template(name).render(given | context)
-    return HTMLResponse(page, status_code=status, headers={"Cache-Control": "no-store"})
+    answered = status if problem is None else problem.status
+    return HTMLResponse(page, status_code=answered, headers={"Cache-Control": "no-store"})
 
 
 def url(request: HTTPConnection, *parts: object, **query: object) -> str:
@@ -180,21 +185,13 @@ class Files(StaticFiles):
         return response
 
 
-class Frame:
-    """Around everything: answers under /console carry the policy, and problems are pages there.
+def framed(scope: Scope, receive: Receive, send: Send) -> Send:
+    """What sends the answer to a request: under /console answers carry the policy, and problems are pages.
 
     So it does not matter whether a view, the framework or the Gate refuses a request. Who asks for JSON gets it.
     """
-
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """One request."""
-        if scope["type"] != "http" or not (scope["path"] == "/console" or scope["path"].startswith("/console/")):
-            await self.app(scope, receive, send)
-            return
-        await self.app(scope, receive, _Framed(scope, receive, send))
+    path = scope["path"]
+    return _Framed(scope, receive, send) if path == "/console" or path.startswith("/console/") else send
 
 
 class _Framed:
@@ -242,16 +239,11 @@ def _problem_page(request: HTTPConnection, problem: dict[str, Any]) -> HTMLRespo
     scope: MutableMapping[str, Any] = request.scope
     if problem["status"] == 401:
         scope["engram.principal"] = None
-    return render(request, "problem.html", status=problem["status"], problem=problem)
+    return render(request, "problem.html", status=problem["status"], refusal=problem)
 
 
 def _bare(status: int) -> dict[str, Any]:
     return {"status": status, "title": HTTPStatus(status).phrase, "detail": ""}
-
-
-def problem_of(error: EngramError) -> dict[str, Any]:
-    """An error as pages show it, beside the form that it belongs to."""
-    return error.to_problem()
 
 
 def up(request: HTTPConnection) -> str:

@@ -14,7 +14,7 @@ from ..acting import principal
 from ..database import Database
 from ..routes.parts import BufferPath, DatabasePart, StorePart
 from .forms import Text, amount, model, whole
-from .page import problem_of, redirect, render
+from .page import redirect, render
 
 router = APIRouter(prefix="/buffers/{buffer}")
 
@@ -79,12 +79,11 @@ def _page(
     return render(
         request,
         "snapshots.html",
-        status=200 if problem is None else problem.status,
         buffer=found,
         family=family,
         shared=shared,
         others=[each.name for each in every if each.name not in related],
         may_fork=principal().may("admin"),
         given=given or {},
-        problem=None if problem is None else problem_of(problem),
+        problem=problem,
     )

@@ -17,7 +17,7 @@ from ..database import Database
 from ..room import Room
 from ..routes.parts import DatabasePart, RoomPart
 from ..tokens import Tokens
-from .page import problem_of, redirect, render
+from .page import redirect, render
 
 router = APIRouter(prefix="/tokens")
 
@@ -55,7 +55,7 @@ def create_token(
         with database.session() as session:
             made = tokens.create(session, wanted)
     except InvalidRequest as error:
-        return _page(request, database, status=error.status, given=given, problem=error)
+        return _page(request, database, given=given, problem=error)
     return _page(request, database, status=201, made=made)
 
 
@@ -127,5 +127,5 @@ def _page(
         scopes=SCOPES,
         given=given or {},
         made=made,
-        problem=None if problem is None else problem_of(problem),
+        problem=problem,
     )

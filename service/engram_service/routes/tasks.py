@@ -9,7 +9,7 @@ from fastapi import APIRouter, Query
 from engram.oversight import MapMethod, TaskMap, WhatIf, WhatIfAsk
 from engram.schemas import MAX_BUDGET_BYTES, Definition, Rule, Task
 
-from .. import buffers, commit, decisions, maps, samples
+from .. import buffers, commit, decisions, maps
 from ..samples import SampleFolder
 from .parts import BufferPath, DatabasePart, ExpectedState, ReplayPart, RoomPart, SettingsPart, StorePart, TaskPath
 
@@ -49,10 +49,7 @@ def read_map(
     method: MapMethod = "pca",
 ) -> TaskMap:
     """Read a two-dimensional layout of a task's exemplars, at most 2,000, and of the originals kept beside them."""
-    view = replay.view(buffer, None)
-    with database.reading() as session:
-        digest = samples.of_task(session, buffer, task)
-    return maps.of_task(replay, view, task, method, SampleFolder(settings.samples_dir), digest)
+    return maps.of_task(database, replay, SampleFolder(settings.samples_dir), buffer, task, method)
 
 
 @router.delete("/{task}", status_code=204)

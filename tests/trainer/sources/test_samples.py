@@ -15,7 +15,7 @@ import pytest
 from engram.errors import BadUpload, Unavailable
 from engram_trainer.datasets import load
 from engram_trainer.sources.idx import write_idx
-from engram_trainer.sources.samples import SAMPLE, read_sample
+from engram_trainer.sources.samples import SAMPLE, read_digits, read_sample
 from tests.trainer.tiny import assert_same
 
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")
@@ -95,4 +95,4 @@ def test_the_digits_are_split_the_same_way_every_time() -> None:
     assert len(digits.train) + len(digits.test) == 1797
     assert digits.train.read().max() == 255
     assert np.bincount(digits.test.class_ids).min() >= 34
-    assert_same(digits, load("digits"))
+    assert_same(digits, read_digits())

@@ -90,5 +90,5 @@ def write_idx(dataset: Dataset, folder: str | Path) -> None:
         ("t10k-labels-idx1", dataset.test.class_ids),
     ):
         header = np.array([_IDX_UINT8 | array.ndim, *array.shape], ">u4").tobytes()
-        data = gzip.compress(header + array.astype(np.uint8).tobytes(), compresslevel=9, mtime=0)
+        data = gzip.compress(header + array.astype(np.uint8).tobytes(), compresslevel=6, mtime=0)
         (Path(folder) / f"{stem}-ubyte.gz").write_bytes(data)
