@@ -20,6 +20,9 @@ from engram_trainer import methods
 from tests.bench.results import put
 
 PLACE = learning.Place({"cifar10": "", "fashion": ""}, kept.RESULTS, Path())
+# Options that methods were given after runs had been kept, whose defaults leave everything as it was: a setting more
+# would be another configuration, and all that is kept would have to be run again.
+LATER_OPTIONS: set[str] = set()
 TUNED = {"raw": 0.1, "lossless": 0.1, "files": 0.03, "strips": 0.03, "none": 0.1, "joint": 0.1}
 
 
@@ -34,7 +37,7 @@ def job(arm: arms.Arm, seed: int = 10, **changes: Any) -> kept.Job:
 @pytest.mark.parametrize("way", settings.LEARNINGS.values(), ids=list(settings.LEARNINGS))
 def test_no_setting_is_left_to_a_default_of_the_trainer(way: settings.Learning) -> None:
     options = {field.name for field in fields(methods.config_class(way.method))}
-    assert options - {"lr"} == dict(way.settings).keys()
+    assert options - {"lr"} - LATER_OPTIONS == dict(way.settings).keys()
 
 
 def test_the_arms_of_a_table_differ_in_memory_and_learning_rate_alone(monkeypatch: pytest.MonkeyPatch) -> None:
