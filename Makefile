@@ -7,9 +7,9 @@
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
-# Tests run in two processes per core, for they often wait, at most 8: each holds a service and, in some tests, PyTorch
-# (half a gigabyte).
-PARALLEL ?= -n $(shell echo $$((2 * $$(getconf _NPROCESSORS_ONLN)))) --maxprocesses 8 --dist worksteal
+# Tests run in one process per core and one more, for they sometimes wait, at most 8: each imports everything (ten seconds
+# of a core), holds a service and, in some tests, PyTorch (half a gigabyte).
+PARALLEL ?= -n $(shell echo $$(($$(getconf _NPROCESSORS_ONLN) + 1))) --maxprocesses 8 --dist worksteal
 PYTEST_ARGS ?=
 
 BIN := $(VENV)/bin
@@ -31,7 +31,7 @@ help: ## list the targets
 
 install: $(DEV) ## everything a developer needs, in .venv
 
-test: $(DEV) ## the default tests (three to five minutes on two cores, no network)
+test: $(DEV) ## the default tests (under three minutes on two cores, no network)
 	$(BIN)/python -m pytest -q $(PARALLEL) $(PYTEST_ARGS)
 
 slow: $(DEV) ## the long tests: kills and restarts, the demo, much fuzzing

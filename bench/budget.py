@@ -7,7 +7,7 @@ HTTP, kept the same exemplars.
 
 **Alike for all arms.** Half of a task's own images are shown as JPEG gives them back, each at one of the candidate
 qualities, whether the memory is JPEG or not: one rule for all, which needs no quality before the first task has been
-learned. The learning rate is tuned for each kind of memory, budget and data set on one grid (`--tune`: see `rates`).
+learned. The learning rate is tuned for each kind of memory, budget and data set on one grid (`--tune`: see `tuning`).
 
 **Tables** (`--table`). `primary` is the claim: LUCIR, two budgets per class, 5 seeds. The others have the smaller
 budget and 3 seeds, or one:
@@ -37,9 +37,9 @@ from statistics import fmean
 
 import kept
 import numpy as np
-import rates
 import report
 import torch
+import tuning
 from arms import FILES, FIXED, JOINTLY, LOSSLESS, NONE, PRIMARY, RAW, SELECTED, STRIPS_50, Arm, memory_of
 from intervals import Estimate, estimate, paired
 from kept import Job, Result
@@ -101,7 +101,7 @@ def cells(table: Table, data: str) -> list[tuple[int, Per]]:
 def jobs_of(table: Table, data: str, seed: int, budget: int, per: Per, place: Place) -> list[Job]:
     """The runs of one cell of a table, in the order in which they are run."""
     learning = LEARNINGS[table.learning]
-    tuned = rates.rates_of(table.learning, data, budget if per == "class" else budget // CLASSES, place)
+    tuned = tuning.rates_of(table.learning, data, budget if per == "class" else budget // CLASSES, place)
     return [
         job_of(
             # What is not of the headline's learning lies apart, so that nobody takes it for the same.
@@ -223,7 +223,7 @@ def done(table: Table, data: str, budget: int, per: Per, place: Place) -> tuple[
     """The results of one cell of a table, and the seeds of which all are there; none before rates are tuned."""
     try:
         jobs = [job for seed in table.seeds for job in jobs_of(table, data, seed, budget, per, place)]
-    except rates.NotTuned:
+    except tuning.NotTuned:
         return {}, []
     results = kept.load(jobs, place.results)
     return results, kept.complete_seeds(jobs, results)
@@ -299,14 +299,14 @@ def main() -> None:
         return
     if args.tune:
         needed = [(TABLES[name].learning, *cell) for name in args.table for cell in grid_of(TABLES[name])]
-        rates.tune(needed, place, processes=args.jobs, minutes=args.minutes)
+        tuning.tune(needed, place, processes=args.jobs, minutes=args.minutes)
         return
     if args.print:
         report.finish(args, print_tables(args.table, place))
         return
     try:
         collect(args.table, place, processes=args.jobs, minutes=args.minutes)
-    except rates.NotTuned as error:
+    except tuning.NotTuned as error:
         raise SystemExit(str(error)) from None
     flat = print_tables(args.table, place)
     flat["service_path_identical"] = service_path_is_identical(place)

@@ -21,6 +21,7 @@ import json
 import multiprocessing
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -39,6 +40,10 @@ RESULTS = Path(__file__).parent / "results"
 THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
 Result = dict[str, Any]
+
+
+class Unfinished(Exception):
+    """A run has used up its time. What it has done is kept elsewhere, and the next call goes on with it."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +93,8 @@ def collect(
 
     Args:
         jobs: in the order in which they are run.
-        execute: runs one in another process, so it is a function of a module; what it returns is kept as JSON.
+        execute: runs one in another process, so it is a function of a module; what it returns is kept as JSON. It may
+            raise `Unfinished`, which leaves the job for the next time.
         folder: where results are.
         processes: so many at once.
         minutes: what is not begun by then is left for the next time.
@@ -97,6 +103,7 @@ def collect(
     deadline = time.monotonic() + 60 * minutes
     results = load(jobs, folder)
     todo = [job for job in jobs if job not in results]
+    unfinished = 0
     if not todo:
         return results
     with workers(processes) as pool:
@@ -109,10 +116,15 @@ def collect(
                 break
             for future in wait(pending, return_when=FIRST_COMPLETED).done:
                 job = pending.pop(future)
-                results[job] = future.result()
+                try:
+                    results[job] = future.result()
+                except Unfinished:
+                    unfinished += 1
+                    continue
                 _log(f"{job.table} seed {job.seed} {job.name}", tell(job, results[job]), results[job]["seconds"])
-    if todo:
-        _log(f"{len(todo)} runs are missing: {minutes:g} minutes are over; the same command goes on with them")
+    if todo or unfinished:
+        missing = len(todo) + unfinished
+        _log(f"{missing} runs are missing: {minutes:g} minutes are over; the same command goes on with them")
     return {job: results[job] for job in jobs if job in results}
 
 
@@ -128,6 +140,15 @@ def _begin() -> None:
     # An interruption ends the parent, which ends the pool: two traces of it would say no more than one.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
+    # A parent that is killed says nothing: its workers would go on, beside those of the next one.
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "called in a worker"
+    parent.join()
+    os._exit(1)
 
 
 def _run(job: Job, execute: Callable[[Job], Result], folder: Path) -> Result:

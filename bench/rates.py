@@ -1,133 +1,108 @@
-"""Tune the learning rate of every kind of memory alike: on one grid, by accuracy on held-out training images.
+"""Choose learning rates on a grid of factors of about three, by walking uphill on held-out training images.
 
-Seeds are those of no table, and runs are smaller: 500 images a class. Where the best of any kind lies at an end of the
-grid, the grid grows there for all. A run whose loss is not finite counts as chance.
+A rate is chosen once it beats both of its neighbours, so no choice lies on the edge of what was tried, unless it is the
+first or the last of the whole grid (`is_on_edge`). Equal scores go to the lower rate. Every case walks alike: at an
+experiment's first number of exemplars from `START`, at the others from what was chosen at the first.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterable, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from statistics import fmean
 
-import kept
-import report
 from kept import Job
-from learning import Place, execute, job_of, run_of, tell
-from settings import LEARNINGS, TUNING_STREAM
+from onepass import Case, Experiment, Run, Runs
+from report import Cell, print_table
 
-SEEDS = (1000, 1001)
-RATES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
-FIRST_RATES = (0.01, 0.03, 0.1)
+RATES = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
+START = 0.03
 
-Key = tuple[str, str, int]
-"""Learning, data set and bytes per class."""
-Rates = Mapping[str, float]
-"""The learning rate of each kind of memory."""
-TUNED: dict[Key, Rates] = {}
-"""What the grids found; `tests/bench/test_rates.py` compares."""
+Choices = dict[Case, float]
 
 
-class NotTuned(LookupError):
-    """Nobody has tuned these learning rates."""
+def wanted(scores: Mapping[float, float], start: float) -> tuple[float, ...]:
+    """The rates that are still to be scored before one is chosen; none once `best` is the choice.
 
-
-def rates_of(learning: str, data: str, budget: int, place: Place) -> Rates:
-    """The tuned learning rates: those of this file, else what the kept results say.
-
-    Raises:
-        NotTuned: there are none.
+    Args:
+        scores: of the rates so far, higher is better.
+        start: of `RATES`, where the walk begins.
     """
-    key = (learning, data, budget)
-    found = TUNED.get(key) or chosen(*key, place)
-    if found is None:
-        raise NotTuned(f"the learning rates of {learning} on {data} at {budget:,} bytes are not tuned: run --tune")
-    return found
+    missing = tuple(rate for rate in _around(start) if rate not in scores)
+    return missing or tuple(rate for rate in _around(best(scores)) if rate not in scores)
 
 
-def tuning_jobs(learning: str, data: str, budget: int, rate: float, seed: int, device: str) -> list[Job]:
-    """One learning rate for every kind of memory."""
-    return [
-        job_of(
-            "budget-tuning",
-            run_of(LEARNINGS[learning], data, arm, budget, rate, stream=TUNING_STREAM, device=device),
-            seed,
-            learning,
-            f"lr-{rate:g}",
-        )
-        for arm in LEARNINGS[learning].tuned_arms
-    ]
+def _around(rate: float) -> tuple[float, ...]:
+    place = RATES.index(rate)
+    return RATES[max(0, place - 1) : place + 2]
 
 
-def tuned(learning: str, data: str, budget: int, place: Place) -> dict[str, dict[float, list[float]]]:
-    """Last accuracies of each kind of memory by learning rate, where all of a rate's runs are done."""
-    found: dict[str, dict[float, list[float]]] = {arm.kind: {} for arm in LEARNINGS[learning].tuned_arms}
+def best(scores: Mapping[float, float]) -> float:
+    """The rate of the highest score."""
+    return max(sorted(scores), key=lambda rate: scores[rate])
+
+
+def is_on_edge(rate: float) -> bool:
+    """Whether the grid has no rate beyond it, on one side."""
+    return rate in (RATES[0], RATES[-1])
+
+
+def tune(experiment: Experiment, exemplars: int, runs: Runs) -> Choices:
+    """The learning rates that held-out images choose for a table, of all its lines for which there was time."""
+    needed = [case for case in experiment.tuned if case.exemplars in (0, experiment.exemplars[0], exemplars)]
+    choices, todo = chosen(experiment, needed, runs)
+    while todo and runs.make(todo):
+        choices, todo = chosen(experiment, needed, runs)
+    return choices
+
+
+def chosen(experiment: Experiment, cases: Sequence[Case], runs: Runs) -> tuple[Choices, list[Job]]:
+    """What the runs so far have settled of these cases, and which runs are to be made next."""
+    choices: Choices = {}
+    todo: list[Job] = []
+    for case in cases:
+        start = START
+        if case.exemplars not in (0, experiment.exemplars[0]):
+            leader = replace(case, exemplars=experiment.exemplars[0])
+            if leader not in choices:
+                continue
+            start = choices[leader]
+        scores = tuning_scores(case, experiment.tuning_seeds, runs)
+        rest = wanted(scores, start)
+        todo += [job for rate in rest for job in tuning_jobs(case, rate, experiment.tuning_seeds)]
+        if not rest:
+            choices[case] = best(scores)
+    return choices, todo
+
+
+def tuning_jobs(case: Case, rate: float, seeds: Sequence[int]) -> list[Job]:
+    """The runs that score a learning rate."""
+    name = f"{case.arm.label} {case.exemplars} lr {rate:g}"
+    return [Job(f"gem-{case.setting.name}-tuning", name, seed, Run(case, rate, is_tuning=True)) for seed in seeds]
+
+
+def tuning_scores(case: Case, seeds: Sequence[int], runs: Runs) -> dict[float, float]:
+    """The mean ACC of every learning rate that all seeds have been run with."""
+    scores = {}
     for rate in RATES:
-        jobs = [job for seed in SEEDS for job in tuning_jobs(learning, data, budget, rate, seed, place.device)]
-        results = kept.load(jobs, place.results)
-        if len(results) == len(jobs):
-            for job in jobs:
-                found[job.config.arm.kind].setdefault(rate, []).append(results[job]["last"])
-    return found
+        results = runs.load(tuning_jobs(case, rate, seeds))
+        if len(results) == len(seeds):
+            scores[rate] = fmean(result["acc"] for result in results.values())
+    return scores
 
 
-def chosen(learning: str, data: str, budget: int, place: Place) -> Rates | None:
-    """The best learning rate of each kind; None as long as the grid has to grow."""
-    found = tuned(learning, data, budget, place)
-    if missing_rates(found):
-        return None
-    return {kind: best_rate(by_rate) for kind, by_rate in found.items()}
-
-
-def missing_rates(found: Mapping[str, Mapping[float, Sequence[float]]]) -> list[float]:
-    """Learning rates that are still to be tried: the first ones, then the next beyond an end where the best lies."""
-    missing = [rate for rate in FIRST_RATES if any(rate not in by_rate for by_rate in found.values())]
-    if missing:
-        return missing
-    tried = sorted(set.intersection(*(set(by_rate) for by_rate in found.values())))
-    best = {best_rate(by_rate) for by_rate in found.values()}
-    return [
-        rate
-        for rate in RATES
-        if (tried[0] in best and rate == max((each for each in RATES if each < tried[0]), default=None))
-        or (tried[-1] in best and rate == min((each for each in RATES if each > tried[-1]), default=None))
-    ]
-
-
-def best_rate(by_rate: Mapping[float, Sequence[float]]) -> float:
-    """The one with the highest mean; of equals the lowest."""
-    return max(sorted(by_rate), key=lambda rate: fmean(by_rate[rate]))
-
-
-def tune(needed: Iterable[Key], place: Place, *, processes: int, minutes: float) -> None:
-    """Run the grids, print what they say."""
-    deadline = time.monotonic() + 60 * minutes
-    grids = [key for key in dict.fromkeys(needed) if key[1] in place.data]
-    while time.monotonic() < deadline:
-        todo = [
-            job
-            for seed in SEEDS
-            for key in grids
-            for rate in missing_rates(tuned(*key, place))
-            for job in tuning_jobs(*key, rate, seed, place.device)
-        ]
-        if not todo:
-            break
-        left = (deadline - time.monotonic()) / 60
-        kept.collect(
-            todo, partial(execute, place=place), folder=place.results, processes=processes, minutes=left, tell=tell
-        )
-    for key in grids:
-        found = tuned(*key, place)
-        tried = sorted({rate for by_rate in found.values() for rate in by_rate})
-        rows = [[kind, *(fmean(of[rate]) if rate in of else None for rate in tried)] for kind, of in found.items()]
-        name, data, budget = key
-        report.print_table(
-            f"Tuning {name}: {data}, {budget:,} bytes per class; last accuracy on held-out training images, mean of "
-            f"{len(SEEDS)} seeds, by learning rate",
-            ("memory", *(f"{rate:g}" for rate in tried)),
-            rows,
-        )
-    rows = [[str(key), str(chosen(*key, place) or "the grid is not done")] for key in grids]
-    report.print_table("Chosen, as `TUNED` has it", ("learning, data, bytes per class", "learning rates"), rows)
+def print_choices(experiment: Experiment, runs: Runs) -> None:
+    """The scores of the grid as far as it was walked."""
+    choices, _ = chosen(experiment, experiment.tuned, runs)
+    rows: list[list[Cell]] = []
+    for case in experiment.tuned:
+        scores = {rate: 100 * acc for rate, acc in tuning_scores(case, experiment.tuning_seeds, runs).items()}
+        choice = choices.get(case)
+        edge = None if choice is None else is_on_edge(choice)
+        rows.append([case.arm.label, case.exemplars or None, *map(scores.get, RATES), choice, edge])
+    print_table(
+        f"{experiment.setting.name}: ACC on held-out training images by learning rate, in percent, seeds "
+        f"{', '.join(map(str, experiment.tuning_seeds))}",
+        ["method", "exemplars", *(f"{rate:g}" for rate in RATES), "chosen", "on the edge"],
+        rows,
+    )

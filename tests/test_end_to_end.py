@@ -24,7 +24,7 @@ def test_a_learner_uploads_three_tasks_replays_them_and_resumes_after_a_crash(
         client.create_buffer("digits", budget_bytes=budget_bytes)
         mirror = Mirror(client, "digits", tmp_path / "mirror")
         for task, classes in enumerate([(0, 1, 2), (3, 4, 5), (6, 7)]):
-            chosen = np.isin(digits.target, classes)
+            chosen = np.isin(digits.target, classes) & (np.arange(len(images)) % 2 == 0)
             done = client.wait(client.upload("digits", task, images[chosen], digits.target[chosen]))
             assert done.generation == task + 1
             buffer = client.buffer("digits")
@@ -49,6 +49,7 @@ def test_a_learner_uploads_three_tasks_replays_them_and_resumes_after_a_crash(
             state = loader.state_dict()
 
     service.kill()
+    service.given["workers"] = 0  # what follows only reads
     service.start()
     with Client(service.url) as client:
         resumed = ReplayLoader((client, "digits"), 16, steps=20)

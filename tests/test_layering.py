@@ -310,7 +310,11 @@ def test_methods_never_see_a_url_a_session_or_a_file() -> None:
     ("statement", "absent"),
     [
         ("import engram", {"torch", "fastapi", "sqlalchemy", "engram_service", "engram_trainer", "typer"}),
-        ("import engram.cli", {"torch", "fastapi", "sqlalchemy", "engram_service", "engram_trainer"}),
+        pytest.param(
+            "import engram.cli",
+            {"torch", "fastapi", "sqlalchemy", "engram_service", "engram_trainer"},
+            marks=pytest.mark.slow,
+        ),
         ("import engram_service.app", {"torch", "engram_trainer", "onnxruntime", "typer"}),
         pytest.param("import engram_trainer.loop", {"fastapi", "sqlalchemy", "engram_service"}, marks=pytest.mark.slow),
     ],

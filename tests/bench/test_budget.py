@@ -11,9 +11,9 @@ import budget
 import kept
 import learning
 import pytest
-import rates
 import settings
 import torch
+import tuning
 
 from engram.schemas import Per
 from engram_trainer import methods
@@ -41,7 +41,7 @@ def test_no_setting_is_left_to_a_default_of_the_trainer(way: settings.Learning) 
 
 
 def test_the_arms_of_a_table_differ_in_memory_and_learning_rate_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rates, "TUNED", {("lucir", "cifar10", 16_000): TUNED})
+    monkeypatch.setattr(tuning, "TUNED", {("lucir", "cifar10", 16_000): TUNED})
     jobs = budget.jobs_of(budget.TABLES["primary"], "cifar10", 10, 16_000, "class", PLACE)
     runs = [job.config for job in jobs]
     assert {each.arm for each in runs} == {*arms.PRIMARY}
@@ -169,7 +169,7 @@ def test_a_table_is_over_complete_seeds_and_says_what_is_missing(
     place = replace(PLACE, data={"fashion": ""}, results=tmp_path)
     assert budget.print_tables(["uncoded"], place) == {"uncoded_fashion_old_code_4000": 0}
     assert "0 of 21 runs are done; seeds (none is complete)" in capsys.readouterr().out
-    monkeypatch.setattr(rates, "TUNED", {(name, "fashion", 4_000): TUNED for name in ("lucir", "lucir-uncoded")})
+    monkeypatch.setattr(tuning, "TUNED", {(name, "fashion", 4_000): TUNED for name in ("lucir", "lucir-uncoded")})
     points = {"strips": 50.0, "raw": 40.0, "lossless": 45.0, "files": 47.0}
     for name in ("primary", "uncoded"):
         for seed in (10, 11, 12):

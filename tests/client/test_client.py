@@ -414,6 +414,7 @@ def test_an_extractor_is_registered_once_and_used(engram_client: Client, name: s
     assert engram_client.buffer(name).exemplars == 8
 
 
+@pytest.mark.slow
 def test_an_extractor_that_is_no_model_is_refused(engram_client: Client) -> None:
     with pytest.raises(engram.BadExtractor):
         engram_client.register_extractor(b"no model")

@@ -527,7 +527,7 @@ def test_memory_does_not_grow_with_the_number_of_images() -> None:
         finally:
             tracemalloc.stop()
 
-    small, large = peak(3000), peak(12_000)
+    small, large = peak(3000), peak(9000)
     assert large < 120 * 2**20
     assert large < small + 16 * 2**20
 

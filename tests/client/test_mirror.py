@@ -212,6 +212,7 @@ def test_packs_that_only_shrink_are_made_here_and_only_the_new_one_is_fetched(
         assert same(mirror.draw(20, step=step), engram_client.draw(name, 20, step=step))
 
 
+@pytest.mark.slow
 def test_a_pack_that_lost_a_whole_class_is_made_here_too(
     engram_client: Client, connect: Make, name: str, tmp_path: Path
 ) -> None:
@@ -241,6 +242,7 @@ def test_a_pack_that_grew_is_fetched(engram_client: Client, connect: Make, name:
     assert same(mirror.draw(5), engram_client.draw(name, 5))
 
 
+@pytest.mark.slow
 def test_of_several_packs_that_are_fetched_one_may_fail_and_the_mirror_is_as_it_was(
     engram_client: Client, connect: Make, name: str, tmp_path: Path
 ) -> None:

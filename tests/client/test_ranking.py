@@ -222,6 +222,7 @@ def excess_of_keeping(kept_counts: npt.NDArray[np.float64], keep: int, runs: int
 UNEQUAL = (5, 25, 1, 14, 5)
 
 
+@pytest.mark.slow
 def test_each_image_of_a_stream_is_kept_equally_often_and_the_test_would_see_a_bias() -> None:
     keep, runs = 8, 3000
 

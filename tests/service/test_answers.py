@@ -145,6 +145,7 @@ def test_what_a_draw_is_said_to_weigh_is_about_what_it_has(
     assert drawn.exemplars == MANY
 
 
+@pytest.mark.slow
 def test_an_export_holds_a_piece_of_a_pack_and_not_all_of_it(make_replay: Callable[..., Replay]) -> None:
     replay = make_replay(0)
     view = replay.view("b", None)

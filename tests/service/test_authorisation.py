@@ -332,7 +332,13 @@ def test_a_session_is_nothing_to_the_api(place: Place) -> None:
     assert wrong == {}
 
 
-@pytest.mark.parametrize("who", EVERYBODY)
+@pytest.mark.parametrize(
+    "who",
+    [
+        pytest.param(who, marks=() if who in ("nothing", "read", "own prefix") else pytest.mark.slow)
+        for who in EVERYBODY
+    ],
+)
 def test_the_console_answers_everybody_as_the_table_says(place: Place, who: str) -> None:
     other = _csrf(place.sessions["environment" if who == "read" else "read"])
     wrong = {}

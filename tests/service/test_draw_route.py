@@ -107,6 +107,7 @@ def test_filters_keep_and_drop_tasks(client: httpx.Client, pixels: dict[int, UIn
     assert set(without.tasks.tolist()) == {1, 2}
 
 
+@pytest.mark.slow
 def test_the_same_url_gives_the_same_bytes_from_another_process(
     client: httpx.Client, served: ServiceThread, make_service: Callable[..., ServiceProcess]
 ) -> None:

@@ -211,6 +211,7 @@ def test_a_client_that_does_not_read_its_answer_is_let_go(lenient: ServiceThread
         assert received > whole
 
 
+@pytest.mark.slow
 def test_a_trainer_that_fetched_ahead_and_then_paused_for_too_long_gets_its_draw(lenient: ServiceThread) -> None:
     create(lenient.state.database, budget_bytes=10**7, quality=90)
     fill(lenient.state.database, lenient.settings, 0, {0: 100}, shape=(64, 64, 3))

@@ -52,6 +52,7 @@ def test_damaged_exemplars_are_left_out(client: httpx.Client, served: ServiceThr
     assert client.get("/healthz").json()["status"] == "degraded"
 
 
+@pytest.mark.slow
 def test_a_client_that_leaves_midway_leaves_nothing_behind(
     serve_thread: Callable[..., ServiceThread], caplog: pytest.LogCaptureFixture
 ) -> None:

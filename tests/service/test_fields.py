@@ -313,7 +313,9 @@ BAD: dict[str, tuple[Callable[[], bytes], type[EngramError], str]] = {
 }
 
 
-@pytest.mark.parametrize("name", BAD)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name == "ten million rows" else ()) for name in BAD]
+)
 def test_a_bad_field_ends_its_ingest_with_its_name_and_changes_nothing(
     database: Database, settings: Settings, store: PackStore, name: str
 ) -> None:

@@ -143,7 +143,7 @@ def test_an_empty_buffer_can_be_forked(database: Database, store: PackStore) -> 
 
 def fork_while_uploads_go_on(database: Database, store: PackStore, budget_bytes: int | None) -> None:
     create(database, budget_bytes=4000)
-    changes = 12
+    changes = 6
 
     def write() -> None:
         for task in range(changes):

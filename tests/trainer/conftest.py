@@ -8,7 +8,7 @@ from functools import cache
 import pytest
 import torch
 
-from engram_trainer import datasets
+from engram_trainer.sources.samples import read_digits
 
 torch.set_num_threads(1)
 
@@ -17,5 +17,5 @@ torch.set_num_threads(1)
 def digits_are_read_once() -> Iterator[None]:
     """Reading them takes longer than most of the runs on them, and nothing changes them."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(datasets, "read_digits", cache(datasets.read_digits))
+        patch.setattr("engram_trainer.datasets.read_digits", cache(read_digits))
         yield

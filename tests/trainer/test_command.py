@@ -165,6 +165,7 @@ def test_a_log_has_the_values_of_each_task() -> None:
     ]
 
 
+@pytest.mark.slow
 def test_a_second_run_needs_another_folder_or_resume(tmp_path: Path) -> None:
     run = [*TINY, "--memory", "none", "--method", "finetune", "--epochs", "1", "--out", str(tmp_path / "run")]
     assert train(*run).exit_code == 0

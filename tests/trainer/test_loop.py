@@ -78,7 +78,9 @@ def test_replay_beats_chance_and_no_replay(tmp_path: Path) -> None:
     assert with_replay.metrics.last > max(0.3, without.metrics.last)
 
 
-@pytest.mark.parametrize("method", ["finetune", pytest.param("joint", marks=pytest.mark.slow), "gem", "lucir"])
+@pytest.mark.parametrize(
+    "method", ["finetune", "lucir", *(pytest.param(name, marks=pytest.mark.slow) for name in ("joint", "gem"))]
+)
 @pytest.mark.parametrize("scenario", ["class-incremental", pytest.param("task-incremental", marks=pytest.mark.slow)])
 def test_every_method_runs_and_two_runs_with_one_seed_are_equal(tmp_path: Path, method: str, scenario: Any) -> None:
     config = replace(
@@ -476,6 +478,7 @@ def test_a_run_that_failed_leaves_no_buffer_and_its_folder_takes_the_corrected_c
         run(small, tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_a_buffer_that_was_there_before_a_run_stays_when_it_fails(service: ServiceProcess, tmp_path: Path) -> None:
     memory = replace(of_service(service.url), buffer="made-by-hand", budget_bytes=20)
     with Client(service.url) as client:

@@ -127,6 +127,7 @@ def test_tasks_of_a_single_class_can_be_learned(digits: Dataset) -> None:
     assert learner.scores(tasks.tasks[2].test.read()).shape[1] == 10
 
 
+@pytest.mark.slow
 def test_a_seed_decides_a_run_to_the_last_bit(digits: Dataset) -> None:
     tasks = stream_of(digits, train_per_class=20)
     one, again, other = learner_of(tasks), learner_of(tasks), learner_of(tasks, seed=1)

@@ -12,9 +12,14 @@ from hypothesis import strategies as st
 from engram_trainer import networks
 from engram_trainer.networks import CosineClassifier, cosines
 
+WITH_LARGE_ONES = [
+    pytest.param(name, marks=pytest.mark.slow if name in ("resnet18", "resnet18-cifar") else ())
+    for name in networks.NETWORKS
+]
 
-@pytest.mark.parametrize("name", networks.NETWORKS)
-@pytest.mark.parametrize("shape", [(28, 28, 1), (32, 32, 3), (33, 47, 3)])
+
+@pytest.mark.parametrize("name", WITH_LARGE_ONES)
+@pytest.mark.parametrize("shape", [(28, 28, 1), pytest.param((32, 32, 3), marks=pytest.mark.slow), (33, 47, 3)])
 def test_a_network_turns_images_of_any_shape_into_features_of_its_dimensions(
     name: str, shape: tuple[int, int, int]
 ) -> None:
@@ -30,7 +35,7 @@ def test_the_smallest_images_pass_through_the_small_conv_net() -> None:
     assert networks.build("conv", (2, 2, 3), seed=0).eval()(torch.rand(3, 3, 2, 2)).shape == (3, 128)
 
 
-@pytest.mark.parametrize("name", networks.NETWORKS)
+@pytest.mark.parametrize("name", WITH_LARGE_ONES)
 def test_signed_features_can_be_negative_and_others_cannot(name: str) -> None:
     images = torch.rand(4, 3, 32, 32)
     assert (networks.build(name, (32, 32, 3), seed=0, signed=True).eval()(images) < 0).any()

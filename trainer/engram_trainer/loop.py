@@ -165,7 +165,7 @@ class _Run:
                 accuracy(self.learner.scores, self.runtime, task, learned=-1) for task in self.stream.tasks
             ]
             return
-        state = _read(path, self.runtime)
+        state = _read(path)
         if state is None:
             raise Conflict(f"{path} is damaged, so the run cannot go on; start it in a new folder")
         self.learner.load_state_dict(state["learner"])
@@ -266,7 +266,7 @@ class _Partial:
         """What was saved last, if it was this phase of this run."""
         if not self._path.is_file():
             return None
-        found = _read(self._path, self._runtime)
+        found = _read(self._path)
         if found is None:
             return None
         is_this = (found["run"], found["visit"], found["purpose"]) == (self._identity, visit, purpose)
@@ -279,10 +279,10 @@ class _Partial:
             self._saved_at = time.monotonic()
 
 
-def _read(path: Path, runtime: Runtime) -> dict[str, Any] | None:
-    """The state in a file; None if it is damaged."""
+def _read(path: Path) -> dict[str, Any] | None:
+    """The state in a file; None if it is damaged. Its tensors are on the CPU: memories are, and modules copy theirs."""
     try:
-        state: dict[str, Any] = torch.load(path, map_location=runtime.device, weights_only=True)
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError):
         return None
     return state

@@ -45,6 +45,8 @@ from engram_trainer.stream import Task
 RIDGE = 1e-6
 # A row this much shorter than the longest one says nothing about a direction that float32 could follow.
 TINY_RATIO = 1e-12
+# Nor does one whose square is no normal float32: products of such rows round to anything.
+SHORTEST = 1e-18
 
 
 @dataclass(frozen=True)
@@ -186,8 +188,8 @@ class _Counted:
 def project(gradient_P: torch.Tensor, references_KP: torch.Tensor, *, gamma: float = 0.0) -> torch.Tensor:
     """The gradient corrected so that it turns no reference gradient uphill.
 
-    Rows and gradient are scaled to unit length before the dual is solved (the cone stays the same), so the result does
-    not depend on how small the gradients are. Rows of zeros are dropped: they constrain nothing.
+    The dual is solved for rows and a gradient of unit length (the cone stays the same), so the result does not depend
+    on how small the gradients are. Rows of zeros, or nearly so, are dropped: they constrain nothing.
 
     Returns:
         `gradient_P` itself, the same object, when no constraint is broken; gamma has no effect then.
@@ -203,24 +205,26 @@ def project(gradient_P: torch.Tensor, references_KP: torch.Tensor, *, gamma: flo
     length = float(torch.linalg.vector_norm(gradient_P))
     if not (np.isfinite(length) and bool(torch.isfinite(norms_K).all())):
         raise FloatingPointError("a gradient is not finite; the learning rate is probably too high")
-    kept = norms_K > TINY_RATIO * norms_K.max()
+    kept = norms_K > max(TINY_RATIO * float(norms_K.max()), SHORTEST)
     if length == 0 or not bool(kept.any()):
         return gradient_P
-    norms_K = norms_K[kept]
-    rows_KP = references_KP[kept] / norms_K[:, None]
-    dots_K = (rows_KP @ gradient_P).double().cpu().numpy() / length
+    if not bool(kept.all()):
+        norms_K, references_KP = norms_K[kept], references_KP[kept]
+    # Lengths are divided out of the products, not of the rows: that would be one more copy of all of them.
+    lengths_K = norms_K.double().cpu().numpy()
+    dots_K = (references_KP @ gradient_P).double().cpu().numpy() / (lengths_K * length)
     if (dots_K >= 0).all():
         return gradient_P
-    gram_KK = (rows_KP @ rows_KP.T).double().cpu().numpy()
-    least_K = gamma * norms_K.double().cpu().numpy() / length
+    gram_KK = (references_KP @ references_KP.T).double().cpu().numpy() / np.outer(lengths_K, lengths_K)
+    least_K = gamma * lengths_K / length
     weights_K = solve_dual(gram_KK, dots_K, least_K)
     slack = (dots_K + gram_KK @ weights_K).min()
     # The ridge may leave RIDGE * v of every constraint unmet; float32 rounding of K and A g comes on top.
     tolerance = RIDGE * weights_K.max() + 1e-5 * (1 + weights_K.sum())
     if slack < -tolerance:
         raise FloatingPointError(f"a constraint of GEM is broken by {-slack:.1e} of |g|, allowed is {tolerance:.1e}")
-    weights = torch.from_numpy(weights_K * length).to(rows_KP)
-    corrected_P: torch.Tensor = gradient_P + weights @ rows_KP
+    weights = torch.from_numpy(weights_K * length / lengths_K).to(references_KP)
+    corrected_P: torch.Tensor = gradient_P + weights @ references_KP
     return corrected_P
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import budget
 import kept
 import pytest
-import rates
+import tuning
 from learning import Place
 
 
@@ -17,19 +17,15 @@ def grid(**by_kind: Mapping[float, float]) -> dict[str, dict[float, list[float]]
 
 
 def test_a_grid_grows_where_the_best_lies_at_its_end_for_all_arms() -> None:
-    assert rates.missing_rates(grid(raw={}, strips={})) == [0.01, 0.03, 0.1]
+    assert tuning.missing_rates(grid(raw={}, strips={})) == [0.01, 0.03, 0.1]
     inside = grid(raw={0.01: 1, 0.03: 3, 0.1: 2}, strips={0.01: 1, 0.03: 3, 0.1: 2})
-    assert rates.missing_rates(inside) == []
+    assert tuning.missing_rates(inside) == []
     above = grid(raw={0.01: 1, 0.03: 3, 0.1: 2}, strips={0.01: 1, 0.03: 3, 0.1: 4})
-    assert rates.missing_rates(above) == [0.3]
+    assert tuning.missing_rates(above) == [0.3]
     both = grid(raw={0.01: 4, 0.03: 3, 0.1: 2}, strips={0.01: 1, 0.03: 3, 0.1: 4})
-    assert rates.missing_rates(both) == [0.003, 0.3]
+    assert tuning.missing_rates(both) == [0.003, 0.3]
     grown = grid(raw={0.01: 1, 0.03: 3, 0.1: 2, 0.3: 1}, strips={0.01: 1, 0.03: 3, 0.1: 4, 0.3: 3})
-    assert rates.missing_rates(grown) == []
-
-
-def test_of_learning_rates_that_are_equally_good_the_lowest_is_taken() -> None:
-    assert rates.best_rate({0.1: [5.0, 5.0], 0.03: [4.0, 6.0], 0.01: [1.0, 2.0]}) == 0.03
+    assert tuning.missing_rates(grown) == []
 
 
 @pytest.mark.parametrize(
@@ -37,7 +33,7 @@ def test_of_learning_rates_that_are_equally_good_the_lowest_is_taken() -> None:
     sorted({(table.learning, data, each) for table in budget.TABLES.values() for data, each in budget.grid_of(table)}),
 )
 def test_the_learning_rates_are_those_that_the_kept_grid_says(name: str, data: str, bytes_per_class: int) -> None:
-    found = rates.chosen(name, data, bytes_per_class, Place({}, kept.RESULTS, Path()))
+    found = tuning.chosen(name, data, bytes_per_class, Place({}, kept.RESULTS, Path()))
     if found is None:
         pytest.skip("bench/budget.py --tune has not been run for it")
-    assert rates.TUNED.get((name, data, bytes_per_class)) == found
+    assert tuning.TUNED.get((name, data, bytes_per_class)) == found
