@@ -25,6 +25,8 @@ from statistics import fmean
 from typing import Any
 
 import budget
+import kept
+import learning
 import numpy as np
 import report
 import torch
@@ -117,7 +119,7 @@ def main() -> None:
         method, seeds = lucir.Config(epochs=3, batch_size=32), args.seeds[:1]
     else:
         config = stream.StreamConfig(tasks=5, train_per_class=600, test_per_class=300)
-        arms, method, seeds = list(ARMS), budget.LUCIR, args.seeds
+        arms, method, seeds = list(ARMS), lucir.Config(), args.seeds
     results = collect(args, arms, config, method, seeds)
     flat |= compare(results, seeds)
     flat["seeds"] = len(seeds)
@@ -184,7 +186,7 @@ def collect(
 ) -> list[dict[str, Any]]:
     """The results of all runs, from the folder where they are there already."""
     args.out.mkdir(parents=True, exist_ok=True)
-    with budget.workers(args.jobs) as pool:
+    with kept.workers(args.jobs) as pool:
         return list(
             pool.map(
                 execute,
@@ -205,21 +207,21 @@ def execute(
 ) -> dict[str, Any]:
     """One run of LUCIR."""
     torch.set_num_threads(1)
-    data, key = load(folder), budget.digest(config, method, arm.total_bytes)
+    data, key = load(folder), kept.digest(config, method, arm.total_bytes)
     name = f"{data.name}-{arm.name}-{arm.upload_images}-{config.seed}-{key}.json"
     path = out / name.replace(" ", "-").replace(",", "")
     if path.exists():
         found: dict[str, Any] = json.loads(path.read_text())
         return found
     tasks = stream.build(data, config)
-    learner = lucir.Lucir(Runtime(RuntimeConfig(), tasks, seed=config.seed), method, network=budget.NETWORK)
+    learner = lucir.Lucir(Runtime(RuntimeConfig(), tasks, seed=config.seed), method, network=learning.NETWORK)
     memory = Bits(arm)
     matrix: list[list[float]] = []
     qualities: list[int | None] = []
     for task in tasks.tasks:
-        learner.learn(task, memory, budget.ignore)
+        learner.learn(task, memory, learning.ignore)
         memory.add(Learned(task.index, task.train, embed=learner.embed, seed=config.seed))
-        learner.balance(task, memory, budget.ignore)
+        learner.balance(task, memory, learning.ignore)
         earlier = [
             evaluation.accuracy(learner.scores, learner.runtime, each, learned=task.index) for each in tasks.tasks
         ]
@@ -236,7 +238,7 @@ def execute(
         "exemplars": sum(sum(classes.values()) for classes in memory.counts().values()),
         "used_bytes": memory.used_bytes,
     }
-    budget.write(path, lambda temporary: temporary.write_text(json.dumps(result)))
+    kept.write(path, lambda temporary: temporary.write_text(json.dumps(result)))
     return result
 
 
