@@ -17,12 +17,14 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import arms
 import criterion
 import gaps
 import grid
 import kept
 import qualities
 import trials
+from budget import BUDGETS, SEEDS
 from intervals import Estimate, estimate, paired
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -45,11 +47,9 @@ ARMS = {
     ("strips", 90): "strips at 90",
     ("strips", None): "strips, selected",
 }
-PRIMARY = tuple(arm for arm in ARMS if arm[1] not in (10, 90))
+PRIMARY = tuple((arm.kind, arm.quality) for arm in arms.PRIMARY)
 SELECTED, RAW, LOSSLESS = ("strips", None), ("raw", None), ("lossless", None)
 DATA = {"cifar10": "CIFAR-10", "fashion": "Fashion-MNIST"}
-BUDGETS = {"cifar10": (16_000, 61_480), "fashion": (4_000, 16_000)}
-PRIMARY_SEEDS = (10, 11, 12, 13, 14)
 
 Arm = tuple[str, int | None]
 Runs = Mapping[Arm, Mapping[int, Any]]
@@ -119,7 +119,7 @@ def missing() -> str:
     """Which seeds of the primary table are missing."""
     found = []
     for data, budget in _cells():
-        lacking = sorted({*PRIMARY_SEEDS} - {*complete(of_budget(data, budget))})
+        lacking = sorted({*SEEDS} - {*complete(of_budget(data, budget))})
         if lacking:
             found.append(f"{DATA[data]} at {budget:,} bytes: seeds {', '.join(map(str, lacking))}")
     lacking_cells = [cell.name for cell in _wanted() if cell.name not in tried()]
@@ -297,10 +297,10 @@ def gain_data() -> Any:
     for data, budget in _cells():
         runs = of_budget(data, budget)
         if seeds := complete(runs):
-            arms = [
+            found = [
                 (name, estimate([*last(runs, arm, seeds).values()])) for arm, name in ARMS.items() if arm in PRIMARY
             ]
-            rows = [[name, round(each.mean, 2), round(each.half or 0, 2)] for name, each in arms]
+            rows = [[name, round(each.mean, 2), round(each.half or 0, 2)] for name, each in found]
             panels.append([f"{DATA[data]}\n{budget:,} bytes", rows])
     return panels
 
