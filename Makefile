@@ -82,7 +82,7 @@ evidence: $(DEV) ## write the numbers and draw the pictures of the page of evide
 demo: $(DEMO) ## start a service, learn Fashion-MNIST class by class against it, print the table, stop the service
 	$(BIN)/python -m engram_trainer.demo
 
-bench: $(DEV) ## every benchmark in full (hours: budget alone takes up to two)
+bench: $(DEV) ## every benchmark in full (many hours; what is done is kept)
 	set -e; for name in $(BENCHES); do $(BIN)/python bench/$$name.py; done
 
 bench-quick: $(DEV) ## every benchmark, under 45 s each
