@@ -3,7 +3,8 @@
 Two services draw from one data folder, side by side. "on" is the application as it is, with tokens: each draw carries
 one of scope read, with a prefix and a rate, is counted and timed, its classes are written down, and Prometheus asks
 every few seconds. "off" is the same application, started the same way, without what stands around it for operators: no
-tokens, no request ids, no metrics, no count of what is served, and nobody asks.
+tokens, no request ids, no metrics, no count of what is served, and nobody asks. What is left around it is what states
+the API's number and answers what nobody foresaw.
 
 Both are measured in every round, in the order on, off, off, on, so that a machine that slows down slows both; what is
 compared is compared within a round, and medians over rounds are reported. Two processes of one program differ by some
@@ -32,12 +33,15 @@ import psutil
 from draw import SMALL, cpu_s, fill
 from pydantic import SecretStr
 from report import finish, parse_args, print_table
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from engram import Client
+from engram.errors import EngramError
 from engram_service.app import create_app
-from engram_service.around import Around
+from engram_service.around import API, Around
 from engram_service.edge import Server, listen
 from engram_service.gate import Gate
+from engram_service.problems import problem_response
 from engram_service.settings import Settings
 from engram_trainer.local_service import START_S, local_service
 
@@ -180,11 +184,37 @@ def served(folder: Path, *, is_watched: bool) -> Iterator[Side]:
         child.join()
 
 
+class Boundary:
+    """`Around` without id, count, time and log."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """One request."""
+        has_begun = False
+
+        async def watched(message: Message) -> None:
+            nonlocal has_begun
+            if not has_begun and message["type"] == "http.response.start":
+                has_begun = True
+                message["headers"] = [*message["headers"], API]
+            await send(message)
+
+        try:
+            await self.app(scope, receive, watched)
+        except Exception as error:
+            if has_begun or scope["type"] != "http":
+                raise
+            await problem_response(EngramError(str(error)), scope["path"])(scope, receive, watched)
+
+
 def serve(data_dir: Path, port_file: Path, is_watched: bool) -> None:
     settings = Settings(data_dir=data_dir, workers=0, admin_token=SecretStr(ADMIN) if is_watched else None)
     app = create_app(settings)
     if not is_watched:
         app.user_middleware = [each for each in app.user_middleware if each.cls not in OVERSIGHT]
+        app.add_middleware(Boundary)
         app.state.replay.note = lambda view, runs, size, damaged: None
     Server(app, settings, port_file).run(sockets=[listen("127.0.0.1", 0)])
 

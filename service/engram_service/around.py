@@ -25,7 +25,8 @@ from .settings import Settings
 
 logger = logging.getLogger(__name__)
 
-_API = (API_HEADER.lower().encode(), str(API_NUMBER).encode())
+API = (API_HEADER.lower().encode(), str(API_NUMBER).encode())
+"""The header that every answer has."""
 
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 
@@ -34,7 +35,8 @@ class Around:
     """Around everything: every answer states the API's number and the request's id, and what nobody foresaw is logged
     with its stack and answered without it. Requests are counted and timed, and logged if the settings say so.
 
-    The id is that of the header `X-Request-ID`, or made here: `engram.request_id` in the scope, and in `acting.ACTING`.
+    The id is that of the header `X-Request-ID`, or made here: `engram.request_id` in the scope. `acting.ACTING` is what it
+    was before, whatever the gate has made of it.
     """
 
     def __init__(self, app: ASGIApp, requests: Requests, settings: Settings) -> None:
@@ -58,20 +60,22 @@ class Around:
             nonlocal status
             if status == 0 and message["type"] == "http.response.start":
                 status = message["status"]
-                message["headers"] = [*message["headers"], _API, (b"x-request-id", request_id.encode())]
+                message["headers"] = [*message["headers"], API, (b"x-request-id", request_id.encode())]
             await send(message)
 
-        outside = ACTING.set(Acting(NOBODY, request_id))
+        outside = ACTING.get()
         try:
             await self.app(scope, receive, watched)
         except Exception as error:
             if status:
                 raise
+            if ACTING.get() is outside:
+                ACTING.set(Acting(NOBODY, request_id))
             logger.exception("%s %s failed", scope["method"], scope["path"])
             defect = EngramError(f"{type(error).__name__} inside the service: a defect; its log has the details")
             await problem_response(defect, scope["path"])(scope, receive, watched)
         finally:
-            ACTING.reset(outside)
+            ACTING.set(outside)
             requests.in_flight -= 1
             seconds = time.perf_counter() - began
             requests.count(scope, status, seconds)

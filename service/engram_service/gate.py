@@ -99,6 +99,7 @@ class Gate:
             _LoginNeeded: nobody is logged in at the console.
         """
         method, path, given = asked
+        ACTING.set(Acting(NOBODY, scope.get("engram.request_id", "")))
         is_console = path == _CONSOLE or path.startswith(_CONSOLE + "/")
         if self._tokens.is_open:
             _check_is_from_here(scope)

@@ -19,23 +19,20 @@ class Rates:
 
     def take(self, key: str, per_s: float, burst: float) -> float:
         """0.0 if there was a request in the bucket, which is taken; else the seconds until there is one."""
-        now = time.monotonic()
-        left = self._now(key, now, per_s, burst)
+        now, known = time.monotonic(), self._left.get(key)
+        if known is None:
+            left = burst
+            if len(self._left) >= MAX_KNOWN:
+                del self._left[next(iter(self._left))]
+        else:
+            left = min(burst, known[0] + per_s * (now - known[1]))
         if left < 1.0:
             return (1.0 - left) / per_s
-        self._put(key, left - 1.0, now)
+        self._left[key] = left - 1.0, now
         return 0.0
 
     def wait_s(self, key: str, per_s: float, burst: float) -> float:
         """As `take`, without taking."""
-        left = self._now(key, time.monotonic(), per_s, burst)
-        return 0.0 if left >= 1.0 else (1.0 - left) / per_s
-
-    def _now(self, key: str, now: float, per_s: float, burst: float) -> float:
         known = self._left.get(key)
-        return burst if known is None else min(burst, known[0] + per_s * (now - known[1]))
-
-    def _put(self, key: str, left: float, now: float) -> None:
-        if key not in self._left and len(self._left) >= MAX_KNOWN:
-            del self._left[next(iter(self._left))]
-        self._left[key] = left, now
+        left = burst if known is None else min(burst, known[0] + per_s * (time.monotonic() - known[1]))
+        return 0.0 if left >= 1.0 else (1.0 - left) / per_s
