@@ -17,7 +17,7 @@ from engram.errors import EngramError
 from engram.schemas import API_HEADER, API_NUMBER
 
 from .acting import ACTING, NOBODY, Acting
-from .console.page import framed
+from .console.page import CONSOLE, framed
 from .logs import ACCESS
 from .metrics import Requests
 from .problems import problem_response
@@ -35,8 +35,8 @@ class Around:
     """Around everything: every answer states the API's number and the request's id, and what nobody foresaw is logged
     with its stack and answered without it. Requests are counted and timed, and logged if the settings say so.
 
-    The id is that of the header `X-Request-ID`, or made here: `engram.request_id` in the scope. `acting.ACTING` is what it
-    was before, whatever the gate has made of it.
+    The id is that of the header `X-Request-ID`, or made here: `engram.request_id` in the scope. `acting.ACTING` is in
+    the end what it was before, whatever the gate has made of it.
     """
 
     def __init__(self, app: ASGIApp, requests: Requests, settings: Settings) -> None:
@@ -53,7 +53,8 @@ class Around:
             return
         requests, began, status = self._requests, time.perf_counter(), 0
         requests.in_flight += 1
-        send = framed(scope, receive, send)
+        if scope["path"].startswith(CONSOLE):
+            send = framed(scope, receive, send)
         scope["engram.request_id"] = request_id = self._id(scope)
 
         async def watched(message: Message) -> None:

@@ -64,22 +64,19 @@ class Requests:
 
     def __init__(self) -> None:
         self.in_flight = 0
-        self.counts: dict[tuple[str, str, int], int] = {}
-        self.latencies: dict[str, list[float]] = {}
-        """By route: how many took at most each of `BUCKETS_S` and no less, how many longer, seconds in all."""
+        self.series: dict[tuple[str, str, int], list[float]] = {}
+        """By route, method and class of status: how many took at most each of `BUCKETS_S` and no less, how many longer,
+        seconds in all."""
 
     def count(self, scope: Scope, status: int, seconds: float) -> None:
         """The request of this scope has been answered with this status (0: not at all), after so many seconds."""
         route = scope.get("route")
-        path: str = OTHER if route is None else route.path
-        key = path, scope["method"], status // 100
-        counts = self.counts
-        counts[key] = counts.get(key, 0) + 1
-        latency = self.latencies.get(path)
-        if latency is None:
-            latency = self.latencies[path] = [0.0] * (len(BUCKETS_S) + 2)
-        latency[bisect_left(BUCKETS_S, seconds)] += 1
-        latency[-1] += seconds
+        key = OTHER if route is None else route.path, scope["method"], status // 100
+        numbers = self.series.get(key)
+        if numbers is None:
+            numbers = self.series[key] = [0.0] * (len(BUCKETS_S) + 2)
+        numbers[bisect_left(BUCKETS_S, seconds)] += 1
+        numbers[-1] += seconds
 
 
 class Metrics(Collector):
@@ -228,18 +225,20 @@ _DRAWN = {
 def _of_requests(requests: Requests, connections: int) -> Iterator[Metric]:
     labels = ["route", "method", "status"]
     counted = _family(CounterMetricFamily, "engram_http_requests", "Requests that were answered.", labels)
-    summed: dict[tuple[str, str, str], int] = {}
-    for (route, method, status), count in dict(requests.counts).items():
+    summed: dict[tuple[str, str, str], float] = {}
+    latencies: dict[str, list[float]] = {}
+    for (route, method, status), numbers in dict(requests.series).items():
         key = route, method if method in METHODS else OTHER, _CLASSES.get(status, "none")
-        summed[key] = summed.get(key, 0) + count
+        summed[key] = summed.get(key, 0) + sum(numbers[:-1])
+        others = latencies.get(route, [0.0] * len(numbers))
+        latencies[route] = [one + other for one, other in zip(numbers, others, strict=True)]
     for values, count in summed.items():
         counted.add_metric(values, count)
     yield counted
     latency = _family(
         HistogramMetricFamily, "engram_http_request_duration_seconds", "From head to last byte.", ["route"]
     )
-    for route, numbers in dict(requests.latencies).items():
-        *counts, seconds = list(numbers)
+    for route, (*counts, seconds) in latencies.items():
         latency.add_metric([route], _cumulative(BUCKETS_S, counts), seconds)
     yield latency
     yield _gauge("engram_http_requests_in_flight", "Requests that are being answered.", requests.in_flight)

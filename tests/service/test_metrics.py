@@ -85,7 +85,7 @@ def test_times_fall_into_their_buckets() -> None:
     requests = Requests()
     for seconds in (0.0001, 0.0003, 0.0004, 1.0, 1000.0):
         requests.count({"method": "GET"}, 200, seconds)
-    *counts, total = requests.latencies["other"]
+    *counts, total = requests.series["other", "GET", 2]
     assert [counts[0], counts[1], counts[BUCKETS_S.index(1)], counts[-1], sum(counts)] == [2, 1, 1, 1, 5]
     assert total == pytest.approx(1001.0008)
 

@@ -32,6 +32,7 @@ from engram.errors import EngramError, Forbidden
 from .. import __version__, problems
 from ..acting import Principal
 
+CONSOLE = "/console"
 STATIC = "console/static"
 
 POLICY = (
@@ -191,7 +192,7 @@ def framed(scope: Scope, receive: Receive, send: Send) -> Send:
     So it does not matter whether a view, the framework or the Gate refuses a request. Who asks for JSON gets it.
     """
     path = scope["path"]
-    return _Framed(scope, receive, send) if path == "/console" or path.startswith("/console/") else send
+    return _Framed(scope, receive, send) if path == CONSOLE or path.startswith(f"{CONSOLE}/") else send
 
 
 class _Framed:
