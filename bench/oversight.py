@@ -2,9 +2,9 @@
 
 Two services draw from one data folder, side by side. "on" is the application as it is, with tokens: each draw carries
 one of scope read, with a prefix and a rate, is counted and timed, its classes are written down, and Prometheus asks
-every few seconds. "off" is the same application, started the same way, without what stands around it for operators: no
-tokens, no request ids, no metrics, no count of what is served, and nobody asks. What is left around it is what states
-the API's number and answers what nobody foresaw.
+as often as `deploy/prometheus` has it. "off" is the same application, started the same way, without what stands around
+it for operators: no tokens, no request ids, no metrics, no count of what is served, and nobody asks. What is left
+around it states the API's number and answers what nobody foresaw.
 
 Both are measured in every round, in the order on, off, off, on, so that a machine that slows down slows both; what is
 compared is compared within a round, and medians over rounds are reported. Two processes of one program differ by some
@@ -47,7 +47,8 @@ from engram_trainer.local_service import START_S, local_service
 
 BUFFER = "small"
 SIZES = (256, 16)
-SCRAPE_S = 5.0
+SCRAPE_S = 15.0
+"""As `deploy/prometheus` does."""
 ORDER = ("on", "off", "off", "on")
 OVERSIGHT: tuple[object, ...] = (Gate, Around)
 ADMIN = "0123456789abcdef" * 4
