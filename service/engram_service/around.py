@@ -47,7 +47,8 @@ class Around:
         self._count = count(1)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """One request, from its head to the last piece of its answer."""
+        """One request, from its head to the last piece of its answer. One that has begun is cut off, so that nobody
+        takes it for whole."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
